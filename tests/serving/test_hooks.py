@@ -142,7 +142,7 @@ def test_an_adapter_that_would_be_served_in_part_is_refused(wrapped, name, refus
 
 @pytest.mark.parametrize("part, sizes, whole, refused", [
     ("q", (8, 16), 1, False), ("q", (8, 12), 1, True), ("v", (8, 4), 1, False), ("v", (6, 4), 1, True),
-    ("o", (16, 6), 1, True),
+    ("o", (16, 6), 1, True), ("head", (9, 64), 1, False), ("head", (9, 60), 2, True),
     ("q", (8, 16), 2, False), ("q", (8, 12), 2, True), ("v", (8, 4), 2, False), ("v", (8, 8), 2, True),  # divided in two
     ("o", (16, 8), 2, False), ("o", (8, 8), 2, True),
 ])  # fmt: skip
@@ -151,7 +151,8 @@ def test_an_adapter_of_other_sizes_is_refused_before_it_has_a_slot(
 ):
     """By whomever it was made; vLLM packs q, k and v."""
     weights = types.SimpleNamespace(lora_a=torch.zeros(2, sizes[0]), lora_b=torch.zeros(sizes[1], 2))
-    loaded = types.SimpleNamespace(loras={f"model.layers.0.self_attn.{part}_proj": weights, "lm_head": weights})
+    path = "lm_head" if part == "head" else f"model.layers.0.self_attn.{part}_proj"
+    loaded = types.SimpleNamespace(loras={path: weights})
     monkeypatch.setattr(WorkerLoRAManager, "_load_adapter", lambda self, lora_request: loaded)
     hooks.install(settings(kernels=False))
     assert not warnings
@@ -171,7 +172,7 @@ def test_an_adapter_of_other_sizes_is_refused_before_it_has_a_slot(
     adapters = types.SimpleNamespace(modules=modules | {"lm_head": head}, packed_modules_mapping=packed)
     manager, request = types.SimpleNamespace(_adapter_manager=adapters), LoRARequest("of-somebody-else", 1, "folder")
     if refused:
-        with pytest.raises(ValueError, match=rf"of-somebody-else: .*{part}_proj: expected .* got {sizes[0]} -> {sizes[1]}"):
+        with pytest.raises(ValueError, match=rf"of-somebody-else: {path}: expected .* got {sizes[0]} -> {sizes[1]}"):
             WorkerLoRAManager._load_adapter(manager, request)
     else:
         assert WorkerLoRAManager._load_adapter(manager, request) is loaded

@@ -1,6 +1,7 @@
-"""What is changed in vLLM, and only where its functions have the parameters that are expected here.
+"""Changes of vLLM's own code.
 
-Another vLLM than the tested ones keeps its own code, with a warning: :func:`install` never makes a server fail to start.
+Each is made only where vLLM's functions have the expected parameters.  Another vLLM keeps its own code, with a warning:
+:func:`install` never makes a server fail to start.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from t2l_engine import ops
 from t2l_engine.serving import names
@@ -32,18 +35,17 @@ OVERRIDDEN = {
     "_shrink_decode": "y x w_t_all scale",
     "_expand_slice_decode": "y x w_t_all y_offset y_slice_size add_inputs",
 }
-_REGISTER_MODULE = "module_name module"
 
 
 def install(settings: Settings) -> Settings:
-    """Put this package's code into vLLM as ``settings`` ask, where this vLLM is known; returns the settings in force.
+    """Put this package's code into vLLM as ``settings`` ask; returns the settings in force.
 
     May be called more than once in a process.
     """
-    if settings.kernels and (reason := _changed(_use_kernels)) is not None:
+    if settings.kernels and (reason := _refused(_use_kernels)) is not None:
         logger.warning("T2L: vLLM's own LoRA kernels are used: %s", reason)
         settings = dataclasses.replace(settings, kernels=False)
-    if settings.mode == "memory" and (reason := _changed(_load_from_embeddings, settings)) is not None:
+    if settings.mode == "memory" and (reason := _refused(_load_from_embeddings, settings)) is not None:
         logger.warning("T2L: adapters are written as whole PEFT folders (mode disk): %s", reason)
         settings = dataclasses.replace(settings, mode="disk")
     changes = [
@@ -56,44 +58,50 @@ def install(settings: Settings) -> Settings:
             (_guard_all_routes, "--api-key does not cover all routes that make adapters"),
         ]
     for change, without in changes:
-        if (reason := _changed(change)) is not None:
+        if (reason := _refused(change)) is not None:
             logger.warning("T2L: %s: %s", without, reason)
     return settings
 
 
-def _changed(change: Callable[..., str | None], *arguments: Any) -> str | None:
-    """None where ``change`` was made; else why not: what it says, or what this vLLM has no longer or elsewhere."""
+class _NotPossible(Exception):
+    """A change cannot be made; the message says why."""
+
+
+def _refused(change: Callable[..., None], *arguments: Any) -> str | None:
+    """None if ``change`` was made, else why not."""
     try:
-        return change(*arguments)
+        change(*arguments)
     except (ImportError, AttributeError) as error:
         return f"this vLLM lacks what would be changed ({error})"
+    except _NotPossible as error:
+        return str(error)
+    return None
 
 
-def _parameters(function: Any) -> str:
-    """Names of the parameters of a function, without ``self``."""
-    return " ".join(name for name in inspect.signature(function).parameters if name not in ("self", "cls"))
+def _expect(owner: type, name: str, parameters: str) -> None:
+    """_NotPossible unless the method ``name`` has these parameters, after ``self``; AttributeError if there is none."""
+    found = inspect.signature(getattr(owner, name)).parameters
+    if " ".join(parameter for parameter in found if parameter not in ("self", "cls")) != parameters:
+        raise _NotPossible(f"{owner.__name__}.{name} of this vLLM has other parameters than ({parameters})")
 
 
-def _use_kernels() -> str | None:
-    """Have vLLM make :class:`PunicaWrapperT2L` and tell it of every LoRA layer; returns why not."""
+def _use_kernels() -> None:
+    """Have vLLM make :class:`PunicaWrapperT2L` and pass it every LoRA layer."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
-        return "the kernels are for CPUs"
+        raise _NotPossible("the kernels are for CPUs")
     if not ops.has_kernel("lora_add_group_", "CPU"):
-        return "t2l_engine was installed without native kernels"
+        raise _NotPossible("t2l_engine was installed without native kernels")
     from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
     for name, parameters in OVERRIDDEN.items():
-        if _parameters(getattr(PunicaWrapperCPU, name)) != parameters:
-            return f"PunicaWrapperCPU.{name} of this vLLM has other parameters than ({parameters})"
-    if _parameters(LoRAModelManager.register_module) != _REGISTER_MODULE:
-        return f"LoRAModelManager.register_module of this vLLM has other parameters than ({_REGISTER_MODULE})"
-    if _parameters(LoRAModelManager._get_punica_wrapper) != "module_name":
-        return "LoRAModelManager._get_punica_wrapper of this vLLM has other parameters than (module_name)"
+        _expect(PunicaWrapperCPU, name, parameters)
+    _expect(LoRAModelManager, "register_module", "module_name module")
+    _expect(LoRAModelManager, "_get_punica_wrapper", "module_name")
     from t2l_engine.serving.vllm.punica import PunicaWrapperT2L
 
     followed = (BaseLinearLayerWithLoRA, LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA)
@@ -106,11 +114,10 @@ def _use_kernels() -> str | None:
 
     stock = _once(LoRAModelManager, "register_module", register_module)
     _once(type(current_platform), "get_punica_wrapper", classmethod(lambda cls: WRAPPER))
-    return None
 
 
-def _load_from_embeddings(settings: Settings) -> str | None:
-    """Have vLLM's workers generate the weights of folders that hold an embedding; returns why not."""
+def _load_from_embeddings(settings: Settings) -> None:
+    """Have vLLM's workers generate the weights of folders that hold an embedding."""
     from vllm.lora.lora_model import LoRAModel
 
     from t2l_engine.serving.vllm import memory
@@ -119,9 +126,9 @@ def _load_from_embeddings(settings: Settings) -> str | None:
     taken = set(inspect.signature(LoRAModel.from_lora_tensors).parameters)
     needed = {"lora_model_id", "tensors", "peft_helper", "device", "dtype", "weights_mapper"}
     if not needed <= taken:
-        return f"LoRAModel.from_lora_tensors lacks parameters: {sorted(needed - taken)}"
+        raise _NotPossible(f"LoRAModel.from_lora_tensors lacks parameters: {sorted(needed - taken)}")
     if list(inspect.signature(stock).parameters)[1:4] != ["lora_dir", "expected_lora_modules", "peft_helper"]:
-        return "LoRAModel.from_local_checkpoint has other parameters"
+        raise _NotPossible("LoRAModel.from_local_checkpoint has other parameters")
 
     def from_local_checkpoint(cls: type, lora_dir: str, expected_lora_modules: set[str], peft_helper: Any, **options: Any):
         if not memory.is_memory(Path(lora_dir)):
@@ -135,20 +142,17 @@ def _load_from_embeddings(settings: Settings) -> str | None:
         return cls.from_lora_tensors(tensors=tensors, peft_helper=peft_helper, **known)  # type: ignore[attr-defined]
 
     _once(LoRAModel, "from_local_checkpoint", classmethod(from_local_checkpoint))
-    return None
 
 
-def _refuse_misfits() -> str | None:
-    """Have vLLM's workers refuse adapters of other sizes, and generated ones of which they would ignore modules; returns why
-    not.
+def _refuse_misfits() -> None:
+    """Have vLLM's workers refuse adapters of other sizes, and generated adapters with modules that they would ignore.
 
-    vLLM says of what it ignores in its debug log alone, and serves the rest.  It fills a corner of a slot with a smaller
-    adapter, and finds a larger one when the slot already counts as its own.
+    vLLM mentions ignored modules in its debug log alone, and serves the rest of the adapter.  It copies a smaller adapter
+    into a corner of its slot, and notices a larger one only when the slot already counts as the adapter's.
     """
     from vllm.lora.worker_manager import WorkerLoRAManager
 
-    if _parameters(WorkerLoRAManager._load_adapter) != "lora_request":
-        return "WorkerLoRAManager._load_adapter of this vLLM has other parameters than (lora_request)"
+    _expect(WorkerLoRAManager, "_load_adapter", "lora_request")
 
     def load_adapter(self: Any, lora_request: Any) -> Any:
         loaded = stock(self, lora_request)
@@ -171,26 +175,24 @@ def _refuse_misfits() -> str | None:
         return loaded
 
     stock = _once(WorkerLoRAManager, "_load_adapter", load_adapter)
-    return None
 
 
-def _answer_refusals() -> str | None:
-    """Have executors ask workers for the reason of a refusal instead of an error; returns why not.
+def _answer_refusals() -> None:
+    """Have workers answer the reason of a refusal instead of raising.
 
-    With several workers vLLM raises at the first answer that is an error and leaves those of the others in their queues,
+    With several workers vLLM raises at the first answer that is an error and leaves the other answers in their queues,
     where the next call takes them for its own.
     """
     from vllm.v1.executor.abstract import Executor
     from vllm.v1.worker.gpu_worker import Worker
 
     for owner in (Executor, Worker):
-        if _parameters(owner.add_lora) != "lora_request":
-            return f"{owner.__name__}.add_lora of this vLLM has other parameters than (lora_request)"
+        _expect(owner, "add_lora", "lora_request")
 
     def try_lora(self: Any, lora_request: Any) -> bool | str:
         try:
             return self.add_lora(lora_request)
-        except Exception as error:  # whatever it is, the other workers have met it too
+        except Exception as error:  # of any kind: the other workers raise the same
             logger.error("T2L: adapter %s is not loaded", lora_request.lora_name, exc_info=error)
             return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
@@ -203,20 +205,19 @@ def _answer_refusals() -> str | None:
     try_lora.__name__ = "t2l_try_lora"
     setattr(Worker, try_lora.__name__, try_lora)
     _once(Executor, "add_lora", add_lora)
-    return None
 
 
-def _forget_adapters_of_metrics() -> str | None:
-    """Have vLLM's metric of adapters in use show those of now; returns why not.
+def _forget_adapters_of_metrics() -> None:
+    """Have vLLM's metric of adapters in use show the current ones alone.
 
-    Its labels are the names of all that run and wait.  vLLM keeps every set there ever was, for ever: with a name a sentence
-    memory and /metrics would grow with the requests.  Left as it is where several engines share the metric, Ray keeps it, or
-    it lies in files that several processes write, from which nothing can be removed.
+    Its labels are the names of all adapters that run and wait, and vLLM keeps every set of them for ever: with one name a
+    sentence, memory and /metrics would grow with the requests.  Nothing changes where several engines share the metric, Ray
+    keeps it, or it lies in files of several processes, from which nothing can be removed.
     """
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
     if "scheduler_stats" not in inspect.signature(PrometheusStatLogger.record).parameters:
-        return "PrometheusStatLogger.record of this vLLM has other parameters"
+        raise _NotPossible("PrometheusStatLogger.record of this vLLM has other parameters")
 
     in_files = "PROMETHEUS_MULTIPROC_DIR" in os.environ
 
@@ -227,7 +228,6 @@ def _forget_adapters_of_metrics() -> str | None:
         stock(self, scheduler_stats, *arguments, **named)
 
     stock = _once(PrometheusStatLogger, "record", record)
-    return None
 
 
 #: Routes outside /v1 that take the name of a model, for which an adapter is made.
@@ -237,18 +237,17 @@ NAMING_MODELS = (
 )  # fmt: skip
 
 
-def _guard_all_routes() -> str | None:
-    """Have --api-key cover NAMING_MODELS too; returns why not."""
+def _guard_all_routes() -> None:
+    """Have --api-key cover NAMING_MODELS too."""
     from vllm.entrypoints.serve.middleware import authenticate
 
     if not isinstance(authenticate.GUARDED_PREFIX, tuple):
-        return f"GUARDED_PREFIX of this vLLM is a {type(authenticate.GUARDED_PREFIX).__name__}"
+        raise _NotPossible(f"GUARDED_PREFIX of this vLLM is a {type(authenticate.GUARDED_PREFIX).__name__}")
     authenticate.GUARDED_PREFIX = (*dict.fromkeys(authenticate.GUARDED_PREFIX + NAMING_MODELS),)
-    return None
 
 
 def _wrapping(manager: Any, path: str) -> tuple[Any, list[str]] | None:
-    """What vLLM wraps of the linear ``path``: its module, or that of several linears, and their names; None: nothing."""
+    """(LoRA layer of vLLM, names of its linears) for the linear ``path``; None if vLLM wraps no such linear."""
     prefix, dot, name = path.rpartition(".")
     for parent, parts in [(name, [name]), *manager.packed_modules_mapping.items()]:
         if name in parts and (found := f"{prefix}{dot}{parent}") in manager.modules:
@@ -257,10 +256,12 @@ def _wrapping(manager: Any, path: str) -> tuple[Any, list[str]] | None:
 
 
 def _sizes(manager: Any, path: str) -> tuple[int, int] | None:
-    """(in, out) features of a linear that vLLM wraps, all of them where it is divided among processes; None for others."""
+    """(in, out) features of a linear that vLLM wraps, counted over all tensor-parallel ranks; None for other modules."""
     module, parts = _wrapping(manager, path) or (None, [])
     lora_a, lora_b = (getattr(module, side, None) for side in ("lora_a_stacked", "lora_b_stacked"))
-    # A tuple, a matrix a part: not so for embeddings, the head, and parts that share one A.
+    if isinstance(lora_a, Tensor) and lora_a.dim() == 4:  # the head, which every rank holds whole
+        return lora_a.shape[-1], lora_b.shape[-2]
+    # A tuple, one matrix a linear: not so for embeddings, and linears that share one A.
     if not isinstance(lora_a, tuple) or not isinstance(lora_b, tuple) or len(lora_a) != len(parts):
         return None
     i = parts.index(path.rpartition(".")[2])
@@ -276,7 +277,7 @@ def _sizes(manager: Any, path: str) -> tuple[int, int] | None:
 
 
 def _stages() -> int:
-    """Number of processes that layers are divided among: each wraps its own."""
+    """Number of pipeline stages; each wraps its own layers."""
     from vllm.distributed import get_pp_group
 
     try:
@@ -286,7 +287,7 @@ def _stages() -> int:
 
 
 def _once(owner: type, name: str, replacement: Any) -> Callable[..., Any]:
-    """Replace a method of ``owner`` unless this function did before; returns the one that was there at first."""
+    """Replace a method of ``owner`` unless it is replaced already; returns vLLM's own."""
     current = owner.__dict__.get(name, getattr(owner, name))
     function = getattr(current, "__func__", current)
     if not hasattr(function, "_t2l_replaced"):

@@ -87,16 +87,6 @@ def _embedding(lora_b: Tensor, ranks: int) -> Layer:
     return Layer(lora_b, (eye,), (lora_b,), ranks)
 
 
-def _check_sizes(name: str, in_features: int, layer: Layer, lora_a: list[Any], lora_b: list[Any]) -> None:
-    """ValueError for an adapter of another model; a smaller one would fill a corner of the slot, without a word."""
-    for a, b, slot in zip(lora_a, lora_b, layer.lora_B, strict=True):
-        if a is not None and (a.shape[1], b.shape[0]) != (in_features, slot.shape[1]):
-            raise ValueError(
-                f"LoRA for {name}: expected {in_features} -> {slot.shape[1]} features as the served model has, "
-                f"got {a.shape[1]} -> {b.shape[0]}"
-            )
-
-
 def _rank(lora_a: Any, limit: int) -> int:
     """True rank of one slice as vLLM hands it to ``set_lora``: A ``[rank, in]``, or None."""
     return 0 if lora_a is None else min(lora_a.shape[0], limit)
@@ -127,22 +117,15 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
         lora_b = tuple(torch.zeros_like(b.mT, memory_format=torch.contiguous_format).mT for b in lora_b)
         module.lora_b_stacked = lora_b if isinstance(module.lora_b_stacked, tuple) else lora_b[0]
         if lora_a[0].dim() == 3:  # an embedding: A is [slots, vocabulary, R]
-            in_features, layer = lora_a[0].shape[1], _embedding(lora_b[0], ranks=0)
+            layer = _embedding(lora_b[0], ranks=0)
         else:
-            in_features, layer = lora_a[0].shape[-1], Layer(module.lora_a_stacked, lora_a, lora_b, ranks=0)
+            layer = Layer(module.lora_a_stacked, lora_a, lora_b, ranks=0)
         self._layers[id(layer.key)] = layer
-        self._follow(module, layer, in_features)
-
-    def _follow(self, module: Any, layer: Layer, in_features: int) -> None:
         set_lora, reset_lora = module.set_lora, module.reset_lora
         slices, limit = len(layer.lora_A), layer.lora_A[0].shape[1]
-        whole = getattr(module, "tp_size", 1) == 1  # else vLLM cuts its share out of the matrices
 
         def set_(index: int, lora_a: Any, lora_b: Any) -> None:
-            # One matrix, or a list with one for each slice.
-            given, out = (list(m) if isinstance(m, (list, tuple)) else [m] for m in (lora_a, lora_b))
-            if whole and len(given) == slices:
-                _check_sizes(type(module).__name__, in_features, layer, given, out)
+            given = list(lora_a) if isinstance(lora_a, (list, tuple)) else [lora_a]  # one matrix, or one for each slice
             set_lora(index, lora_a, lora_b)
             # vLLM may cut one A into several slices: then all have the whole width, whose columns beyond the rank are zero.
             ranks = [_rank(a, limit) for a in given] if len(given) == slices else [limit] * slices
@@ -154,10 +137,11 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
 
         module.set_lora, module.reset_lora = set_, reset
 
-    def _layer(self, key: Any, lora_a: tuple[Tensor, ...], lora_b: tuple[Tensor, ...]) -> Layer:
+    def _layer(self, key: Any, lora_a: Tensor | tuple[Tensor, ...], lora_b: Tensor | tuple[Tensor, ...]) -> Layer:
         layer = self._layers.get(id(key))
-        if layer is None:  # a layer that was not announced: nothing is known of its slots
-            layer = self._layers[id(key)] = Layer(key, lora_a, lora_b, ranks=lora_b[0].shape[-1])
+        if layer is None:  # without add_layer nothing is known of its slots
+            lora_b = _as_tuple(lora_b)
+            layer = self._layers[id(key)] = Layer(key, _as_tuple(lora_a), lora_b, ranks=lora_b[0].shape[-1])
         return layer
 
     # --- what changes with the batch ---
@@ -249,7 +233,7 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
         """The same for the language model's head: a row is a sample, ``y`` may have more columns than the vocabulary."""
         if not self._active:
             return
-        layer = self._layer(lora_a_stacked, (lora_a_stacked,), (lora_b_stacked,))
+        layer = self._layer(lora_a_stacked, lora_a_stacked, lora_b_stacked)
         group = layer.group(self._active)
         if group is None:
             return
