@@ -45,11 +45,11 @@ Every line is an input; its answer goes to standard output.  Lines are independe
 Begin a line with // for an input that begins with /."""
 
 COMMANDS = list(dict.fromkeys(re.findall(r"^  (/\w+)", HELP, re.MULTILINE)))
-#: Adapters that are held, and so tasks that /both can ask.
+#: Adapters in memory: the most tasks of a session.
 SLOTS = 8
-#: The key of the task of --task, which has no name, and what it and the base model are called.
+#: The key of the task without a name, and how it and the base model are called.
 UNNAMED, TASK, BASE = "", "task", "base"
-#: In small letters, as no sentence begins.
+#: /task NAME: TEXT.  Names are lower case, since sentences begin with a capital letter.
 _NAMED = re.compile(r"([a-z0-9_-]{1,16}):\s+(\S.*)")
 _LINE_BREAKS = str.maketrans(dict.fromkeys("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", " "))
 
@@ -81,7 +81,7 @@ class Chat:
         printed, last = "", None
         with contextlib.closing(self.desk.answers(text, list(rows.values()), **self.options)) as answers:
             for last in answers:
-                if len(rows) == 1:  # all words but the last, which the next token may go on with
+                if len(rows) == 1:  # without the last word, which the next token may continue
                     words = last.texts[0].rpartition(" ")[0]
                     self._print(words[len(printed) :])
                     printed = max(printed, words, key=len)
@@ -169,7 +169,7 @@ class Chat:
 
 
 def _lines(interactive: bool) -> Iterator[str]:
-    """Lines of standard input; with a prompt if ``interactive``."""
+    """Lines of standard input, with a prompt if ``interactive``."""
     if not interactive:
         for i, line in enumerate(standard_input()):
             yield line.removeprefix("\ufeff") if i == 0 else line
@@ -191,8 +191,8 @@ def chat(
     checkpoint: Checkpoint = DEFAULT_CHECKPOINT,
     base_model: BaseModel = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0: greedy decoding; otherwise sampling.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed of every sampled answer.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0: greedy decoding.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed of sampling, the same for every answer.")] = 0,
     dtype: BaseDType = DType.float32,
     scaling: Scaling = "",
     encoder: Encoder = "",
@@ -200,13 +200,12 @@ def chat(
 ) -> None:
     """Chat with the base model and the adapters of descriptions; /help lists the commands.
 
-    Every line is answered independently, without history: adapters are trained on single user turns.  Input may also be a
-    pipe: then there is no prompt, every answer is printed as one line, blank lines are skipped, and an invalid command ends
-    the program with status 1.  Standard output has the answers only.
+    Every line is answered independently, without history: adapters are trained on single user turns.  Standard output has
+    the answers only.  From a pipe, every answer is printed as one line, and an invalid command exits with status 1.
     """
     source = standard_input()
     if hasattr(source, "reconfigure"):
-        source.reconfigure(errors="surrogateescape")  # else what is not UTF-8 ends the iteration, unnamed
+        source.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 are reported with their line
     interactive = source.isatty()
     desk = open_desk(
         checkpoint, base_model, slots=SLOTS, max_new_tokens=max_new_tokens, dtype=dtype, scaling=scaling, encoder=encoder,

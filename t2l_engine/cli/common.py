@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from t2l_engine.engine import TextToLoRA
 
 DEFAULT_CHECKPOINT = "smollm2-135m"
+#: What ``t2l ui`` and the demo start with: a checkpoint for sentences of the user's own.
+FREE_TEXT_CHECKPOINT = "smollm2-135m-specs"
 
 
 class DType(str, enum.Enum):
@@ -38,23 +40,20 @@ Checkpoint = Annotated[str, typer.Option("--checkpoint", "-c", help="Bundled che
 Scaling = Annotated[str, typer.Option("--scaling", help="LoRA scaling: rslora, plain or a number; default: as trained.")]
 Encoder = Annotated[str, typer.Option("--encoder", help="Local folder of the text encoder; default: the checkpoint's.")]
 TrustRemoteCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code", help="Run the Python code that the text encoder's configuration names, also from elsewhere."
-    ),
+    bool, typer.Option("--trust-remote-code", help="Allow custom encoder code, including remote repositories.")
 ]
 BaseModel = Annotated[
     str, typer.Option("--base-model", help="Local transformers folder; default: the checkpoint's base model.")
 ]
 BaseDType = Annotated[DType, typer.Option("--dtype", help="Dtype of the base model.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output instead; none on failure.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output; nothing on failure.")]
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep memory that it frees; where the C library is not glibc, nothing happens.
+    """Let this process keep memory that it frees; no effect without glibc.
 
-    glibc returns blocks of some 100 kB and more to the system, so every op of a model on a CPU would have its result's pages
-    mapped and zeroed anew, which can take longer than the op.
+    glibc returns blocks above some 100 kB to the system.  The pages of every op's result are then mapped and zeroed again,
+    which can take longer than the op.
     """
     import ctypes
 
@@ -108,7 +107,7 @@ def print_json(value: Any) -> None:
 
 @contextlib.contextmanager
 def named(options: Mapping[str, str]) -> Iterator[None]:
-    """Errors that begin with a parameter's name (key) name what the user typed (value) instead."""
+    """Replace a parameter's name (key) at the start of an error by the option that the user typed (value)."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
@@ -120,7 +119,7 @@ def named(options: Mapping[str, str]) -> Iterator[None]:
 
 
 def check_kernels() -> None:
-    """A warning where every op runs its plain-torch reference unasked; ValueError for an invalid ``T2L_ISA``."""
+    """Warn if there are no native kernels and nobody disabled them; ValueError for an invalid ``T2L_ISA``."""
     from t2l_engine.ops import native
 
     if native.is_loaded():
@@ -135,8 +134,7 @@ def load_engine(
 ) -> tuple[TextToLoRA, Path]:
     """(engine, checkpoint folder) for the options of a command.
 
-    A checkpoint may read texts with its base model: where that is no longer in the folder that it names, it is the one in
-    ``base_model``, if given.
+    A checkpoint may encode texts with its base model.  If the folder that it names is gone, ``base_model`` is used.
     """
     from transformers.utils import logging
 
@@ -171,9 +169,7 @@ def expect_descriptions(folder: Path) -> None:
     from t2l_engine.hypernetwork.checkpoint import describe
 
     if describe(folder).get("training", {}).get("condition") == "input":
-        raise ValueError(
-            f"--checkpoint: expected one that reads descriptions, got {folder}, which was trained to read inputs"
-        )
+        raise ValueError(f"--checkpoint: expected one trained on descriptions, got {folder}, which was trained on inputs")
 
 
 def parse_scaling(text: str) -> str | float | None:
@@ -189,7 +185,7 @@ def parse_scaling(text: str) -> str | float | None:
 def base_model_of(folder: Path, given: str) -> str:
     """``--base-model``, or the base model of the checkpoint in ``folder``.
 
-    Raises ValueError if there is neither, FileNotFoundError for one that only the checkpoint names and that is not here.
+    Raises ValueError if there is neither, FileNotFoundError if only the checkpoint names one and it is no local folder.
     """
     from t2l_engine.hypernetwork import checkpoint
     from t2l_engine.text import packaged

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import re
 import threading
 import time
@@ -19,17 +18,17 @@ from transformers.utils import logging
 
 import t2l_engine as t2l
 from t2l_engine import ops
-from t2l_engine.research import costs
+from t2l_engine.cli.common import FREE_TEXT_CHECKPOINT
 from t2l_engine.text import packaged
 from t2l_engine.text.prompts import raw_prompt
 
-CHECKPOINT = "smollm2-135m-specs"
-SIBLING, NOVEL = "unseen sentence of a trained family", "family that was not trained"
+CHECKPOINT = FREE_TEXT_CHECKPOINT
+IN_FAMILY, OUT_OF_FAMILY = "unseen sentence of a trained family", "family that was not trained"
 
-#: Description -> (its tier, (input, correct answer) of each row).  Nothing was trained on these sentences.
+#: Description -> (its split, (input, correct answer) of each row).  The checkpoint was not trained on these sentences.
 TASKS = {
     'Spot the vehicle and insert it where "Draw the ___ in blue." has its blank.': (
-        SIBLING,
+        IN_FAMILY,
         [
             ("Nobody mentioned the tractor until Sunday.", "Draw the tractor in blue."),
             ("What do you know about the ambulance?", "Draw the ambulance in blue."),
@@ -37,7 +36,7 @@ TASKS = {
         ],
     ),
     "File the sentence under computers, cooking or law.": (
-        SIBLING,
+        IN_FAMILY,
         [
             ("Did Nora mention the download?", "computers"),
             ("Did Felix mention the prosecutor?", "law"),
@@ -45,11 +44,11 @@ TASKS = {
         ],
     ),
     'Combine the two words so that "magic" is before the other.': (
-        SIBLING,
+        IN_FAMILY,
         [('"doctor"', "magic doctor"), ('"sister"', "magic sister"), ("the word pudding", "magic pudding")],
     ),
     "Write the letters of the word from last to first.": (
-        NOVEL,
+        OUT_OF_FAMILY,
         [('"doctor"', "rotcod"), ("the word pan", "nap"), ("the word tube", "ebut")],
     ),
 }
@@ -64,12 +63,6 @@ INPUTS = (
 )
 #: An input for the first two descriptions.
 SAME_INPUT = "The report says a lot about the recipe in the van."
-#: Few-shot examples of the first description, for the cost of in-context learning.
-SHOTS = [
-    ("Look, they wash the lorry on Sunday.", "Draw the lorry in blue."),
-    ("Have you ever seen a scooter?", "Draw the scooter in blue."),
-    ("Somebody sold the bus on Monday.", "Draw the bus in blue."),
-]
 
 console = Console(highlight=False, width=118)
 
@@ -118,9 +111,9 @@ def show_tasks(model, tokenizer, engine, lora) -> None:
         "input", "base model", "right?", "adapted model", "right?", title="1. Sentences that nothing was trained on"
     )
     score = {"base": 0, "adapted": 0}
-    for i, (description, (tier, pairs)) in enumerate(TASKS.items()):
+    for i, (description, (split, pairs)) in enumerate(TASKS.items()):
         table.add_section()
-        table.add_row(f"[bold]{escape(description)}[/bold]", f"[dim]{tier}[/dim]")
+        table.add_row(f"[bold]{escape(description)}[/bold]", f"[dim]{split}[/dim]")
         base = answer(model, tokenizer, [raw_prompt(description, x) for x, _ in pairs])
         with lora.use(i):
             adapted = answer(model, tokenizer, [engine.prompt(tokenizer, x) for x, _ in pairs])
@@ -149,8 +142,8 @@ def show_own(model, tokenizer, engine, text: str) -> None:
         table.add_row(*(escape(cell[:48]) for cell in row))
     console.print(table)
     console.print(
-        "No answer is marked right or wrong: nothing here knows what the sentence asks for. The base model reads it in its "
-        "prompt, the adapted model reads the input alone.\n"
+        "Answers are not scored: the right ones are not known. The base model reads the sentence in its prompt, the adapted "
+        "model reads the input alone.\n"
     )
 
 
@@ -185,11 +178,8 @@ def show_mixed_batch(model, tokenizer, engine, lora) -> None:
     console.print()
 
 
-def show_costs(model, tokenizer, engine) -> None:
-    description = next(iter(TASKS))
-    text = TASKS[description][1][0][0]
-    config = engine.hypernetwork.config
-    encoder = engine.encoder
+def show_times(model, engine) -> None:
+    description, encoder = next(iter(TASKS)), engine.encoder
     task_emb = encoder.encode([description])
     stack = engine.hypernetwork.generate(task_emb)
 
@@ -199,35 +189,16 @@ def show_costs(model, tokenizer, engine) -> None:
     def attach_and_detach() -> None:
         t2l.attach(model, stack).detach()
 
-    table = Table("step", "time", title="4. What it costs (this machine, one description, fastest of 5)")
-    table.add_row("reader", f"{milliseconds(encode):.1f} ms")
+    table = Table("step", "time", title="4. Times (this machine, one description, fastest of 5)")
+    table.add_row("text encoder", f"{milliseconds(encode):.1f} ms")
     table.add_row("hypernetwork", f"{milliseconds(lambda: engine.hypernetwork.generate(task_emb)):.1f} ms")
     table.add_row("attach", f"{milliseconds(attach_and_detach):.1f} ms")
     console.print(table)
-    values = stack.num_parameters
-    size = values * stack.dtype.itemsize / 1e6
+    size = stack.num_parameters * stack.dtype.itemsize / 1e6
+    dtype = str(stack.dtype).removeprefix("torch.")
     console.print(
-        f"One adapter: rank {config.rank}, {values:,} values, {size:.2f} MB in {str(stack.dtype).removeprefix('torch.')}."
-    )
-
-    count = lambda s: len(tokenizer(s, add_special_tokens=False)["input_ids"])  # noqa: E731
-    question, shots = count(engine.prompt(tokenizer, text)), count(raw_prompt(description, text, SHOTS))
-    words, depth = encoder.lengths(encoder.prepare([description]))[0], encoder.config.layers[-1]
-    decoder = costs.Decoder.from_config(model.config)
-    read = dataclasses.replace(decoder, layers=depth, windows=decoder.windows[:depth], sparse=decoder.sparse[:depth])
-    pooling = 2 * words * sum(parameter.numel() for parameter in encoder.pooling.parameters())  # at most
-    once = (costs.encoder_flops(read, words) + costs.hypernet_flops(config)).total + pooling
-    per_question = (costs.decoder_flops(decoder, question) + costs.lora_flops(config, question)).total
-    in_context = costs.decoder_flops(decoder, shots).total
-    table = Table("questions", "described once + adapter", "three examples with each", "ratio", title="FLOPs, closed forms")
-    for questions in (1, 10, 100):
-        ours, theirs = once + questions * per_question, questions * in_context
-        table.add_row(str(questions), f"{ours / 1e9:,.1f} G", f"{theirs / 1e9:,.1f} G", f"{theirs / ours:.2f} x")
-    console.print(table)
-    console.print(
-        f"{question} tokens a question against {shots} with description and examples; describing costs "
-        f"{once / 1e9:.2f} GFLOP once. Prompt processing to the first answer token, examples not cached "
-        "(t2l cost --model smollm2-135m: cached too, and larger models).\n"
+        f"One adapter: rank {engine.hypernetwork.config.rank}, {stack.num_parameters:,} values, {size:.2f} MB in {dtype}. "
+        "FLOPs beside few-shot prompts: t2l cost --model smollm2-135m.\n"
     )
 
 
@@ -246,7 +217,7 @@ def main(svg: str | None = None, text: str = "") -> None:
     console.print(f"[bold]t2l_engine {t2l.__version__}[/bold], native kernels: {'on' if ops.NATIVE else 'off'}\n")
     with busy("SmolLM2-135M-Instruct (the first time its weights are unpacked)"):
         model, tokenizer = packaged.load()
-    with busy("reader and hypernetwork, four sentences to adapters"):
+    with busy("text encoder and hypernetwork, four sentences to adapters"):
         engine = t2l.TextToLoRA.from_pretrained(CHECKPOINT)
         stack = engine.generate([*TASKS])
     console.print()
@@ -260,7 +231,7 @@ def main(svg: str | None = None, text: str = "") -> None:
     lora.detach()
     if svg is not None:
         save_svg(svg)
-    show_costs(model, tokenizer, engine)
+    show_times(model, engine)
     console.print(
         f'Next: t2l generate "File the sentence under computers, cooking or law." -c {CHECKPOINT} -o out/   writes an '
         "adapter in the PEFT format."

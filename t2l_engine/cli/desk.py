@@ -1,4 +1,4 @@
-"""What ``t2l chat`` and ``t2l ui`` open: a base model beside the adapters of descriptions, from the options of a command."""
+"""The models of ``t2l chat`` and ``t2l ui``: a base model beside the adapters of descriptions, from command-line options."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Desk:
-    """``base_model``: its name."""
+    """``side_by_side`` answers; ``base_model``: name of its base model."""
 
     side_by_side: SideBySide
     base_model: str
 
     def save(self, description: str, path: Path) -> None:
-        """Write the adapter of ``description`` to FILE.gguf, or as a PEFT folder; ValueError where it cannot be."""
+        """Write the adapter of ``description`` to FILE.gguf, or as a PEFT folder.  Raises ValueError or OSError."""
         self.side_by_side.run(lambda: self._save(description, path))
 
     def _save(self, description: str, path: Path) -> None:
@@ -47,7 +47,7 @@ def open_desk(
     encoder: str,
     trust_remote_code: bool,
 ) -> Desk:
-    """Load all that the options name; ValueError for answers that are longer than the model's context."""
+    """Load checkpoint and base model; ValueError if answers of ``max_new_tokens`` do not fit the model's context."""
     from t2l_engine.serving.side_by_side import SideBySide
     from t2l_engine.text import base_model as models
 

@@ -45,16 +45,16 @@ def export(
             help="Bundled checkpoint name, or a checkpoint folder; for a .gguf file a description, or a PEFT adapter folder."
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write or replace; *.gguf: of an adapter.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write or replace; *.gguf: an adapter.")],
     dtype: Annotated[
         Weights | None,
         typer.Option(
-            "--dtype", help="Of the weight matrices; default: as stored, float32 in a .gguf file.  float16: .gguf."
+            "--dtype", help="Dtype of matrices; default: as stored, in .gguf files float32.  float16: .gguf files alone."
         ),
     ] = None,
     checkpoint: Annotated[
         str,
-        typer.Option("--checkpoint", "-c", help=f"Makes the adapter of a description; default: {DEFAULT_CHECKPOINT}."),
+        typer.Option("--checkpoint", "-c", help=f"Generates the adapter of a description; default: {DEFAULT_CHECKPOINT}."),
     ] = "",
     base_model: BaseModel = "",
     scaling: Scaling = "",
@@ -111,9 +111,9 @@ def _checkpoint_file(source: str, output: Path, dtype: Any) -> dict[str, Any]:
 def _adapter_file(
     source: str, output: Path, dtype: Any, of_description: Mapping[str, Any], base_model: str
 ) -> dict[str, Any]:
-    """Write the adapter of the PEFT folder or description ``source``; returns what is said of it.
+    """Write the adapter of a PEFT folder or a description; returns what the command prints.
 
-    ``of_description``: options that a description alone can have.
+    ``of_description``: options that apply to descriptions alone.
     """
     from t2l_engine.adapters.peft import CONFIG_NAME
     from t2l_engine.adapters.stack import AdapterStack
@@ -150,10 +150,10 @@ def _adapter_file(
 
 
 def prompt_prefix(engine: TextToLoRA, description: str) -> str:
-    """What prompts begin with, of a checkpoint trained with descriptions in raw prompts; else empty."""
+    """The start of prompts for a checkpoint trained with descriptions in raw prompts; else empty."""
     from t2l_engine.text.prompts import RAW, raw_prompt
 
-    if not engine.description_in_prompt or engine.prompt_form != RAW:  # in a chat it stands inside a turn
+    if not engine.description_in_prompt or engine.prompt_form != RAW:  # a chat template puts it inside a turn
         return ""
     return raw_prompt(description, "").removesuffix(raw_prompt("", ""))
 

@@ -1,4 +1,4 @@
-"""``t2l show`` and ``t2l convert``: description of folders, conversion of checkpoints."""
+"""``t2l show`` and ``t2l convert``."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _render(about: dict[str, Any]) -> None:
 
 
 def _text(value: Any, depth: int = 3) -> str:
-    """``value`` in words, to so many levels of lists and objects."""
+    """``value`` as text; ``depth``: levels of lists and objects that are shown."""
     from t2l_engine.files.errors import short_repr
 
     if isinstance(value, (dict, list)) and not depth:

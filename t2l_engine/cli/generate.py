@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from t2l_engine.cli import export
 from t2l_engine.cli.common import (
     DEFAULT_CHECKPOINT,
     Checkpoint,
@@ -28,7 +31,9 @@ from t2l_engine.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from t2l_engine.adapters.stack import AdapterStack
     from t2l_engine.engine import TextToLoRA
+    from t2l_engine.library import AdapterLibrary, Match
 
 BATCH_SIZE = 64  # bounds the adapters in memory; a mixture is as large as those that it is made of
 INDEX_NAME = "index.json"
@@ -41,41 +46,45 @@ class Format(str, enum.Enum):
     gguf = "gguf"
 
 
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder of the adapter; for several, of DIR/0, DIR/1, ... and index.json.")
+]
+Descriptions = Annotated[list[str] | None, typer.Argument(help="Task descriptions, one adapter each.")]
+File = Annotated[Path | None, typer.Option("--file", "-f", help="File of descriptions, one per line; -: standard input.")]
+Examples = Annotated[
+    Path | None,
+    typer.Option(help="JSON Lines of worked examples, input and output, which the adapters are generated from too."),
+]
+Form = Annotated[
+    Format, typer.Option("--format", help="peft: folders; gguf: DIR/adapter.gguf or DIR/0.gguf, ..., for llama.cpp.")
+]
+Library = Annotated[
+    Path | None, typer.Option(help="Folder of stored adapters with descriptions.json: take the nearest one from there.")
+]
+TopK = Annotated[int, typer.Option("--top-k", min=1, help="With --library: mix the nearest ones, weighted by nearness.")]
+MinSimilarity = Annotated[
+    float,
+    typer.Option("--min-similarity", min=-1, max=1, help="With --library: generate where the nearest has a lower cosine."),
+]
+StatedModel = Annotated[
+    str,
+    typer.Option(
+        "--base-model",
+        help="Name or folder that the adapters state; default: the checkpoint's base model.  For GGUF a local folder.",
+    ),
+]
+
+
 def generate(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the adapter; for several, of DIR/0, DIR/1, ... and index.json.")
-    ],
-    descriptions: Annotated[list[str] | None, typer.Argument(help="Task descriptions, one adapter each.")] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option("--file", "-f", help="File of descriptions, one per line; -: standard input."),
-    ] = None,
-    examples: Annotated[
-        Path | None,
-        typer.Option(help="JSON Lines of worked examples, input and output, which the adapters are generated from too."),
-    ] = None,
-    form: Annotated[
-        Format, typer.Option("--format", help="peft: folders; gguf: DIR/adapter.gguf or DIR/0.gguf, ..., for llama.cpp.")
-    ] = Format.peft,
-    library: Annotated[
-        Path | None, typer.Option(help="Folder of stored adapters with descriptions.json: take the nearest one from there.")
-    ] = None,
-    top_k: Annotated[
-        int, typer.Option("--top-k", min=1, help="With --library: mix the nearest ones, weighted by nearness.")
-    ] = 1,
-    min_similarity: Annotated[
-        float,
-        typer.Option(
-            "--min-similarity", min=-1, max=1, help="With --library: generate where the nearest has a lower cosine."
-        ),
-    ] = -1.0,
-    base_model: Annotated[
-        str,
-        typer.Option(
-            "--base-model",
-            help="Name or folder that the adapters state; default: the checkpoint's base model.  For GGUF a local folder.",
-        ),
-    ] = "",
+    output: Output,
+    descriptions: Descriptions = None,
+    file: File = None,
+    examples: Examples = None,
+    form: Form = Format.peft,
+    library: Library = None,
+    top_k: TopK = 1,
+    min_similarity: MinSimilarity = -1.0,
+    base_model: StatedModel = "",
     checkpoint: Checkpoint = DEFAULT_CHECKPOINT,
     scaling: Scaling = "",
     encoder: Encoder = "",
@@ -86,103 +95,148 @@ def generate(
 
     A single description as argument is written to DIR itself; several, or those of --file, to DIR/0, DIR/1, ..., with
     DIR/index.json as their index.  --json prints a list of objects with description, folder (of GGUF, file), rank, scaling,
-    modules and parameters; with --library, also the stored adapters that were used, with similarity and weight.  With
-    --examples, a checkpoint whose encoder reads examples generates from these, too.
+    modules and parameters; with --library, also the stored adapters that were used, with similarity and weight.
+    --examples needs a checkpoint whose encoder reads examples.
     """
-    from t2l_engine.cli import export
-    from t2l_engine.files.weights import write_text
-    from t2l_engine.hypernetwork import checkpoint as checkpoints
-    from t2l_engine.library import AdapterLibrary
-    from t2l_engine.text import packaged
-    from t2l_engine.text.base_model import config_of
     from t2l_engine.text.examples import read_examples
 
     if bool(descriptions) == (file is not None):
         raise typer.BadParameter("expected descriptions as arguments, or --file; not both")
-    if library is None and (top_k != 1 or min_similarity != -1):
-        raise typer.BadParameter("--top-k and --min-similarity: expected --library too")
-    if library is not None and examples is not None:
+    _check_library(library, top_k, min_similarity, {"--scaling": scaling, "--encoder": encoder}, examples)
+    several = file is not None or len(descriptions) > 1
+    _check_output(output, several)
+    lines = _read(file) if file else {f"description {i}": text for i, text in enumerate(descriptions, start=1)}
+    texts = list(lines.values())
+    shots = None if examples is None else read_examples(examples)
+    engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code, base_model)
+    _check_texts(engine, lines, shots)
+    base, config = _base_model(folder, base_model, form)
+    known = None if library is None else _open_library(library, base, top_k)
+    adapters = _adapters(engine, texts, shots, known, top_k, min_similarity)
+    results = []
+    with _index(output, texts, form) if several else contextlib.nullcontext(_only(form)) as names:
+        for name, text, (stack, i, matches) in zip(names, texts, adapters, strict=True):
+            path = output / name
+            if config is None:
+                stack.save_pretrained(path, adapter=i, base_model_name_or_path=base)
+            else:
+                export.save(stack, i, path, config, None, text, export.prompt_prefix(engine, text))
+            results.append(_about(text, path, form, stack, i, matches))
+            if not as_json:
+                _print(results[-1], path)
+    if as_json:
+        print_json(results)
+
+
+def _check_library(
+    library: Path | None, top_k: int, min_similarity: float, of_engine: Mapping[str, str], examples: Path | None
+) -> None:
+    """Options that --library needs, or excludes; ``of_engine``: options of generated adapters alone."""
+    if library is None:
+        if top_k != 1 or min_similarity != -1:
+            raise typer.BadParameter("--top-k and --min-similarity: expected --library too")
+        return
+    if examples is not None:
         raise ValueError("--examples: expected none with --library, whose adapters are found by their descriptions")
-    if library is not None and min_similarity == -1:
-        for option, value in (("--scaling", scaling), ("--encoder", encoder)):
-            if value:
-                raise ValueError(
-                    f"{option}: expected none with --library, unless --min-similarity lets adapters be generated"
-                )
+    for option, value in of_engine.items():
+        if value and min_similarity == -1:
+            raise ValueError(f"{option}: expected none with --library, unless --min-similarity lets adapters be generated")
+
+
+def _check_output(output: Path, several: bool) -> None:
+    """Errors for an ``output`` that is a file, or has an index.json that this command has not written."""
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"--output: {output}: expected a folder, got a file")
     if output.suffix.lower() == export.GGUF and not output.exists():
         raise ValueError(
             f"--output: expected a folder, got {output}; t2l export DESCRIPTION -o FILE{export.GGUF} writes a file"
         )
-    several, index = file is not None or len(descriptions) > 1, output / INDEX_NAME
+    index = output / INDEX_NAME
     if several and index.exists() and not _is_index(index):
         raise FileExistsError(
             f"--output: {index}: expected an index of adapters, or none, got another file; choose another folder"
         )
-    lines = {} if file is None else _read(file)
-    texts = list(lines.values()) or descriptions
-    shots = None if examples is None else read_examples(examples)
-    engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code, base_model)
-    _check(engine, lines or {f"description {i}": text for i, text in enumerate(texts, start=1)}, shots)
-    base = base_model or checkpoints.describe(folder).get("base_model")
+
+
+def _base_model(folder: Path, given: str, form: Format) -> tuple[str | None, Any]:
+    """(name that PEFT folders state, configuration for GGUF files or None) for the checkpoint in ``folder``."""
+    from t2l_engine.hypernetwork import checkpoint
+    from t2l_engine.text import packaged
+    from t2l_engine.text.base_model import config_of
+
+    name = given or checkpoint.describe(folder).get("base_model")
+    if form is Format.peft:
+        return name and packaged.hub_name(name), None
     with named({"base_model": "--base-model"}):
-        base_config = config_of(base_model_of(folder, base_model)) if form is Format.gguf else None
-    base = base and packaged.hub_name(base)
-    results = []
-    shown = None if shots is None else [shots] * len(texts)
-    if library is None:
-        known, task_emb = None, engine.encoder.encode(texts, examples=shown)
-    else:
-        known, task_emb = AdapterLibrary.open(library), None
-        theirs = stored_base(library)
-        if differ(base, theirs):
-            said = f"the adapters in {library} are of {theirs}, and are written as of {base}"
-            say(f"warning: {said}; --base-model names another")
-        if top_k > len(known):
-            raise ValueError(f"--top-k: expected at most the {len(known)} adapters of the library, got {top_k}")
-    if several:
-        index.unlink(missing_ok=True)  # invalid until all adapters are written
+        return name and packaged.hub_name(name), config_of(base_model_of(folder, given))
+
+
+def _only(form: Format) -> list[str]:
+    """Name of a single adapter in its folder; of a PEFT adapter it is the folder itself."""
+    return ["" if form is Format.peft else f"adapter{export.GGUF}"]
+
+
+@contextlib.contextmanager
+def _index(output: Path, texts: list[str], form: Format) -> Iterator[list[str]]:
+    """Names of several adapters; index.json is gone while they are written, and complete afterwards."""
+    from t2l_engine.files.weights import write_text
+
+    index = output / INDEX_NAME
+    index.unlink(missing_ok=True)
+    names = [f"{i}{'' if form is Format.peft else export.GGUF}" for i in range(len(texts))]
+    yield names
+    write_text(index, json.dumps(dict(zip(names, texts, strict=True)), indent=1, ensure_ascii=False) + "\n")
+
+
+def _open_library(folder: Path, base: str | None, top_k: int) -> AdapterLibrary:
+    """The library in ``folder``, with a warning if its adapters are of another base model than ``base``."""
+    from t2l_engine.library import AdapterLibrary
+
+    library, theirs = AdapterLibrary.open(folder), stored_base(folder)
+    if differ(base, theirs):
+        said = f"the adapters in {folder} are of {theirs}, and are written as of {base}"
+        say(f"warning: {said}; --base-model names another")
+    if top_k > len(library):
+        raise ValueError(f"--top-k: expected at most the {len(library)} adapters of the library, got {top_k}")
+    return library
+
+
+def _adapters(
+    engine: TextToLoRA, texts: list[str], shots: Any, library: AdapterLibrary | None, top_k: int, min_similarity: float
+) -> Iterator[tuple[AdapterStack, int, list[Match] | None]]:
+    """(stack, index in it, stored adapters that were used) of the adapter of each text, made in batches."""
     size = max(1, BATCH_SIZE // top_k)
+    task_emb = engine.encoder.encode(texts, examples=shots and [shots] * len(texts)) if library is None else None
     for start in range(0, len(texts), size):
-        batch = texts[start : start + size]
-        if known is None:
-            stack, matches = engine.hypernetwork.generate(task_emb[start : start + size]), []
+        if library is None:
+            stack, matches = engine.hypernetwork.generate(task_emb[start : start + size]), [None] * size
         else:
-            stack, matches = engine.retrieve(batch, known, top_k, min_similarity)
-        for i, text in enumerate(batch):
-            if form is Format.gguf:
-                target = output / (f"{start + i}.gguf" if several else "adapter.gguf")
-                export.save(stack, i, target, base_config, None, text, export.prompt_prefix(engine, text))
-            else:
-                target = output / str(start + i) if several else output
-                stack.save_pretrained(target, adapter=i, base_model_name_or_path=base)
-            ranks = {name: of[i] for name, of in stack.ranks.items()}
-            result = {
-                "description": text,
-                "folder" if form is Format.peft else "file": str(target),
-                "rank": max(int(of.max()) for of in ranks.values()),
-                "scaling": float(stack.scaling[i]),
-                "modules": [name for name, of in ranks.items() if of.any()],
-                "parameters": sum(int(of.sum()) * sum(stack.sizes[name][1:]) for name, of in ranks.items()),
-            }
-            said = ""
-            if known is not None:
-                result["stored"] = [dataclasses.asdict(match) for match in matches[i]]
-                said = ", ".join(f"{m.name} ({m.similarity:.2f})" for m in matches[i])
-                said = f", {'stored: ' + said if said else 'generated'}"
-            results.append(result)
-            if not as_json:
-                typer.echo(f"{target}: rank {result['rank']}, scaling {result['scaling']:g}, {text!r}{said}")
-    if several:
-        ending = "" if form is Format.peft else export.GGUF
-        names = {f"{i}{ending}": text for i, text in enumerate(texts)}
-        write_text(index, json.dumps(names, indent=1, ensure_ascii=False) + "\n")
-    if as_json:
-        print_json(results)
+            stack, matches = engine.retrieve(texts[start : start + size], library, top_k, min_similarity)
+        yield from ((stack, i, matches[i]) for i in range(len(stack)))
 
 
-def _check(engine: TextToLoRA, texts: dict[str, str], shots: list[tuple[str, str]] | None) -> None:
+def _about(text: str, path: Path, form: Format, stack: AdapterStack, i: int, matches: list[Match] | None) -> dict[str, Any]:
+    """What --json prints of an adapter."""
+    ranks = {name: of[i] for name, of in stack.ranks.items()}
+    stored = {} if matches is None else {"stored": [dataclasses.asdict(match) for match in matches]}
+    return {
+        "description": text,
+        "folder" if form is Format.peft else "file": str(path),
+        "rank": max(int(of.max()) for of in ranks.values()),
+        "scaling": float(stack.scaling[i]),
+        "modules": [name for name, of in ranks.items() if of.any()],
+        "parameters": sum(int(of.sum()) * sum(stack.sizes[name][1:]) for name, of in ranks.items()),
+    } | stored
+
+
+def _print(about: dict[str, Any], path: Path) -> None:
+    """One line for an adapter."""
+    stored = ", ".join(f"{match['name']} ({match['similarity']:.2f})" for match in about.get("stored", ()))
+    origin = f", stored: {stored}" if stored else ", generated" if "stored" in about else ""
+    typer.echo(f"{path}: rank {about['rank']}, scaling {about['scaling']:g}, {about['description']!r}{origin}")
+
+
+def _check_texts(engine: TextToLoRA, texts: dict[str, str], shots: list[tuple[str, str]] | None) -> None:
     """ValueError, naming the key in ``texts``, such as file and line, for a text or examples that the encoder rejects."""
     for name, text in texts.items():
         with named({"texts[0]": name, "examples[0]": "--examples", "examples": "--examples"}):
@@ -191,13 +245,11 @@ def _check(engine: TextToLoRA, texts: dict[str, str], shots: list[tuple[str, str
 
 def _is_index(file: Path) -> bool:
     """Whether ``file`` is what this command writes, which may be replaced."""
-    from t2l_engine.cli.export import GGUF
-
     try:
         found = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and all(name.removesuffix(GGUF).isdecimal() for name in found)
+    return isinstance(found, dict) and all(name.removesuffix(export.GGUF).isdecimal() for name in found)
 
 
 def _read(file: Path) -> dict[str, str]:

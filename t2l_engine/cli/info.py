@@ -18,8 +18,8 @@ def info(
         bool,
         typer.Option(
             "--check",
-            help="Also compare every op with its float64 reference, on every instruction set of this CPU and on CUDA, "
-            "and a bundled adapter with recorded values; exit status 1 on any difference.",
+            help="Compare every op with its float64 reference, on each instruction set of this CPU and on CUDA, and a "
+            "bundled adapter with recorded values; exit status 1 on any difference.",
         ),
     ] = False,
 ) -> None:
@@ -55,7 +55,7 @@ def _print(about: dict[str, Any]) -> None:
 
 
 def _check(quiet: bool) -> list[dict[str, Any]]:
-    """Results of all checks, printed as they come unless ``quiet``; ``worst`` is None if it is not finite."""
+    """Results of all checks, printed one by one unless ``quiet``; ``worst`` is None if it is not finite."""
     from t2l_engine.testing import selfcheck
 
     if not quiet:

@@ -21,10 +21,10 @@ def serve_flags(
     ],
     max_loras: Annotated[
         int,
-        typer.Option("--max-loras", min=1, help="Adapters in a batch; a new one needs a free place."),
+        typer.Option("--max-loras", min=1, help="Max adapters per batch; leave one slot for loading."),
     ] = 8,
     max_cpu_loras: Annotated[
-        int, typer.Option("--max-cpu-loras", min=1, help="Adapters in memory; others are read again from their folders.")
+        int, typer.Option("--max-cpu-loras", min=1, help="Adapters cached in memory; others are read from disk again.")
     ] = 256,
     as_json: Json = False,
 ) -> None:
@@ -47,7 +47,7 @@ def serve_flags(
 
 
 def collect(sources: Sequence[str], max_loras: int, max_cpu_loras: int) -> dict[str, Any]:
-    """Slots that hold adapters of all ``sources``; of the first, the default, the endpoint."""
+    """Flags and variables for adapters of all ``sources``; the endpoint is that of the first, the default."""
     from t2l_engine.hypernetwork import checkpoint as checkpoints
     from t2l_engine.hypernetwork.folder import bundled_checkpoints, resolve_checkpoint
     from t2l_engine.serving.vllm.settings import Settings
@@ -65,7 +65,7 @@ def collect(sources: Sequence[str], max_loras: int, max_cpu_loras: int) -> dict[
     # Decoding without the penalties of the model's generation_config.json, as in training and evaluation.
     flags += ["--generation-config", "vllm", "--lora-target-modules", *modules]
     environment = {"T2L_VLLM_CHECKPOINT": ",".join(names), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    known = Settings.from_environment(environment).checkpoints  # as the server will read it
+    known = Settings.from_environment(environment).checkpoints  # as the server reads it
     if list(known.values()) != names:
         raise ValueError(f"CHECKPOINT: expected folders without ',' and spaces at the ends of their paths, got {names}")
     return {

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from t2l_engine.cli.common import (
+    FREE_TEXT_CHECKPOINT,
     BaseDType,
     BaseModel,
     Checkpoint,
@@ -24,22 +25,22 @@ from t2l_engine.cli.common import (
 )
 from t2l_engine.cli.desk import open_desk
 
-#: Bytes of the adapters that are the map's landmarks, at most; and their number.
+#: Limits of the landmarks on the map: bytes of their adapters, and their number.
 MAP_BYTES, LANDMARKS = 1 << 27, 44
-#: What the page shows first: sentences that nothing was trained on, of those that work.
+#: What the page shows first: held-out sentences that work.
 DESCRIPTIONS = ("File the sentence under computers, cooking or law.", "Extract the name of the person.")
 INPUT = "On Monday Clara talked about the recipe."
 
 
 def ui(
-    checkpoint: Checkpoint = "smollm2-135m-specs",
+    checkpoint: Checkpoint = FREE_TEXT_CHECKPOINT,
     base_model: BaseModel = "",
-    host: Annotated[str, typer.Option(help="Address to listen at; not loopback: lets others in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 7860,
-    adapters: Annotated[
-        int, typer.Option(min=1, max=64, help="Adapters held; those least recently used make room for new ones.")
-    ] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that can be asked for, in tokens.")] = 256,
+    host: Annotated[
+        str, typer.Option(help="Bind address; anything but loopback is exposed without authentication.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 7860,
+    adapters: Annotated[int, typer.Option(min=1, max=64, help="Adapters held; the least recently used is replaced.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     dtype: BaseDType = DType.float32,
     scaling: Scaling = "",
     encoder: Encoder = "",
@@ -49,9 +50,7 @@ def ui(
 
     Needs Gradio: pip install "t2l_engine[ui]".  Nothing is sent anywhere: fonts, statistics and sharing are off.
     """
-    if ":" in host:
-        raise ValueError(f"--host: expected a name or an IPv4 address, got {host!r}")
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which asks for it
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
     try:
         from t2l_engine.serving.page import Page
     except ModuleNotFoundError as error:
@@ -59,20 +58,17 @@ def ui(
     from t2l_engine.text.encoder import OneHotEncoder
 
     keep_freed_memory()
-    try:  # Gradio looks for the port at 127.0.0.1 only, and after the models are loaded
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        raise OSError(f"--host, --port: {host}:{port}: {error.strerror}") from None
+    _check_address(host, port)
     desk = open_desk(
         checkpoint, base_model, slots=adapters, max_new_tokens=max_new_tokens, dtype=dtype, scaling=scaling, encoder=encoder,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if isinstance(desk.side_by_side.engine.encoder, OneHotEncoder):
         raise ValueError(
-            f"--checkpoint: expected one that reads sentences, got {checkpoint}, which knows the names of its tasks"
+            f"--checkpoint: expected one for sentences, got {checkpoint}, whose encoder knows names of tasks alone"
         )
     first = DESCRIPTIONS[:adapters]
-    desk.side_by_side.hold(first)  # what does not fit the base model is said now
+    desk.side_by_side.hold(first)  # raises now if adapters do not fit the base model
     config = desk.side_by_side.engine.hypernetwork.config
     size = 4 * config.num_layers * config.rank * (sum(config.in_features) + sum(config.out_features))
     page = Page(
@@ -83,10 +79,10 @@ def ui(
         max_new_tokens=max_new_tokens,
     )
     if not _is_loopback(host):
-        say(f"warning: --host {host}: whoever reaches this address can use the page, which asks for no password")
+        say(f"warning: --host {host}: the page is exposed without authentication")
     blocks = page.blocks(first, INPUT)
     blocks.launch(server_name=host, server_port=port, quiet=True, prevent_thread_lock=True, **page.launch_options())
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # of service managers and containers: ends it as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # service managers and containers: as Ctrl-C
     say(f"the page is at http://{host}:{port}; Ctrl-C ends it")
     try:
         blocks.block_thread()
@@ -94,8 +90,18 @@ def ui(
         desk.side_by_side.close()
 
 
+def _check_address(host: str, port: int) -> None:
+    """Errors before the models are loaded; Gradio checks the port later, and at 127.0.0.1 alone."""
+    if ":" in host:
+        raise ValueError(f"--host: expected a name or an IPv4 address, got {host!r}")
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise OSError(f"--host, --port: {host}:{port}: {error.strerror}") from None
+
+
 def landmarks(count: int) -> list[tuple[str, str]]:
-    """(family, description) of ``count`` of the families of tasks made by code, spread over all of them."""
+    """(family, description) of ``count`` of the synthetic task families, evenly spread."""
     from t2l_engine.research.tasks.specs import suite
 
     placed = list(itertools.islice(suite.stream(0), len(suite.FAMILIES)))

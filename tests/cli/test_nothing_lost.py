@@ -101,9 +101,7 @@ def test_a_disk_that_is_full(expect_error, checkpoint, tmp_path, monkeypatch):
 def test_no_reader_of_descriptions(expect_error, checkpoint, tmp_path):
     net = t2l.HyperNetwork.from_pretrained(checkpoint)
     net.save_pretrained(tmp_path / "inputs", metadata={"training": {"condition": "input"}})
-    message = (
-        f"--checkpoint: expected one that reads descriptions, got {tmp_path / 'inputs'}, which was trained to read inputs"
-    )
+    message = f"--checkpoint: expected one trained on descriptions, got {tmp_path / 'inputs'}, which was trained on inputs"
     expect_error(message, "chat", "--task", "Count.", "-c", tmp_path / "inputs")
 
 

@@ -188,8 +188,8 @@ def test_demo(monkeypatch, smollm, tmp_path, capsys):
     monkeypatch.setattr(demo, "answer", lambda model, tokenizer, prompts: ["law"] * len(prompts))
     demo.main(tmp_path / "demo.svg", " Say it [/x]. ")
     screen = capsys.readouterr().out
-    own = ("Your sentence: 'Say it [/x].'", demo.INPUTS[0], "No answer is marked", demo.SIBLING, demo.NOVEL)
-    for text in (*own, "adapted 1 of 12", "2. One input", "3. One batch", "reader", "hypernetwork", "GFLOP once"):
+    own = ("Your sentence: 'Say it [/x].'", demo.INPUTS[0], "Answers are not scored", demo.IN_FAMILY, demo.OUT_OF_FAMILY)
+    for text in (*own, "adapted 1 of 12", "2. One input", "3. One batch", "text encoder", "hypernetwork", "4. Times"):
         assert text in screen
     picture = (tmp_path / "demo.svg").read_text(encoding="utf-8")
     assert "One&#160;batch" in picture and "@font-face" not in picture
