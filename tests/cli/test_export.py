@@ -1,10 +1,33 @@
-"""``t2l export`` and ``t2l generate`` to GGUF files."""
+"""``t2l export``: checkpoints for the C++ library, adapters as GGUF files; ``t2l generate --format gguf``."""
 
 import json
+import os
 
 import gguf
 import pytest
 import torch
+
+
+def test_export(run, expect_error, checkpoint, golden, tmp_path):
+    file = tmp_path / "new" / "net.t2l"
+    code, out, err = run("export", checkpoint, "-o", file, "--json")
+    about = {"file": str(file), "bytes": file.stat().st_size, "dtype": "float32"}
+    assert (code, err) == (0, "") and json.loads(out) == about
+    code, out, _ = run("export", checkpoint, "-o", file, "--dtype", "bfloat16")
+    assert code == 0 and out.endswith("bytes, bfloat16\n") and file.stat().st_size < about["bytes"]
+    written = file.read_bytes()
+    expect_error("variant: the C++ library computes L, M,", "export", golden / "L-autoreg-sft", "-o", file)
+    expect_error("no such folder", "export", tmp_path / "none", "-o", file)
+    expect_error("checkpoint '" + str(file), "show", file)
+    expect_error("--output: expected FILE.gguf for the adapter of a", "export", "Count them.", "-o", file)
+    expect_error(f"t2l: --output: {tmp_path}: expected a file, got a folder", "export", checkpoint, "-o", tmp_path)
+    for option in (("--encoder", "x"), ("--scaling", "plain"), ("--trust-remote-code",), ("--base-model", "x")):
+        expect_error(f"t2l: {option[0]}: expected none, since", "export", checkpoint, "-o", file, *option)
+    os.mkfifo(tmp_path / "pipe")
+    expect_error(f"{tmp_path / 'pipe'}: expected a regular file, or none", "export", checkpoint, "-o", tmp_path / "pipe")
+    expect_error(f"{file}: expected a folder, got a file", "export", checkpoint, "-o", file / "net.t2l")
+    assert (tmp_path / "pipe").is_fifo()
+    assert file.read_bytes() == written and list(file.parent.iterdir()) == [file]
 
 
 def read(file):
