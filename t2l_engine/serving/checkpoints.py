@@ -1,8 +1,8 @@
 """A checkpoint that a server generates with: keys, adapters and folders of prepared texts.
 
-Disk and memory mode give the same bits, since both call :func:`adapter` on an embedding and round once to bfloat16.  The
-embedding of a text is encoded in a batch and depends on the batch in its last bits, so what a folder holds is the adapter of
-its key; no process makes it a second time from the text.
+Disk and memory mode give the same bits: both call :func:`adapter` on an embedding and round once to bfloat16.  The last bits
+of an embedding depend on the batch that it is encoded in, so the folder of a key defines its adapter; no process encodes
+its text again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from t2l_engine.serving.store import DTYPE, AdapterStore
 from t2l_engine.text import packaged
 from t2l_engine.text.encoder import OneHotEncoder, check_list
 
-#: Of what a text and a checkpoint become; another version of the package may round differently.
+#: Part of every key: adapters of another version may be rounded differently.
 VERSION_OF_ADAPTERS = "1"
 BATCH = 64  # texts in a pass of the encoder
 
@@ -49,8 +49,8 @@ def _one_thread() -> Iterator[None]:
 def adapter(hypernetwork: HyperNetwork, task_emb: Tensor) -> AdapterStack:
     """The adapter of one embedding ``[embed_dim]``, with the same bits in every process of a machine.
 
-    Alone and on one thread: the task encoder is torch's matrix product, whose rounding depends on the number of rows and
-    threads, and perhaps on the alignment of its operand.  The ops of the trunk and the heads do not.
+    Alone and on one thread: the rounding of the task encoder, torch's matrix product, depends on the number of rows and
+    threads, and perhaps on the alignment of its operand.  The ops of the trunk and the heads do not depend on them.
     """
     with _one_thread():
         return hypernetwork.generate(task_emb.clone()[None])
@@ -58,9 +58,9 @@ def adapter(hypernetwork: HyperNetwork, task_emb: Tensor) -> AdapterStack:
 
 @torch.inference_mode(False)
 def tensors(hypernetwork: HyperNetwork, task_emb: Tensor) -> dict[str, Tensor]:
-    """What the store's PEFT folder for ``task_emb [embed_dim]`` holds: new bfloat16 tensors, the scaling in B.
+    """Tensors of the PEFT folder for ``task_emb [embed_dim]``: new bfloat16 tensors, the scaling in B.
 
-    They may be changed in place, also where the caller is in inference mode.
+    They may be changed in place, also if the caller is in inference mode.
     """
     return adapter(hypernetwork, task_emb).state_dict_peft(0, dtype=DTYPE, fold=True)
 
@@ -72,9 +72,9 @@ def fingerprint(hypernetwork: HyperNetwork) -> str:
 
 
 def _tokenizer(tokenizer: Any) -> str:
-    """What decides how a tokenizer splits a text; of one without a ``tokenizer.json`` its vocabulary alone."""
+    """A tokenizer as JSON: its ``tokenizer.json``, or its vocabulary if it has none."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
-    # Truncation and padding are those of the last call.
+    # Truncation and padding are left over from the last call.
     told = tokenizer.get_vocab() if fast is None else json.loads(fast.to_str()) | {"truncation": None, "padding": None}
     return json.dumps(told, sort_keys=True)
 
@@ -123,26 +123,33 @@ class Checkpoint:
         """
         check_list(texts)
         keys = [self.prepare(f"texts[{i}]", text)[1] for i, text in enumerate(texts)]
-        found = {key: path for key in keys if (path := store.find(key, memory=memory)) is not None}
-        jobs = [(text, key) for key, text in dict(zip(keys, texts, strict=True)).items() if key not in found]
-        for start in range(0, len(jobs), BATCH):
-            batch = jobs[start : start + BATCH]
-            for (_, key), result in zip(batch, self.write(batch, store, memory), strict=True):
-                if not isinstance(result, Path):
-                    raise result
-                found[key] = result
+        found, _ = self.make(list(zip(texts, keys, strict=True)), store, memory)
+        for result in found.values():
+            if not isinstance(result, Path):
+                raise result
         return [(key, found[key]) for key in keys]
 
-    def write(self, jobs: Sequence[tuple[str, str]], store: AdapterStore, memory: bool) -> list[Path | Exception]:
-        """Folders of descriptions, or what went wrong with each; ``jobs``: pairs (description, key).
+    def make(
+        self, jobs: Sequence[tuple[str, str]], store: AdapterStore, memory: bool
+    ) -> tuple[dict[str, Path | Exception], int]:
+        """(folder or error of each key, number of adapters that were generated); ``jobs``: pairs (description, key).
 
-        ``memory``: without weights.  A description longer than the encoder's length is cut.
+        Raises Unavailable if the store cannot be read.
         """
+        found = {key: path for _, key in jobs if (path := store.find(key, memory=memory)) is not None}
+        lacking = [(text, key) for key, text in {key: text for text, key in jobs}.items() if key not in found]
+        for start in range(0, len(lacking), BATCH):
+            batch = lacking[start : start + BATCH]
+            found |= zip((key for _, key in batch), self.write(batch, store, memory), strict=True)
+        return found, sum(isinstance(found[key], Path) for _, key in lacking)
+
+    def write(self, jobs: Sequence[tuple[str, str]], store: AdapterStore, memory: bool) -> list[Path | Exception]:
+        """New folders of descriptions, or the error of each; ``memory``: folders without weights."""
         results: list[Path | Exception] = []
         for (_, key), task_emb in zip(jobs, self.engine.encoder.encode([text for text, _ in jobs]).cpu(), strict=True):
             try:
                 results.append(self._write(key, task_emb, store, memory))
-            except Exception as error:  # the others are written all the same
+            except Exception as error:  # the others are still written
                 results.append(error)
         return results
 
@@ -151,12 +158,12 @@ class Checkpoint:
         stack = adapter(self.engine.hypernetwork, task_emb.to(device))
         if not memory:
             return store.write_peft(key, stack, self.base)
-        stack.state_dict_peft(0, dtype=DTYPE, fold=True)  # raises here, not in a worker, for values that readers refuse
+        stack.state_dict_peft(0, dtype=DTYPE, fold=True)  # NaN and infinity are refused here, not in a worker
         note = {"checkpoint": self.name, "sha256": self.hash, "key": key}
         return store.write_memory(key, task_emb, stack.peft_config(0, self.base, fold=True), note)
 
     def length(self, text: str) -> tuple[int, int]:
-        """(tokens of a prepared text, tokens that are used of it); (0, 0) for an encoder without tokens."""
+        """(tokens of a prepared text, tokens of it that the encoder uses); (0, 0) for an encoder without tokens."""
         encoder = self.engine.encoder
         if isinstance(encoder, OneHotEncoder):
             return 0, 0
@@ -171,5 +178,5 @@ def _version() -> str:
 
 
 def quiet_encoder() -> None:
-    """Keep the encoder's warning about a long text, which quotes it, out of the log of this process."""
+    """Silence the encoder's warning about a long text, which quotes it."""
     warnings.filterwarnings("ignore", message=r"texts\[\d+\]: description of \d+ tokens truncated")

@@ -1,4 +1,4 @@
-"""Names of adapters: what a client writes as ``model``, and what serving engines, their metrics and caches see instead."""
+"""Names of adapters: a client's ``model``, and the digests that serving engines, metrics and caches see instead."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MODEL = re.compile(r"t2l(?:/(?P<checkpoint>[^/:]*))?:(?P<description>.*)", re.D
 
 @dataclass(frozen=True)
 class Request:
-    """A description, and the short name of the checkpoint that shall generate from it; None: the default one."""
+    """A description, and the short name of the checkpoint that generates from it; None: the default one."""
 
     checkpoint: str | None
     description: str
@@ -37,7 +37,7 @@ def parse(model: str) -> Request | None:
 
 
 def check_description(argument: str, description: object) -> None:
-    """ValueError, naming ``argument``, unless ``description`` is a text that is not blank and may be a description."""
+    """ValueError, naming ``argument``, unless ``description`` is a valid description."""
     if not isinstance(description, str):
         raise ValueError(f"{argument}: expected a string, got {type(description).__name__}")
     if not description.strip():
@@ -51,7 +51,7 @@ def check_description(argument: str, description: object) -> None:
 
 
 def digest(*parts: str) -> str:
-    """SHA-256 (hex) of a list of strings; lists that differ have different digests."""
+    """SHA-256 (hex) of a list of strings; different lists have different digests."""
     joined = hashlib.sha256()
     for part in parts:
         data = part.encode("utf-8", "surrogatepass")
@@ -60,7 +60,7 @@ def digest(*parts: str) -> str:
 
 
 def key(checkpoint: str, encoder: str, version: str, prepared: str) -> str:
-    """Name of an adapter's folder: 32 hex digits of all that its weights depend on.
+    """Name of an adapter's folder: 32 hex digits, a digest of everything that its weights depend on.
 
     ``checkpoint``, ``encoder``: digests of their contents; ``version``: of the generator; ``prepared``: the text as it is
     tokenized.
@@ -69,13 +69,13 @@ def key(checkpoint: str, encoder: str, version: str, prepared: str) -> str:
 
 
 def lora_name(model: str, key: str) -> str:
-    """``lora_name`` of vLLM for the requested name ``model`` and its adapter's key; different for different ones.
+    """``lora_name`` of vLLM for the requested name ``model`` and its adapter's key; different pairs have different names.
 
-    vLLM's prefix cache, and caches beside it, tell adapters by it.
+    vLLM's prefix cache tells adapters apart by it.
     """
     return RESOLVED + digest("name", model, key)[:16]
 
 
 def adapter_id(key: str) -> str:
-    """Name of the adapter ``key`` for clients of the endpoint."""
+    """Name of the adapter ``key`` for clients of the endpoint ``/v1/t2l/adapters``."""
     return CREATED + key[:16]

@@ -1,4 +1,4 @@
-"""A page in the browser: sentences become adapters, which answer an input beside the base model.  Needs Gradio."""
+"""The page in the browser: adapters of sentences answer an input beside the base model.  Needs Gradio."""
 
 from __future__ import annotations
 
@@ -19,18 +19,14 @@ from t2l_engine.serving.side_by_side import Answers, Row, SideBySide
 
 #: Most characters of a description and of an input.
 MAX_DESCRIPTION, MAX_INPUT = 1000, 4000
-#: Files that are kept for downloads; and seconds for which Gradio keeps its copies, and between two looks for older ones.
+#: Files kept for downloads; seconds for which Gradio keeps its copies of them.
 FILES, KEEP_COPIES = 8, 3600
-#: Questions that wait for others, at most.
-WAITING = 32
-#: Rows of the table of earlier answers.
-HISTORY = 50
+#: Most questions that wait, rows of earlier answers, and landmarks named for an adapter.
+WAITING, HISTORY, NEAREST = 32, 50, 3
 PEFT, GGUF = "PEFT folder (.zip)", "GGUF file for llama.cpp"
 #: Columns of the map; kinds of its points.
 COLUMNS = ["x", "y", "adapter", "kind"]
 LANDMARK, YOURS = "known task", "yours"
-#: Landmarks of an adapter that are named.
-NEAREST = 3
 
 _STYLE = """
 .answers { width: 100%; border-collapse: collapse; table-layout: fixed; border: none !important; }
@@ -43,14 +39,14 @@ _STYLE = """
 
 
 class Page:
-    """The page's functions, each called by one of its elements; :meth:`blocks` lays them out.
+    """The functions that the page's elements call; :meth:`blocks` lays the elements out.
 
     Args:
         desk: answers.
         save: writes the adapter of a description to a folder in PEFT's format, or to FILE.gguf.
-        title: what the page says of checkpoint and base model.
-        landmarks: (name, description) of tasks that are shown on the map, at least three.
-        max_new_tokens: the longest answer that can be asked for.
+        title: names checkpoint and base model.
+        landmarks: (name, description) of at least three tasks on the map.
+        max_new_tokens: limit of an answer's length.
     """
 
     def __init__(
@@ -67,12 +63,10 @@ class Page:
         self._files = tempfile.TemporaryDirectory(prefix="t2l-ui-")  # removed with this object
         self._folders: deque[Path] = deque()
 
-    # --- answers ---------------------------------------------------------------------------------------------------
-
     def answer(
         self, descriptions: str, text: str, beside: bool, tokens: float, history: list[list[str]]
     ) -> Iterator[tuple[str, str, list[list[str]], list[list[str]], Any]]:
-        """(table of answers, times, history for the session and its table, choices for a download), again and again."""
+        """(table of answers, times, history for the session and its table, choices for a download), after every token."""
         wanted = self.descriptions(descriptions)
         if not text.strip():
             raise gr.Error("Input: expected a text, got none.")
@@ -110,11 +104,9 @@ class Page:
                 )
         return found
 
-    # --- map -------------------------------------------------------------------------------------------------------
-
     @functools.cached_property
     def map(self) -> AdapterMap:
-        """The landmarks' map, made when it is first looked at."""
+        """The map of the landmarks, made on first use."""
         return AdapterMap(self.desk.engine.generate([description for _, description in self.landmarks]))
 
     def place(self, descriptions: str) -> tuple[pd.DataFrame, list[list[str]]]:
@@ -139,10 +131,8 @@ class Page:
         except ValueError as error:
             raise gr.Error(str(error)) from None
 
-    # --- download --------------------------------------------------------------------------------------------------
-
     def file(self, description: str | None, form: str) -> str:
-        """The path of a file with the adapter of ``description``, of which Gradio serves a copy."""
+        """A new file with the adapter of ``description``; Gradio serves a copy of it."""
         if not description:
             raise gr.Error("Download: expected an adapter that has answered; ask something first.")
         description = self.descriptions(description)[0]
@@ -160,8 +150,6 @@ class Page:
             raise gr.Error(str(error)) from None
         return str(target)
 
-    # --- layout ----------------------------------------------------------------------------------------------------
-
     def blocks(self, descriptions: Sequence[str], text: str) -> gr.Blocks:
         """The page, with ``descriptions`` and input ``text`` filled in."""
         with gr.Blocks(title="Text-to-LoRA", analytics_enabled=False, delete_cache=(KEEP_COPIES, KEEP_COPIES)) as blocks:
@@ -176,13 +164,9 @@ class Page:
                     given = gr.Textbox(text, label="Input", lines=2, elem_id="input")
                     beside = gr.Checkbox(True, label="Ask the base model too, with each description in its prompt")
                     tokens = gr.Slider(
-                        1,
-                        self.max_new_tokens,
-                        min(32, self.max_new_tokens),
-                        step=1,
-                        label="Longest answer, tokens",
+                        1, self.max_new_tokens, min(32, self.max_new_tokens), step=1, label="Longest answer, tokens",
                         elem_id="tokens",
-                    )
+                    )  # fmt: skip
                     with gr.Row():
                         ask = gr.Button("Answer", variant="primary", elem_id="answer")
                         stop = gr.Button("Stop", elem_id="stop")
@@ -207,7 +191,7 @@ class Page:
                 made = gr.File(label="File", elem_id="file", interactive=False)
             with gr.Tab("Earlier answers"):
                 earlier = gr.Dataframe(headers=["input", "by", "answer"], elem_id="earlier", interactive=False, wrap=True)
-            one_by_one: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "desk"}  # Gradio holds those that wait
+            one_by_one: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "desk"}  # others wait in Gradio's queue
             running = gr.on(
                 [ask.click, given.submit], self.answer, [tasks, given, beside, tokens, history],
                 [answers, times, history, earlier, chosen], show_progress="minimal", trigger_mode="once", **one_by_one,

@@ -1,4 +1,4 @@
-"""One input answered side by side, in one mixed batch: by a base model and by the adapters of several descriptions."""
+"""One input, answered in one mixed batch by a base model and by the adapters of several descriptions."""
 
 from __future__ import annotations
 
@@ -27,10 +27,7 @@ BASE = -1  # the id of rows without an adapter
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Who answers: the adapter of ``description``; if not ``adapted``, the base model, which reads it in its prompt.
-
-    Not adapted and without a description: the base model, given the input alone.
-    """
+    """Who answers: the adapter of ``description``, or (not ``adapted``) the base model with it in the prompt."""
 
     description: str = ""
     adapted: bool = False
@@ -38,7 +35,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """What adapters took that were not held yet, in seconds: text encoder, hypernetwork, copies into slots."""
+    """Number of new adapters, and the seconds of text encoder, hypernetwork and copies into slots."""
 
     adapters: int
     encode: float
@@ -58,8 +55,8 @@ class Made:
 class Answers:
     """The rows' answers so far.
 
-    ``tokens``: of all answers; ``first``: seconds from the question, waiting and adapters included, to the first token of
-    all rows; ``seconds``: from there to the last token.
+    ``tokens``: of all answers; ``first``: seconds from the question to the first token of all rows, with the wait and the
+    adapters; ``seconds``: from there to the last token.
     """
 
     texts: tuple[str, ...]
@@ -78,21 +75,21 @@ class Answers:
 
 
 class SideBySide:
-    """A base model with slots for the adapters of descriptions; those least recently used make room for new ones.
+    """A base model with slots for the adapters of descriptions; new ones replace the least recently used.
 
-    All work is done by one thread of its own, one question at a time, so calls may come from any thread.
+    One thread of its own does all work, one question at a time; calls may come from any thread.
 
     Args:
         engine: makes the adapters.
         model, tokenizer: the base model, from :func:`t2l_engine.text.base_model.load`; it has no adapters attached.
-        slots: adapters that are held, and the most descriptions of a question.
+        slots: most adapters in memory, and most descriptions of a question.
     """
 
     def __init__(self, engine: TextToLoRA, model: Any, tokenizer: Any, *, slots: int = 8):
         self.engine, self.model, self.tokenizer, self.slots = engine, model, tokenizer, slots
         self._lora = attach(model, slots=slots)
         self._held: OrderedDict[str, int] = OrderedDict()  # description -> slot; the least recently used first
-        self._stop, self._closed = threading.Event(), False  # _stop: of the question at hand, or of the last one
+        self._stop, self._closed = threading.Event(), False  # _stop: ends the current question
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="side-by-side")
 
     @property
@@ -112,14 +109,14 @@ class SideBySide:
         return self.run(lambda: self._hold(descriptions))
 
     def close(self) -> None:
-        """End the question at hand at its next token, and those that wait, and take the adapters off the model."""
-        self._closed = True  # before _stop is looked up, which a question that begins now replaces before it looks here
+        """End the current question at its next token, cancel waiting ones, and detach the adapters from the model."""
+        self._closed = True  # before _stop is read: a question that begins now replaces _stop, then checks _closed
         self._stop.set()
         self._thread.shutdown(cancel_futures=True)
         self._lora.detach()
 
     def prompts(self, text: str, rows: Sequence[Row]) -> list[str]:
-        """The prompt of every row: with the description where there is no adapter, or the checkpoint was trained so."""
+        """The prompt of every row; adapted rows have the description if the checkpoint was trained so."""
         form = self.engine.prompt_form
         described = self.engine.description_in_prompt
         shown = [row.description if described or not row.adapted else "" for row in rows]
@@ -128,12 +125,12 @@ class SideBySide:
     def answers(
         self, text: str, rows: Sequence[Row], *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
     ) -> Iterator[Answers]:
-        """The answers to ``text``, again after every token, all rows in one batch; closing the iterator stops the model.
+        """The answers to ``text`` after every token, all rows in one batch; closing the iterator stops the model.
 
         ``temperature``: 0: greedy decoding; otherwise sampling, with ``seed``.
 
-        Raises, at the first item, ValueError for no rows, as :meth:`hold`, or for prompts that leave no room for the answer
-        in the model's context; CancelledError once closed.
+        Raises at the first item: ValueError for no rows, as :meth:`hold`, or if prompt and answer do not fit the model's
+        context; CancelledError once closed.
         """
         found: queue.SimpleQueue[Answers | BaseException | None] = queue.SimpleQueue()
         start, stop = time.perf_counter(), threading.Event()
@@ -210,7 +207,7 @@ class SideBySide:
         return limit
 
     def _hold(self, descriptions: Sequence[str]) -> Made:
-        """Put the adapters of ``descriptions`` that are not held into slots."""
+        """As :meth:`hold`, in this object's thread."""
         wanted = list(dict.fromkeys(descriptions))
         if len(wanted) > self.slots:
             raise ValueError(f"descriptions: expected at most {self.slots}, as many as there are slots, got {len(wanted)}")
@@ -229,16 +226,16 @@ class SideBySide:
             if len(self._held) == self.slots:
                 self._held.popitem(last=False)
             slot = min({*range(self.slots)} - {*self._held.values()})
-            self._lora.put(slot, stack[i])  # may fail, and then nothing is held there
+            self._lora.put(slot, stack[i])  # before it counts as held: this may fail
             self._held[description] = slot
         times.append(time.perf_counter())
         return Made(len(new), *(end - start for start, end in zip(times, times[1:], strict=False)))
 
 
 class _Watch(StoppingCriteria):
-    """Reports the answers after every token, and ends rows whose answer is complete, or all of them once ``stop`` is set.
+    """Reports the answers after every token; ends rows whose answer is complete, and all rows once ``stop`` is set.
 
-    ``length``: of the padded prompts, in tokens; ``start``: when the question came.
+    ``length``: of the padded prompts, in tokens; ``start``: time of the question.
     """
 
     def __init__(
@@ -270,7 +267,7 @@ class _Watch(StoppingCriteria):
         return torch.tensor([done or self._stop.is_set() for done in self._done], device=input_ids.device)
 
     def _text(self, prompt: str, ids: list[int]) -> tuple[str, bool]:
-        """Answer of a row, and whether it is complete."""
+        """(Answer of a row, whether it is complete)."""
         text = continuation(self._tokenizer, prompt, ids)
         answer, ended = answer_in(self._form, text), self._form == RAW and NEXT_EXAMPLE in text
-        return answer.removesuffix("\ufffd"), ended  # a character of which not all bytes are there
+        return answer.removesuffix("\ufffd"), ended  # without the first bytes of a character

@@ -1,10 +1,10 @@
-"""The folder of generated adapters, which servers of one user share.
+"""The adapter store: a folder of generated adapters that the servers of one user share.
 
-A serving engine reads an adapter's folder again after it was evicted, so nothing is deleted that a running server may have
-named: a server holds a lock on a file ``.server-*`` of its own, as old as it is, and a folder is as old as its last use,
-which is when a server first asked for it (vLLM then knows the name, and asks no more).
-Whoever starts removes what no running server has used and what was not used for a week, or longest if more than half of the
-budget is in use.  ``.used`` holds the bytes of all adapters; it is locked for each look and each change.
+A serving engine reads an adapter's folder again after it has evicted the adapter, so a folder that a running server may have
+used is never deleted.  Each server holds a lock on a file ``.server-*``, whose modification time is the server's start.  The
+modification time of an adapter's folder is its last use: the first request of each server (vLLM then knows the name and does
+not ask again).  A server that starts removes folders that no running server has used: those unused for a week, and the
+longest unused beyond half of the budget.  ``.used`` holds the bytes of all adapters and is locked for each read and change.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ DTYPE = torch.bfloat16  # of A and B in the store
 NOTE_NAME, EMBEDDING_NAME, EMBEDDING = "t2l.json", "task_emb.safetensors", "task_emb"
 _PEFT_FILES, _MEMORY_FILES = (CONFIG_NAME, WEIGHTS_NAME), (CONFIG_NAME, NOTE_NAME, EMBEDDING_NAME)
 _UNUSED_SECONDS = 7 * 24 * 3600
-_MARGIN_SECONDS = 3600  # by which clocks of machines, or one that is set, may differ
+_MARGIN_SECONDS = 3600  # difference of clocks that is allowed for
 _TEMPORARY, _MEMORY, _USED, _SERVER = ".tmp-", ".memory", ".used", ".server-"
 
 
 class Unavailable(Exception):
-    """Refused for now, for want of room; the message says of what."""
+    """Refused for now; the message says what is used up."""
 
 
 class AdapterStore:
-    """Adapters by key; writing is atomic, between processes too.
+    """Folders of adapters by key; writing is atomic, also between processes.
 
-    ``root`` is created, for its owner alone.  ``budget``: most bytes of all adapters.  Raises ValueError if others may write
-    into ``root``, or if it holds what no store has written, which pruning would remove; OSError if it cannot be used.
+    ``root`` is created for its owner alone.  ``budget``: most bytes of all adapters.  Raises ValueError if others may write
+    into ``root``, or if it holds other files, which pruning would remove; OSError if it cannot be used.
     """
 
     def __init__(self, root: Path, budget: int):
@@ -67,10 +67,10 @@ class AdapterStore:
             self.close()
             raise
         for folder in removed:
-            shutil.rmtree(folder, ignore_errors=True)  # another that starts now may be at it, too
+            shutil.rmtree(folder, ignore_errors=True)  # another server that starts may remove it too
 
     def close(self) -> None:
-        """No longer a server that uses the folder; the adapters stay."""
+        """Give up the lock of this server; the adapters stay."""
         if self._lock >= 0:
             with contextlib.suppress(FileNotFoundError):  # the folder may have been removed
                 os.unlink(self._own)
@@ -78,17 +78,17 @@ class AdapterStore:
         self._lock = -1
 
     def find(self, key: str, *, memory: bool = False) -> Path | None:
-        """The folder of an adapter, None if it is not there; what is found counts as used now, what lacks a file is removed.
+        """The folder of an adapter, which counts as used now; None if there is none.  One that lacks a file is removed.
 
-        Waits for others that look or change.  Raises Unavailable if the folder of all adapters cannot be used any more.
+        Waits for other processes' reads and changes.  Raises Unavailable if the store cannot be read any more.
         """
         path = self._path(key, memory)
         try:
-            with self._count() as count:  # or a server that starts could remove it between these two
+            with self._count() as count:  # locked: a server that starts could remove it between the check and utime
                 if not path.is_dir():
                     return None
                 if not all((path / name).is_file() for name in (_MEMORY_FILES if memory else _PEFT_FILES)):
-                    shutil.rmtree(path)  # what a cleaner of old files has left
+                    shutil.rmtree(path)  # left by a cleaner of old files
                     count[0] = self._measure()
                     return None
                 os.utime(path)
@@ -99,8 +99,7 @@ class AdapterStore:
     def write_peft(self, key: str, stack: AdapterStack, base: str | None = None) -> Path:
         """The PEFT folder of the only adapter of ``stack``: bfloat16, the scaling in B, ``lora_alpha = r``.
 
-        An adapter of this key that is already there stays as it is.  Raises Unavailable where there is no room, ValueError
-        for values that readers refuse.
+        An adapter that is already there stays.  Raises Unavailable if there is no room, ValueError for NaN or infinity.
         """
         return self._write(key, False, lambda folder: stack.save_pretrained(folder, 0, base, dtype=DTYPE, fold=True))
 
@@ -141,12 +140,12 @@ class AdapterStore:
 
     def _write_as(self, path: Path, temporary: Path, fill: Callable[[Path], None]) -> None:
         fill(temporary)
-        for file in temporary.iterdir():  # complete before its name is, after a power failure too
+        for file in temporary.iterdir():  # files are complete before their folder has its name, also after a power failure
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
         size = _size(temporary)
-        with self._count() as count:  # while locked, so that a refused adapter is never seen
-            if path.is_dir():  # another process was faster; its adapter is in use
+        with self._count() as count:  # locked, so that no process sees a refused adapter
+            if path.is_dir():  # written by another process, and perhaps in use
                 return
             if count[0] + size > self.budget:
                 raise Unavailable(f"adapters: the {self.budget} bytes for them are in use until a restart")
@@ -155,7 +154,7 @@ class AdapterStore:
 
     @contextlib.contextmanager
     def _count(self) -> Iterator[list[int]]:
-        """The number of bytes used, as a list of one, locked; a changed number is stored."""
+        """A list of one number, the bytes used, under lock; a changed number is stored."""
         with os.fdopen(os.open(self.root / _USED, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             text = file.read()
@@ -174,12 +173,12 @@ class AdapterStore:
         return sum(_size(folder) for folder in self._folders() if _TEMPORARY not in folder.name)
 
     def _oldest_server(self) -> float:
-        """When the oldest running server started, infinity without any; files of those that have ended are removed."""
+        """Start of the oldest running server, infinity if there is none; removes the files of servers that have ended."""
         oldest = math.inf
         for path in self.root.glob(f"{_SERVER}*"):
-            with contextlib.suppress(FileNotFoundError), path.open("r+") as file:  # one that ends now removes its own
+            with contextlib.suppress(FileNotFoundError), path.open("r+") as file:  # removed by a server that ends now
                 try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # on NFS only of a file that may be written
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # NFS needs a writable file
                 except BlockingIOError:
                     oldest = min(oldest, path.stat().st_mtime)
                 else:
@@ -187,24 +186,24 @@ class AdapterStore:
         return oldest
 
     def _prune(self, started: float) -> list[Path]:
-        """Rename folders that are to be removed, and return them; of those in use since ``started`` none.
+        """Rename folders for removal and return them; none that was used since ``started``.
 
-        These are unfinished ones, those unused for a week, and the longest unused beyond half of the budget.
+        These are unfinished folders, those unused for a week, and the longest unused beyond half of the budget.
         """
         found, removed = [], []
         for folder in self._folders():
-            with contextlib.suppress(FileNotFoundError):  # an unfinished one that is finished or removed now
+            with contextlib.suppress(FileNotFoundError):  # renamed or removed by another process
                 found.append((folder.stat().st_mtime, _size(folder), folder))
         room, oldest = self.budget // 2, time.time() - _UNUSED_SECONDS
         for used, size, folder in sorted(found, reverse=True):
             room -= size
             if (room < 0 or _TEMPORARY in folder.name or used < oldest) and used < started - _MARGIN_SECONDS:
-                with contextlib.suppress(FileNotFoundError):  # removed by another that started
+                with contextlib.suppress(FileNotFoundError):  # removed by another server that starts
                     removed.append(folder.rename(f"{folder}{_TEMPORARY}{os.urandom(4).hex()}"))
         return removed
 
 
 def _size(folder: Path) -> int:
-    """Bytes that the files of a folder take: small ones take whole pages, which shared memory has not to spare."""
+    """Bytes that the files of a folder take; small files take whole pages."""
     stats = [entry.stat() for entry in os.scandir(folder)]
     return sum(max(of.st_size, of.st_blocks * 512) for of in stats)

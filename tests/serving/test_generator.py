@@ -48,17 +48,6 @@ def test_what_waits_is_generated_together(settings, loaded):
     assert generator.generated == 70 and 2 <= generator.passes <= 5, "at most 64 in a pass"
 
 
-def test_folders_hold_the_adapters_of_the_engine(settings, loaded):
-    folders = gather(Generator(settings()), TEXTS[:3])
-    stack = loaded.engine.generate(TEXTS[:3])
-    for i, folder in enumerate(folders):
-        stored = t2l.AdapterStack.from_peft(folder)
-        assert stored.dtype == torch.bfloat16 and stored.scaling.tolist() == [1.0]
-        for key, expected in stack.state_dict_peft(i, fold=True).items():
-            found = stored.state_dict_peft(0)[key]
-            torch.testing.assert_close(found, expected, rtol=2**-6, atol=2**-6 * float(expected.abs().max()))
-
-
 def test_the_event_loop_only_waits(settings, loaded, monkeypatch):
     """Encoder, hypernetwork and writing run in the generator's thread, and the loop takes steps while they do."""
     main, threads, steps = threading.get_ident(), set(), []
@@ -259,15 +248,6 @@ def test_threads_are_the_settings(settings, loaded, monkeypatch):
     assert seen == [3]
 
 
-def test_keys_depend_on_the_tokenizer(bundled):
-    engine = copy.copy(bundled.engine)
-    engine.encoder = copy.copy(engine.encoder)
-    assert Checkpoint.of(engine, "other").encoder == bundled.encoder
-    engine.encoder.tokenizer = copy.deepcopy(engine.encoder.tokenizer)
-    engine.encoder.tokenizer.add_tokens(["unheard-of"])
-    assert Checkpoint.of(engine, "other").encoder != bundled.encoder
-
-
 def test_one_adapter_that_cannot_be_written(settings, loaded, monkeypatch):
     write = Checkpoint._write
     monkeypatch.setattr(Checkpoint, "_write", lambda self, key, *a: 1 / 0 if key == first else write(self, key, *a))
@@ -276,11 +256,17 @@ def test_one_adapter_that_cannot_be_written(settings, loaded, monkeypatch):
     assert "ZeroDivisionError" in str(found[0]) and found[1].is_dir()
 
 
-def test_keys_depend_on_encoder_checkpoint_and_text(bundled):
+def test_keys_depend_on_encoder_tokenizer_checkpoint_and_text(bundled):
+    engine = copy.copy(bundled.engine)
+    engine.encoder = copy.copy(engine.encoder)
+    assert Checkpoint.of(engine, "other").encoder == bundled.encoder
+    engine.encoder.tokenizer = copy.deepcopy(engine.encoder.tokenizer)
+    engine.encoder.tokenizer.add_tokens(["unheard-of"])
     keys = {
+        dataclasses.replace(Checkpoint.of(engine, "other"), hash=bundled.hash).prepare("description", TEXTS[0])[1],
         bundled.prepare("description", TEXTS[0])[1],
         bundled.prepare("description", TEXTS[1])[1],
         dataclasses.replace(bundled, hash="other").prepare("description", TEXTS[0])[1],
         dataclasses.replace(bundled, encoder="other").prepare("description", TEXTS[0])[1],
     }
-    assert len(keys) == 4
+    assert len(keys) == 5

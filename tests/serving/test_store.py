@@ -42,8 +42,12 @@ def taken(folder):
     return sum(max(path.stat().st_size, path.stat().st_blocks * 512) for path in folder.iterdir())
 
 
-def test_small_files_count_as_what_they_take(store, monkeypatch):
+def test_a_folder_without_weights(store, monkeypatch):
+    """Small files count as the pages that they take."""
     folder = store.write_memory("k", torch.arange(3.0), {"r": 4}, {"sha256": "abc"})
+    assert store.find("k", memory=True) == folder and store.find("k") is None
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG_NAME, "t2l.json", "task_emb.safetensors"]
+    assert torch.equal(load_file(folder / "task_emb.safetensors")["task_emb"], torch.arange(3.0))
     assert store.used == taken(folder) >= sum(path.stat().st_size for path in folder.iterdir())
     files = [SimpleNamespace(st_size=size, st_blocks=8) for size in (3, 4096, 5000)]  # a page each; the last compressed
     with monkeypatch.context() as patched:
@@ -80,6 +84,10 @@ def test_a_folder_that_is_gone_is_no_room(store):
         store.find("k")
     with pytest.raises(Unavailable, match="adapters: their folder cannot be written: No such file or directory"):
         store.write_peft("k", stack())
+    held = store._lock
+    store.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(held)
 
 
 def test_what_another_one_removes_is_left_to_it(tmp_path, monkeypatch):
@@ -136,13 +144,6 @@ def test_a_folder_is_a_peft_adapter_whose_scaling_is_in_b(store):
     assert store.find("k") == folder and store.find("other") is None and store.find("k", memory=True) is None
 
 
-def test_a_folder_without_weights(store):
-    folder = store.write_memory("k", torch.arange(3.0), {"r": 4}, {"sha256": "abc"})
-    assert store.find("k", memory=True) == folder and store.find("k") is None
-    assert sorted(path.name for path in folder.iterdir()) == [CONFIG_NAME, "t2l.json", "task_emb.safetensors"]
-    assert torch.equal(load_file(folder / "task_emb.safetensors")["task_emb"], torch.arange(3.0))
-
-
 @pytest.mark.parametrize("memory", [False, True])
 def test_a_folder_that_lacks_a_file_is_made_again(store, memory):
     """As a cleaner of old files leaves it."""
@@ -154,39 +155,20 @@ def test_a_folder_that_lacks_a_file_is_made_again(store, memory):
         assert write() == folder == store.find("k", memory=memory) and store.used == taken(folder)
 
 
-def test_a_store_whose_folder_is_gone_is_closed(store):
-    shutil.rmtree(store.root)
-    held = store._lock
-    store.close()
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(held)
-
-
-def test_what_fails_leaves_nothing(store, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device (28)")])
+def test_a_failed_write_leaves_nothing(store, monkeypatch, error):
     def broken(self, directory, *arguments, **keywords):
         (directory / "half").write_text("half")
-        raise OSError(28, "No space left on device")
+        raise error
 
-    monkeypatch.setattr(AdapterStack, "save_pretrained", broken)
-    with pytest.raises(Unavailable, match="cannot be written: No space left on device"):
+    with monkeypatch.context() as patched, pytest.raises(Unavailable, match="cannot be written: No space left on device"):
+        patched.setattr(AdapterStack, "save_pretrained", broken)
         store.write_peft("k", stack())
     assert visible(store) == [] and store.used == 0
-
-    def full(self, *arguments, **keywords):
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(AdapterStack, "save_pretrained", full)
-    with pytest.raises(Unavailable, match="cannot be written: I/O error: No space left on device"):
-        store.write_peft("k", stack())
-    assert visible(store) == [] and store.used == 0
-    monkeypatch.undo()
+    bad = stack()
+    bad.lora_A["q_proj"].fill_(torch.nan)
     with pytest.raises(ValueError, match="NaN"):
-        store.write_peft(
-            "k",
-            AdapterStack(
-                {"q_proj": torch.full((1, 2, 4, 16), torch.nan)}, {"q_proj": torch.ones(1, 2, 8, 4)}, torch.ones(1)
-            ),
-        )
+        store.write_peft("k", bad)
     assert visible(store) == [] and store.used == 0
 
 

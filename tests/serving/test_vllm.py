@@ -114,26 +114,12 @@ def test_a_description_becomes_a_model(serve):
     assert resolve(models, f"t2l:{TEXT}") == [found] and generator.generated == len(engine.loaded) == 1
 
 
-def test_64_requests_of_one_text_are_one_generation(serve):
-    models, engine, generator = serve()
-    found = resolve(models, *[f"t2l:{TEXT}"] * 64)
-    assert len({id(request) for request in found}) == 1 and (generator.generated, generator.passes) == (1, 1)
-    assert len(engine.loaded) == 1
-
-
-def test_64_texts_are_few_passes_and_64_names(serve):
-    models, engine, generator = serve()
-    found = resolve(models, *(f"t2l:{TEXT} {i}" for i in range(64)))
-    assert generator.generated == 64 and generator.passes <= 4
-    assert len({request.lora_name for request in found}) == len({request.lora_int_id for request in found}) == 64
-
-
 def test_spellings_share_a_folder_and_no_name(serve):
     """Two requests of one lora_name and different ids would end vLLM's engine."""
     models, engine, generator = serve()
-    first, second, named = resolve(models, f"t2l:{TEXT}", f"t2l: {TEXT}", f"t2l/smollm2-135m:{TEXT}")
-    assert first.lora_path == second.lora_path == named.lora_path and generator.generated == 1
-    assert len({request.lora_name for request in (first, second, named)}) == 3
+    found = resolve(models, f"t2l:{TEXT}", f"t2l: {TEXT}", f"t2l/smollm2-135m:{TEXT}")
+    assert len({request.lora_path for request in found}) == generator.generated == 1
+    assert len({request.lora_name for request in found}) == len({request.lora_int_id for request in found}) == 3
 
 
 def test_other_names_are_not_ours(serve):
@@ -188,25 +174,6 @@ def test_a_model_of_other_sizes_is_refused(serve, model, changes, message):
     (error,) = resolve(models, f"t2l:{TEXT}")
     assert isinstance(error, VLLMValidationError) and error.parameter == "model" and message in str(error)
     assert engine.loaded == [] and generator.generated == 0
-
-
-def test_a_cancelled_request_leaves_the_adapter(serve):
-    models, engine, generator = serve()
-
-    async def run():
-        gone = asyncio.ensure_future(models.resolve_lora(f"t2l:{TEXT}"))
-        while not generator._futures:
-            await asyncio.sleep(0)
-        gone.cancel()
-        return await models.resolve_lora(f"t2l:{TEXT}")
-
-    assert isinstance(asyncio.run(run()), LoRARequest) and generator.generated == 1 and len(engine.loaded) == 1
-
-
-def test_memory_mode_gives_a_folder_without_weights(serve):
-    models, engine, generator = serve(mode="memory")
-    (found,) = resolve(models, f"t2l:{TEXT}")
-    assert found.lora_path.endswith(".memory") and PEFTHelper.from_local_dir(found.lora_path, None).r == 8
 
 
 @pytest.mark.parametrize("changes", [{"architectures": ["Unheard"], "model_type": "unheard"}, None])

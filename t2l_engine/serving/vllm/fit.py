@@ -1,4 +1,4 @@
-"""Whether adapters of a checkpoint fit the model that is served."""
+"""Whether adapters of a checkpoint fit the served model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from t2l_engine.hypernetwork.config import HyperNetworkConfig
 
 
 def misfit(config: HyperNetworkConfig, model: str) -> str | None:
-    """What differs between the sizes of ``config`` and of the model ``model``, a folder or hub name; None if nothing does.
+    """How the sizes of ``config`` and of ``model``, a folder or hub name, differ; None if they agree.
 
-    vLLM copies an adapter that is too small into its slot without an error, so this must be asked before.  Linears that
-    transformers' model does not have are not compared.
+    Linears that transformers' model lacks are not compared.
 
     Raises OSError or ValueError if transformers cannot read the model's configuration, or has no such model.
     """
@@ -37,13 +36,13 @@ def misfit(config: HyperNetworkConfig, model: str) -> str | None:
 
 
 def _sizes(served: Any) -> dict[str, tuple[int, int]]:
-    """Linear -> (in, out) features, of those that are alike in all layers: from transformers' model, without its weights."""
+    """Linear -> (in, out) features if they are the same in all layers; from transformers' model on the meta device."""
     from transformers import AutoModel
 
     try:
-        with torch.device("meta"):  # float32: another dtype would be every thread's default meanwhile
+        with torch.device("meta"):  # float32: another dtype would become the default of all threads meanwhile
             model = AutoModel.from_config(served, dtype=torch.float32, trust_remote_code=False)
-    except Exception as error:  # whatever a model's own code raises, such as what it would have to import
+    except Exception as error:  # a model's own code may raise anything, such as for a missing import
         raise ValueError(f"{type(served).__name__}: {error}") from error
     found: dict[str, set[tuple[int, int]]] = {}
     for path, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Generator: descriptions to folders of adapters beside an event loop, without vLLM."""
+"""Generator: descriptions to folders of adapters, in a thread beside an event loop.  Needs no vLLM."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger("vllm.t2l_engine")  # vLLM configures "vllm" and what
 
 @contextlib.contextmanager
 def _giving_way() -> Iterator[None]:
-    """The event loop waits a millisecond for the interpreter while this thread has it, not Python's usual five."""
+    """Lower Python's switch interval to 1 ms (usually 5), so that the event loop waits less for the interpreter."""
     usual = sys.getswitchinterval()
     sys.setswitchinterval(min(usual, 0.001))
     try:
@@ -47,13 +47,13 @@ class Job:
 class Generator:
     """Folders of adapters; generation runs in one thread of its own, all texts that wait together in one pass.
 
-    Methods belong to one event loop; only loading and passes leave it.  ``passes`` and ``generated`` count passes of an
-    encoder and adapters.  Errors by kind: ValueError, the request is wrong; :class:`.store.Unavailable`, there is no room;
-    RuntimeError, the server is at fault.  No message contains a description unless the encoder's does.
+    Methods are called in one event loop; loading and passes run in the thread.  ``passes`` and ``generated`` count passes of
+    an encoder and adapters.  Errors: ValueError, the request is wrong; :class:`.store.Unavailable`, there is no room;
+    RuntimeError, the server failed.  No message quotes a description unless the encoder's does.
     """
 
     def __init__(self, settings: Settings):
-        """Loads nothing; the first request or :meth:`warm_up` does."""
+        """Checkpoints are loaded by the first request or :meth:`warm_up`."""
         self.settings = settings
         self.passes = self.generated = 0
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "t2l", torch.set_num_threads, (settings.threads,))
@@ -74,7 +74,7 @@ class Generator:
         return await self.generate(await self.job(checkpoint, description))
 
     async def job(self, checkpoint: str | None, description: str, argument: str = "description") -> Job:
-        """The job of a description, which ValueErrors call ``argument``; loads the checkpoint if it is the first one."""
+        """The job of a description; ValueErrors call it ``argument``.  Loads the checkpoint if needed."""
         names.check_description(argument, description)
         loaded = await self.checkpoint(checkpoint)
         return Job(loaded, description, *loaded.prepare(argument, description))
@@ -88,17 +88,14 @@ class Generator:
             raise RuntimeError(f"checkpoint {name!r}: cannot be loaded: {error}") from error
 
     def claim(self, name: str, owner: str) -> None:
-        """Give the adapter's name ``name`` to ``owner``, what it was made from, for ever; claiming again is free.
-
-        Raises as :meth:`check`.
-        """
+        """Give ``name`` to the adapter with digest ``owner``, for the life of the server; raises as :meth:`check`."""
         self.check(name, owner)
         self._names[name] = owner
 
     def check(self, name: str, owner: str) -> None:
-        """Whether ``owner`` may have ``name``: asked before its adapter is made, which then may fail.
+        """Raise unless ``owner`` may have ``name``; asked before the adapter is generated.
 
-        Raises Unavailable beyond ``max_names``, which vLLM never forgets, and ValueError for a name of another owner: two
+        Unavailable beyond ``max_names``, since vLLM never forgets a name; ValueError for a name of another owner, since two
         adapters of one name would end the server's engine.
         """
         if self._names.get(name, owner) != owner:
@@ -107,16 +104,16 @@ class Generator:
             raise Unavailable(f"adapters: {self.settings.max_names} have names; new ones must wait for a restart")
 
     async def generate(self, job: Job) -> Path:
-        """The folder of a job's adapter: from a pass that makes it, or from the next one, which asks the store first.
+        """The folder of a job's adapter, from a pass that runs or the next one.
 
-        A waiter that is cancelled does not cancel what others may wait for.
+        Cancelling a waiter does not cancel the job: others may wait for it.
         """
         future = self._futures.get(job.key)
         if future is None:
             if len(self._waiting) >= MAX_WAITING:
                 raise Unavailable(f"adapters: {MAX_WAITING} descriptions wait to be generated; try again later")
             future = self._futures[job.key] = asyncio.get_running_loop().create_future()
-            future.add_done_callback(lambda done: done.cancelled() or done.exception())  # perhaps nobody waits any more
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may wait any more
             self._waiting.append(job)
             if self._drain is None or self._drain.done():
                 self._drain = asyncio.ensure_future(self._run())
@@ -156,35 +153,25 @@ class Generator:
 
     @_giving_way()
     def _passes(self, jobs: list[Job]) -> list[Path | Exception]:
-        """Folders of ``jobs``, one pass for each checkpoint among them; nothing is raised."""
+        """Folders of ``jobs``, one pass for each checkpoint among them; errors are returned."""
+        assert self._store is not None  # opened before any checkpoint was loaded
         found: dict[str, Path | Exception] = {}
         for checkpoint in {id(job.checkpoint): job.checkpoint for job in jobs}.values():
             own = [job for job in jobs if job.checkpoint is checkpoint]
-            try:
-                results = self._pass(checkpoint, own)
-            except Exception as error:  # of an encoder or a device, whatever it is: requests wait for an answer
-                results = [error] * len(own)
-            found |= {job.key: result for job, result in zip(own, results, strict=True)}
+            for job in own:
+                tokens, used = checkpoint.length(job.prepared)
+                if used < tokens:
+                    logger.warning("adapter %s: description of %d tokens cut to %d", job.key[:16], tokens, used)
+            try:  # in this thread, since another process may lock the store for long
+                results, generated = checkpoint.make(
+                    [(job.text, job.key) for job in own], self._store, self.settings.mode == MEMORY
+                )
+            except Exception as error:  # of any kind: requests wait for an answer
+                results, generated = dict.fromkeys((job.key for job in own), error), 0
+            self.passes += generated > 0
+            self.generated += generated
+            found |= results
         return [_fault(found[job.key]) for job in jobs]
-
-    def _pass(self, checkpoint: Checkpoint, jobs: list[Job]) -> list[Path | Exception]:
-        assert self._store is not None  # opened before any checkpoint was loaded
-        memory = self.settings.mode == MEMORY
-        found: dict[str, Path | Exception] = {}
-        for job in jobs:  # here, since another process may have the store locked for long
-            if (path := self._store.find(job.key, memory=memory)) is not None:
-                found[job.key] = path
-        lacking = [job for job in jobs if job.key not in found]
-        for job in lacking:
-            tokens, used = checkpoint.length(job.prepared)
-            if used < tokens:
-                logger.warning("adapter %s: description of %d tokens cut to %d", job.key[:16], tokens, used)
-        if lacking:
-            self.passes += 1
-            results = checkpoint.write([(job.text, job.key) for job in lacking], self._store, memory)
-            self.generated += sum(isinstance(result, Path) for result in results)
-            found |= {job.key: result for job, result in zip(lacking, results, strict=True)}
-        return [found[job.key] for job in jobs]
 
 
 def _log_failure(loaded: concurrent.futures.Future[Checkpoint]) -> None:
@@ -193,7 +180,7 @@ def _log_failure(loaded: concurrent.futures.Future[Checkpoint]) -> None:
 
 
 def _fault(result: Path | Exception) -> Path | Exception:
-    """``result``, or as a RuntimeError if it is an exception that is not Unavailable."""
+    """``result``; exceptions other than Unavailable become a RuntimeError."""
     if isinstance(result, (Path, Unavailable)):
         return result
     fault = RuntimeError(f"an adapter could not be generated: {type(result).__name__}: {result}")

@@ -1,6 +1,6 @@
-"""Endpoint plugin: ``POST /v1/t2l/adapters`` makes an adapter whose name does not contain the description.
+"""Endpoint plugin: ``POST /v1/t2l/adapters`` generates an adapter and returns its name.
 
-Unlike the resolver it needs no ``VLLM_ALLOW_RUNTIME_LORA_UPDATING``, and vLLM logs the name alone.
+Unlike the resolver it needs no ``VLLM_ALLOW_RUNTIME_LORA_UPDATING``, and the description is not in vLLM's log.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from t2l_engine.serving.vllm.resolver import T2LResolver, client_errors
 
 PATH = "/v1/t2l/adapters"
 _FIELDS = ("description", "checkpoint")
-_MAX_BYTES = 1 << 16  # of a request: a description of the greatest length, each character escaped in JSON, and some more
+_MAX_BYTES = 1 << 16  # of a request: fits the longest description with every character escaped
 
 
 class AdaptersEndpoint:
-    """vLLM's EndpointPlugin with the route PATH; adapters are those of ``resolver``."""
+    """vLLM's EndpointPlugin with the route PATH; ``resolver`` generates."""
 
     name = "t2l_http"
     required_tasks = ("generate",)
@@ -53,8 +53,8 @@ class AdaptersEndpoint:
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Take the server's models, to which adapters are added.
 
-        Raises ValueError with several API servers: each numbers its adapters from 1, and the engine takes adapters of one
-        number for the same.
+        Raises ValueError with several API servers: each numbers its adapters from 1, and the engine identifies adapters by
+        number.
         """
         servers = getattr(args, "api_server_count", None) or 1
         if servers > 1:
@@ -62,7 +62,7 @@ class AdaptersEndpoint:
         self.models = state.openai_serving_models
 
     async def create(self, description: Any, checkpoint: str | None) -> dict[str, Any] | ErrorResponse:
-        """Generate and load an adapter unless it is loaded: its id, a model's name from then on, and what it is for.
+        """Generate and load an adapter unless it is loaded; its id is a model's name from then on.
 
         Returns vLLM's error if the engine does not load it.  Raises as :meth:`T2LResolver.resolve_lora`.
         """
@@ -78,10 +78,10 @@ class AdaptersEndpoint:
         if adapter not in self.models.lora_requests:
             request = LoadLoRAAdapterRequest(lora_name=adapter, lora_path=str(folder))
             failed = await self.models.load_lora_adapter(request)
-            # Of several requests for one adapter the first loads it, the others are told that it is there.
+            # Of several requests for one adapter the first loads it; the others get an error.
             if isinstance(failed, ErrorResponse) and adapter not in self.models.lora_requests:
                 return failed
-        if self.models.lora_requests[adapter].lora_path != str(folder):  # clients may load folders, under any name
+        if self.models.lora_requests[adapter].lora_path != str(folder):  # clients may load folders under any name
             with client_errors("description"):
                 raise RuntimeError(f"{adapter}: another folder was loaded under this name; unload it")
         base = self.models.base_model_paths[0].name
@@ -89,7 +89,7 @@ class AdaptersEndpoint:
 
 
 async def _body(request: Request) -> bytes:
-    """The body of a request; VLLMValidationError for one that is too long, which is not read to its end."""
+    """The body of a request; VLLMValidationError as soon as it is too long."""
     body = b""
     async for part in request.stream():
         body += part
@@ -99,7 +99,7 @@ async def _body(request: Request) -> bytes:
 
 
 def _fields(body: bytes) -> dict[str, Any]:
-    """The fields of a request; VLLMValidationError, which does not quote it, for a wrong one."""
+    """The fields of a request; VLLMValidationError, which quotes nothing of it, if they are invalid."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError):

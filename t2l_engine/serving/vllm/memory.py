@@ -1,4 +1,4 @@
-"""Tensors of an adapter on a worker, from a folder that holds its embedding instead of weights."""
+"""Memory mode: a worker generates the tensors of an adapter from its embedding, which a folder holds instead of weights."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def is_memory(folder: Path) -> bool:
 def peft_tensors(folder: Path, settings: Settings, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors that the PEFT folder of the same key holds, cast to ``dtype``; new ones in every call, on the CPU.
 
-    The folder only names a checkpoint: it must be one of ``settings.checkpoints``, loaded once in a process.
+    The folder names the checkpoint, which must be among ``settings.checkpoints`` and is loaded once in a process.
 
-    Raises ValueError naming the folder for a note or an embedding that is not one, or another checkpoint.
+    Raises ValueError, naming the file, for an invalid note or embedding, or another checkpoint.
     """
     note = read_json(folder / NOTE_NAME)
     if not isinstance(note, dict) or not isinstance(note.get("sha256"), str):
@@ -46,9 +46,9 @@ def peft_tensors(folder: Path, settings: Settings, dtype: torch.dtype) -> dict[s
 
 
 def own_hypernetwork(sha256: str, settings: Settings, name: object = None) -> HyperNetwork:
-    """The hypernetwork of ``settings.checkpoints`` with this fingerprint, ``name`` being looked at first.
+    """The hypernetwork of ``settings.checkpoints`` with this fingerprint; the checkpoint ``name`` is tried first.
 
-    Raises ValueError if none has it; the checkpoints are loaded as :meth:`HyperNetwork.from_pretrained` does.
+    Raises ValueError if none has it, and as :meth:`HyperNetwork.from_pretrained`.
     """
     for short, source in sorted(settings.checkpoints.items(), key=lambda item: item[0] != name):
         with _lock, torch.inference_mode(False):  # parameters outlive the call

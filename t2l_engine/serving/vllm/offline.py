@@ -1,4 +1,4 @@
-"""Adapters for vLLM's LLM class, which asks no resolver."""
+"""Adapters for vLLM's LLM class, which has no resolvers."""
 
 from __future__ import annotations
 
@@ -32,23 +32,22 @@ def lora_requests(
 ) -> list[LoRARequest]:
     """A request per text for ``LLM.generate(prompts, sampling_params, lora_request=requests)``, one prompt each.
 
-    The same text gives the same request, whatever call it is in; adapters are in the store of ``settings``.  Every call
-    hashes the weights of ``engine`` once: ask for many texts at once.
+    The same text always gives the same request.  Every call hashes the weights of ``engine`` once: pass many texts at once.
 
     Args:
         base: the LLM's model, a folder or hub name; its sizes are compared with the checkpoint's.  None: not compared.
-        settings: None = those of the environment.  In mode "memory" the workers make the weights, so one of its checkpoints
-            must be that of ``engine``.
+        settings: None = those of the environment.  In mode "memory" the workers generate the weights, so ``engine``
+            must have one of its checkpoints.
 
     Raises:
         ValueError: no list of texts, a text that the encoder refuses, a model of other sizes, another checkpoint, or mode
-            "memory" where the environment, which the workers read, says otherwise.
+            "memory" in ``settings`` alone: workers read the environment.
         Unavailable: the store has no room.
     """
     settings = Settings.from_environment() if settings is None else settings
     if settings.mode == MEMORY:
         _expect_workers_that_generate()
-        settings = hooks.install(settings)  # which says whether this vLLM's workers can
+        settings = hooks.install(settings)  # mode "disk" if this vLLM's workers cannot
     checkpoint = Checkpoint.of(engine, "offline")
     if base is not None and (found := misfit(engine.hypernetwork.config, base)) is not None:
         raise ValueError(f"base: {found}")
@@ -61,7 +60,7 @@ def lora_requests(
 
 
 def _expect_workers_that_generate() -> None:
-    """ValueError unless the environment has the workers make weights; they would end at a folder without any."""
+    """ValueError unless workers generate weights: the engine would end at a folder without any."""
     if Settings.from_environment().mode != MEMORY:
         raise ValueError(f"settings: mode {MEMORY!r} needs {PREFIX}MODE={MEMORY} in the environment, which the workers read")
     if envs.VLLM_PLUGINS is not None and PLUGIN not in envs.VLLM_PLUGINS:

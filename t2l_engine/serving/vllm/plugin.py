@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from t2l_engine.serving.vllm.http import AdaptersEndpoint
 
 NAME = "t2l"  # of the resolver
-#: A process that vLLM starts to look at a model's class loads plugins, too, and has no parent that multiprocessing knows.
+#: vLLM inspects a model's class in a process that loads plugins too, and that multiprocessing does not know as a child.
 _INSPECTION = "vllm.model_executor.models.registry"
 
 
 def register(settings: Settings) -> None:
-    """Register a resolver, unless there is one or no checkpoint is set; with ``warmup`` the main process starts loading.
+    """Register a resolver if a checkpoint is set; with ``warmup`` the main process starts loading it.  May be called again.
 
-    Raises ValueError where vLLM is told to answer models that it does not know by the base model.
+    Raises ValueError if vLLM is set to answer unknown models by the base model.
     """
     if not settings.enabled or NAME in LoRAResolverRegistry.get_supported_resolvers():
         return

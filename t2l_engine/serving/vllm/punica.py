@@ -1,12 +1,12 @@
 """PunicaWrapperT2L: the ops of this package under vLLM's LoRA layers on a CPU.
 
-vLLM calls ``add_lora_linear`` and its siblings once per adapted linear and step.  Everything that does not change between
-two steps of one batch is computed before: token ids and segments once a mapping (:meth:`PunicaWrapperT2L.update_metadata`),
+vLLM calls ``add_lora_linear`` and its siblings once per adapted linear and step.  Everything that is constant between the
+steps of a batch is computed before: token ids and segments once a mapping (:meth:`PunicaWrapperT2L.update_metadata`),
 weights, true ranks and column offsets once a layer (:class:`Layer`).
 
-Differences from vLLM's own wrapper for CPUs: a row without an adapter (index -1) is never touched, a batch without adapters
-returns at once, a slice that no running adapter has is skipped, and A and B are multiplied at an adapter's true rank, with
-float32 accumulation and one rounding.
+Unlike vLLM's own wrapper for CPUs, this one never touches a row without an adapter (index -1), returns at once for a batch
+without adapters, skips a slice that no running adapter has, and multiplies A and B at an adapter's true rank, with float32
+accumulation and one rounding.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Group:
 
 
 class Layer:
-    """What one LoRA layer of vLLM holds in its slots: views of its weights, and true ranks.
+    """The slots of one LoRA layer of vLLM: views of its weights, and true ranks.
 
     Args:
-        key: the object by whose ``id`` the layer is found, kept so that no other object gets that id.
+        key: the object whose ``id`` finds the layer; kept alive so that no other object gets that id.
         lora_a: ``[slots, 1, R, in]`` per slice; R is vLLM's ``max_lora_rank``.
         lora_b: ``[slots, 1, out, R]`` per slice.
-        ranks: of all slots until :meth:`set_ranks` says better.
+        ranks: of all slots until :meth:`set_ranks`.
     """
 
     def __init__(self, key: Any, lora_a: tuple[Tensor, ...], lora_b: tuple[Tensor, ...], ranks: int):
@@ -60,7 +60,7 @@ class Layer:
         self._last: tuple[int, Group | None] = (0, None)
 
     def set_ranks(self, slot: int, ranks: list[int]) -> None:
-        """State the true rank of every slice in ``slot``; 0: the adapter there lacks it."""
+        """Set the true rank of every slice in ``slot``; 0: the adapter there lacks the slice."""
         for i, rank in enumerate(ranks):
             self.ranks[i][slot] = rank
             self.filled[i] = self.filled[i] & ~(1 << slot) | (bool(rank) << slot)
@@ -98,7 +98,7 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any):
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
         self._layers: dict[int, Layer] = {}
-        # One segment a token, for calls with fewer or more rows than the mapping; rows beyond it are of the base model.
+        # One segment a token, for calls with other row counts than the mapping; rows beyond it have no adapter.
         self._iota = torch.arange(max_num_batched_tokens + 1, dtype=torch.int32)
         self._token_ids = torch.full((max_num_batched_tokens,), -1, dtype=torch.int32)
         self._sampler_ids = torch.full((max_num_batched_tokens,), -1, dtype=torch.int32)
@@ -111,7 +111,7 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
     def add_layer(self, module: Any) -> None:
         """Follow the slots of ``module``, a LoRA layer of vLLM, and store its B as ``[slots, 1, R, out]`` transposed.
 
-        In that order the kernel reads B of any rank in whole vectors; shapes, and what vLLM copies into it, do not change.
+        So the kernel reads B of any rank in whole vectors.  Shapes, and what vLLM copies into B, do not change.
         """
         lora_a, lora_b = _as_tuple(module.lora_a_stacked), _as_tuple(module.lora_b_stacked)
         lora_b = tuple(torch.zeros_like(b.mT, memory_format=torch.contiguous_format).mT for b in lora_b)
@@ -127,7 +127,7 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
         def set_(index: int, lora_a: Any, lora_b: Any) -> None:
             given = list(lora_a) if isinstance(lora_a, (list, tuple)) else [lora_a]  # one matrix, or one for each slice
             set_lora(index, lora_a, lora_b)
-            # vLLM may cut one A into several slices: then all have the whole width, whose columns beyond the rank are zero.
+            # vLLM may share one A among slices: then all have full width, and the rows of A beyond the rank are zero.
             ranks = [_rank(a, limit) for a in given] if len(given) == slices else [limit] * slices
             layer.set_ranks(index, ranks)
 
@@ -183,7 +183,7 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
         ids = self._sampler_ids[: self.indices_len[1]]
         if count == len(ids):
             return self._iota[: count + 1], ids, 1
-        # Log-probabilities of the tokens of a prompt: rows of one request, vLLM does not say of which.
+        # Log-probabilities of a prompt's tokens: rows of one request, and vLLM does not say of which.
         if len(ids) == 0 or not bool((ids == ids[0]).all()):
             raise RuntimeError(
                 f"LoRA for the language model's head: expected {len(ids)} rows, one a sample, got {count}, and samples have "

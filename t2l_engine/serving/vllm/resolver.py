@@ -1,4 +1,4 @@
-"""T2LResolver: vLLM asks it for models it does not know, and a description becomes one."""
+"""T2LResolver: vLLM asks it for unknown models, and it answers descriptions with adapters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from t2l_engine.serving.store import Unavailable
 from t2l_engine.serving.vllm.fit import misfit
 from t2l_engine.serving.vllm.generator import Generator, logger
 
-#: Seconds until the sizes of a model that could not be read are asked for again.
+#: Seconds until the sizes of a model are looked up again after a failure.
 ASK_AGAIN = 60.0
 
 
@@ -37,7 +37,7 @@ def client_errors(parameter: str) -> Iterator[None]:
 
 
 class T2LResolver(LoRAResolver):
-    """Adapters for names as :func:`.names.parse` takes them; other names are left to other resolvers."""
+    """Adapters for names that :func:`.names.parse` accepts; other resolvers get the others."""
 
     def __init__(self, generator: Generator):
         self.generator = generator
@@ -48,8 +48,8 @@ class T2LResolver(LoRAResolver):
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """The request of the adapter that ``lora_name`` describes; vLLM sets its id.
 
-        Raises VLLMValidationError (400) for a name of ours that describes none, or a served model (``base_model_name``) that
-        the checkpoint does not fit; GracefulHTTPError (503) where there is no room.
+        Raises VLLMValidationError (400) for an invalid description, or a checkpoint that does not fit the served model
+        ``base_model_name``; GracefulHTTPError (503) if there is no room.
         """
         with client_errors("model"):
             request = names.parse(lora_name)
@@ -66,11 +66,11 @@ class T2LResolver(LoRAResolver):
     async def check_fit(self, checkpoint: Checkpoint, model: str) -> None:
         """ValueError unless the served ``model`` has the sizes that ``checkpoint`` is for; compared once."""
         asked = checkpoint.name, model
-        async with self._comparing:  # others wait for the first, which alone gives way
+        async with self._comparing:  # one comparison for all requests that wait
             if asked not in self._misfits and time.monotonic() >= self._ask_again.get(asked, 0):
                 try:
                     self._misfits[asked] = await asyncio.to_thread(misfit, checkpoint.engine.hypernetwork.config, model)
-                except (OSError, ValueError) as error:  # a hub may be out of reach for a while
+                except (OSError, ValueError) as error:  # the hub may be unreachable for a while
                     self._ask_again[asked] = time.monotonic() + ASK_AGAIN
                     logger.warning(
                         "checkpoint %r: sizes of the served model are not known and not compared: %s", checkpoint.name, error

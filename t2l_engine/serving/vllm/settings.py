@@ -1,4 +1,4 @@
-"""Settings of the plugin, read from the environment in one place; imports neither torch nor vLLM itself."""
+"""Settings of the plugin, from environment variables."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ _STORE_BYTES, _MAX_NAMES = 4 << 30, 100_000
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``T2L_VLLM_*`` says.
+    """Values of ``T2L_VLLM_*``.
 
-    ``checkpoints``: short name -> what ``TextToLoRA.from_pretrained`` takes, first the default; empty: the resolver is
-    off.  ``kernels``: replace vLLM's LoRA operators.  ``mode``: "disk", PEFT folders, or "memory", folders without
-    weights, which each worker generates.  ``store``: folder of the adapters; ``store_bytes``: most bytes in it.
-    ``max_names``: most adapters a server may name.  ``threads``: torch's, for generation.  ``warmup``: load the default
-    checkpoint at the start.
+    ``checkpoints``: short name -> argument of ``TextToLoRA.from_pretrained``, the default first; empty: the resolver is off.
+    ``kernels``: replace vLLM's LoRA operators.  ``mode``: "disk", PEFT folders, or "memory", folders without weights, which
+    each worker generates.  ``store``: folder of the adapters; ``store_bytes``: most bytes in it.  ``max_names``: most
+    adapters a server may name.  ``threads``: torch's, for generation.  ``warmup``: load the default checkpoint at the start.
     """
 
     checkpoints: dict[str, str]
@@ -56,8 +55,7 @@ class Settings:
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
         """Read the variables; an empty one counts as unset.
 
-        Raises ValueError, naming the variable, for an unknown variable, a value that cannot be used or a checkpoint that is
-        not there.
+        Raises ValueError, naming the variable, for an unknown variable, an invalid value or a missing checkpoint.
         """
         unknown = sorted(name for name in environ if name.startswith(PREFIX) and name.removeprefix(PREFIX) not in VARIABLES)
         if unknown:
@@ -114,9 +112,9 @@ def _count(name: str, values: Mapping[str, str], default: int) -> int:
 
 
 def _default_store() -> tuple[Path, int]:
-    """The store and the most bytes in it.
+    """(folder of the store, most bytes in it).
 
-    In shared memory if it has room or a store already, of which at most half is used: other programs need it too (vLLM's
+    In shared memory if that has room or a store already, and then at most half of it: other programs need it too (vLLM's
     processes, NCCL).  Else in the user's cache folder.
     """
     if _SHARED_MEMORY.is_dir():
