@@ -19,7 +19,7 @@ from t2l_engine.serving.store import Unavailable
 from t2l_engine.serving.vllm import generator as module
 from t2l_engine.serving.vllm.generator import Generator
 
-TEXTS = [f"Return element {i} of the list." for i in range(70)]
+TEXTS = [f"Return element {i} of the list." for i in range(10)]
 
 
 def gather(generator, texts):
@@ -39,13 +39,14 @@ def test_the_same_text_is_generated_once(settings, loaded):
     assert gather(other, [TEXTS[0]]) == found[:1] and other.generated == 0, "and by another server"
 
 
-def test_what_waits_is_generated_together(settings, loaded):
+def test_what_waits_is_generated_together(settings, loaded, monkeypatch):
+    monkeypatch.setattr(module, "BATCH", 8)
     generator = Generator(settings())
-    found = gather(generator, TEXTS[:64])
-    assert len(set(found)) == generator.generated == 64 and generator.passes <= 4
+    found = gather(generator, TEXTS[:8])
+    assert len(set(found)) == generator.generated == 8 and generator.passes <= 4
     generator = Generator(settings())
     gather(generator, [text + " Now." for text in TEXTS])
-    assert generator.generated == 70 and 2 <= generator.passes <= 5, "at most 64 in a pass"
+    assert generator.generated == 10 and 2 <= generator.passes <= 5, "at most 8 in a pass"
 
 
 def test_the_event_loop_only_waits(settings, loaded, monkeypatch):

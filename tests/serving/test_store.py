@@ -248,7 +248,7 @@ def context():
 
 
 def test_two_processes_write_the_same_keys(context, tmp_path):
-    barrier, keys = context.Barrier(2), [f"k{i}" for i in range(20)]
+    barrier, keys = context.Barrier(2), [f"k{i}" for i in range(6)]
     both = [context.Process(target=_write, args=(tmp_path / "store", order, barrier)) for order in (keys, keys[::-1])]
     [process.start() for process in both]
     [process.join() for process in both]
