@@ -177,4 +177,4 @@ def test_the_demo_says_what_its_sentences_are():
     apart = {text for of in texts(found.development) for text in of[-suite.HELD_OUT :]}
     splits = {text: split for text, (split, _) in demo.TASKS.items()}
     assert not {normalise(text) for text in splits} & known
-    assert {text for text, split in splits.items() if split == demo.SIBLING} <= apart
+    assert {text for text, split in splits.items() if split == demo.IN_FAMILY} <= apart
