@@ -12,11 +12,8 @@ pytestmark = pytest.mark.compat
 
 #: vLLM 0.32 asks for >= 5.16.1 and < 5.20.
 RELEASES = (f"=={floor('transformers')}.*", "==5.19.*", "")
-NAMES = (
-    "models use fill peft_breadth peft_memory encoder reader bert one_hot encoder_config engine compile custom_layers "
-    "smollm2 icl"
-).split()
-TESTS = (*(f"test_{name}.py" for name in NAMES), "flops/test_decoder_flops.py")
+#: Tests of what stands on transformers.
+TESTS = ("adapters", "lora", "text", "research/costs", "test_engine.py")
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda text: text.strip("=.*") or "newest")
