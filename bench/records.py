@@ -75,9 +75,6 @@ class Row:
     roofline: dict[str, Any] | None
     target: dict[str, Any] | None
     error: dict[str, Any] | None
-    unit_us: float | None = None
-    peak_gflops: float | None = None
-    also: tuple[dict[str, Any], ...] = ()  # further targets
     machine: str | None = None
 
     @property

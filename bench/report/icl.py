@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import fmean
 
 from bench.icl.names import ICL, KEPT, MEAN, MODELS, PAPER, WARM
@@ -9,6 +10,9 @@ from bench.records import OURS
 from bench.report.data import Data
 from bench.report.tables import Line, derived
 
+LATER = "later question, cached ICL / T2L"
+#: Of ICL and of T2L.
+Pair = tuple[float, ...]
 TRAINED, UNSEEN, BENCHMARKS = "trained tasks", "tasks never trained on", "of the paper's benchmarks, never trained on"
 
 
@@ -61,16 +65,6 @@ def _tokens(of: Line) -> str:
     return f"{of['question']} + {of['shots']} x {of['shot']} tokens"
 
 
-def _line(
-    what: str, lengths: str, first: tuple, later: tuple, accuracy: tuple[float | None, float | None] = (None, None)
-) -> Line:
-    return {
-        "what": what,
-        "lengths": lengths,
-        "ICL": first[0],
-        "T2L": first[1],
-        "ICL / T2L": first[0] / first[1],
-        "later question, cached ICL / T2L": later[0] / later[1],
-        "accuracy ICL, %": accuracy[0],
-        "accuracy T2L, %": accuracy[1],
-    }
+def _line(what: str, lengths: str, first: Pair, later: Pair, accuracy: Sequence[float | None] = (None, None)) -> Line:
+    heads = ("what", "lengths", "ICL", "T2L", "ICL / T2L", LATER, "accuracy ICL, %", "accuracy T2L, %")
+    return dict(zip(heads, (what, lengths, *first, first[0] / first[1], later[0] / later[1], *accuracy), strict=True))

@@ -6,7 +6,7 @@ Stored records keep older names; ``SPLITS``, ``METHODS`` and ``SKILLS_METHODS`` 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bench.report.data import Data
@@ -52,14 +52,10 @@ SKILLS_METHODS = {
 Scores = Mapping[str, Mapping[str, float]]
 
 
-def scores(data: Data, suite: str, part: str, group: str | None = None, only: Collection[str] | None = None) -> Scores:
-    """Scores of one part by task; ``group``: of those tasks alone; ``only``: names of tasks."""
+def scores(data: Data, suite: str, part: str, group: str | None = None) -> Scores:
+    """Scores of one part by task; ``group``: of the tasks of that group alone."""
     found = data.records(suite, "scores", part=part)
-    return {
-        of["task"]: of["scores"]
-        for of in found
-        if (group is None or group in of["groups"]) and (only is None or of["task"] in only)
-    }
+    return {of["task"]: of["scores"] for of in found if group is None or group in of["groups"]}
 
 
 def split(data: Data, name: str) -> Scores:

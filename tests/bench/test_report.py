@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from bench import harness
 from bench.__main__ import app
 from bench.records import OF_A_CPU, OURS, ResultError, cpu_class, load, read, stem
-from bench.report import cells, data, figures, pages, quality, tables
+from bench.report import cells, data, figures, icl, pages, quality, tables
 from bench.report.pages import Report
 from bench.source import ROOT, bundled
 from t2l_engine.research.evaluation.bootstrap import Interval
@@ -220,6 +220,24 @@ def test_a_start_of_tuning_is_compared_with_the_same_seeds_of_another():
     assert (peft["right"], peft["steps"], ours["right"], ours["steps"]) == (60, (8 + 4) / 2, 60, 4)
     assert ours["beside PEFT's start"].mean == 10
     assert quality.steps_to([(0, 3.0), (4, 2.0)], 1.0) == 4  # a loss that is never reached counts with all steps
+
+
+def test_examples_in_the_prompt_are_compared_with_an_adapter():
+    """Of two tasks: ICL takes 60 and 40 ms to the first token, T2L 10 once and 30."""
+    arms = lambda icl, right: {  # noqa: E731
+        name: {"accuracy": accuracy, "first_token_us": {"median": 1e3 * ms}}
+        for name, accuracy, ms in (("icl", 40.0, icl), ("icl-warm", 40.0, 36.0), ("t2l-task", right, 30.0))
+    }
+    tasks = [
+        {"arms": arms(icl, right), "generate_us": 1e4, "tokens": {"icl": 90, "t2l": 20}}
+        for icl, right in ((60, 70), (40, 30))
+    ]
+    found = icl.measured(tasks)
+    assert (found["first"], found["later"], found["accuracy"]) == ((50, 40), (36, 30), (40, 50))
+    assert found["tokens"] == "90 against 20 tokens"
+    lines = {(line["what"], line["lengths"]): line for line in tables.lines(data.Data(), "prompt-or-adapter")}
+    paper = lines["Mistral-7B, counted, TFLOP", "59 + 3 x 80 tokens"]
+    assert paper["ICL / T2L"] == pytest.approx(4.9, abs=0.01)  # the paper: 4.88
 
 
 # --- results are not just believed -------------------------------------------------------------------------------------
