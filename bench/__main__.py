@@ -35,7 +35,7 @@ ABOUT = {
     "train": "Training through a frozen model: steps with an adapter a sample, memory, hypernetworks, a library.",
     "serving": "Many adapters in one batch of vLLM on a CPU: its LoRA kernels and ours; needs vLLM in the environment.",
     "levels": "The instruction sets of this CPU beside each other and torch: generating, and the LoRA op; some minutes.",
-    "profile": "Counters of a card for each CUDA kernel: what bounds it; needs Nsight Compute (ncu) and --device cuda.",
+    "profile": "GPU counters of each CUDA kernel: what bounds it; needs Nsight Compute (ncu) and --device cuda.",
     "icl": "Examples in the prompt against generated adapters: closed forms, the paper's table, a model measured.",
 }
 Threads = Annotated[int, typer.Option(min=1, help="threads of torch and of the kernels")]

@@ -206,7 +206,7 @@ def _faults(result: Result) -> Iterator[str]:
         yield f"expected a whole suite, got a part of it: {run['command']}"
     if run.get("dirty") and run["suite"] not in COUNTED:
         yield f"expected the run of a commit, got one with uncommitted changes on {run['commit']}"
-    if expected[2] == "cpu":  # of a card the time may have run out
+    if expected[2] == "cpu":  # on a GPU the time may have run out
         if result.unfinished:
             yield f"expected a whole run, got one without: {', '.join(result.unfinished)}"
         ceilings = result.others.get("ceiling", [])

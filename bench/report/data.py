@@ -10,7 +10,14 @@ from bench.source import ROOT, SPECS, bundled
 
 FOLDER = Path("bench", "results")
 #: Results of a bundled checkpoint.
-OF_CHECKPOINT = {"icl": "smollm2-135m", "study": "smollm2-135m", "specs": SPECS, "adapt": SPECS, "costs": SPECS}
+OF_CHECKPOINT = {
+    "icl": "smollm2-135m",
+    "study": "smollm2-135m",
+    "specs": SPECS,
+    "specs-other": SPECS,
+    "adapt": SPECS,
+    "costs": SPECS,
+}
 
 
 class Data:
