@@ -9,7 +9,7 @@ from t2l_engine import ops
 from t2l_engine.ops import reference
 from t2l_engine.testing.cases import F64, GROUP_CASES, HYPER_CASES, LORA_CASES, HyperCase
 from t2l_engine.testing.oracle import in_float64
-from tests.ops.native import SMALL, by_name
+from tests.ops.kernel_cases import SMALL, by_name
 
 TINY = {
     "task_width": 4,

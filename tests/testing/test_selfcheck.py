@@ -5,9 +5,12 @@ import json
 import sys
 
 import pytest
+import torch
 
 from t2l_engine import cli, ops
-from t2l_engine.testing import numerics, selfcheck
+from t2l_engine.testing import checks, numerics, selfcheck
+from t2l_engine.testing.cases import LORA_CASES
+from t2l_engine.testing.checks import error_ratio
 
 
 @pytest.fixture
@@ -23,7 +26,14 @@ def info(monkeypatch, capsys):
     return run
 
 
-def test_this_build_passes():
+@pytest.fixture
+def few(monkeypatch):
+    """The first cases of every op, with values in most of them; tests/ops has the values of all."""
+    few = {op: (check, cases[:5]) for op, (check, cases) in selfcheck.CHECKS.items()}
+    monkeypatch.setattr(selfcheck, "CHECKS", few)
+
+
+def test_this_build_passes(few):
     results = list(selfcheck.check_process())
     assert [r.what for r in results] == [*ops.SCHEMAS, "adapter"], "every op is checked"
     assert not [failed for r in results for failed in r.failed]
@@ -35,35 +45,23 @@ def test_the_text_encoder_passes():
     assert not selfcheck.check_encoder().failed
 
 
-def test_an_op_that_is_wrong_is_named(monkeypatch):
-    right = ops.lora_add_
+def test_a_wrong_op_is_named(few, monkeypatch):
+    add, trunk = ops.lora_add_, ops.hypernet_trunk
 
     def wrong(y, *args, **kwargs):
-        return right(y, *args, **kwargs).mul_(1 + 2 * numerics.lora_frobenius(y.dtype))
+        return add(y, *args, **kwargs).mul_(1 + 2 * numerics.lora_frobenius(y.dtype))
 
-    monkeypatch.setattr(ops, "lora_add_", wrong)
-    result = selfcheck.check_op("lora_add_", "here")
-    assert result.worst > 1 and any(text.startswith("mixed_rows: ") for text in result.failed)
-
-
-def test_an_op_that_gives_nan_is_named(monkeypatch):
-    right = ops.hypernet_trunk
-    monkeypatch.setattr(ops, "hypernet_trunk", lambda *a, **k: right(*a, **k).fill_(float("nan")))
-    result = selfcheck.check_op("hypernet_trunk", "here")
-    assert result.worst == float("inf") and len(result.failed) >= result.cases - 1  # one case has no elements
-
-
-def test_an_op_that_raises_is_named(monkeypatch):
     def fails(**arguments):
         raise RuntimeError("why\nmore")
 
+    monkeypatch.setattr(ops, "lora_add_", wrong)
+    monkeypatch.setattr(ops, "hypernet_trunk", lambda *a, **k: trunk(*a, **k).fill_(float("nan")))
     monkeypatch.setattr(ops, "lora_delta", fails)
-    result = selfcheck.check_op("lora_delta", "here")
-    assert (
-        result.worst == float("inf")
-        and result.failed[0].endswith(": RuntimeError: why")
-        and len(result.failed) == result.cases
-    )
+    found = {op: selfcheck.check_op(op, "here") for op in ("lora_add_", "hypernet_trunk", "lora_delta")}
+    assert any(text.startswith("mixed_rows: ") for text in found["lora_add_"].failed)
+    for op in ("hypernet_trunk", "lora_delta"):
+        assert found[op].worst == float("inf") and len(found[op].failed) == found[op].cases
+    assert found["lora_delta"].failed[0].endswith(": RuntimeError: why")
 
 
 def test_an_adapter_that_differs_is_named(monkeypatch):
@@ -76,14 +74,25 @@ def test_an_adapter_that_differs_is_named(monkeypatch):
 
 
 def test_nan_is_beyond_every_bound():
-    import torch
-
     nan, one = torch.tensor([float("nan")]), torch.ones(1).double()
-    assert selfcheck.error_ratio(nan, one, 1.0) == selfcheck.error_ratio(one, nan.double(), 1.0) == float("inf")
-    assert (
-        selfcheck.error_ratio(one.float()[:0], one, 1.0) == float("inf")
-        and selfcheck.error_ratio(one.float(), one, 0.0) == 0.0
-    )
+    assert error_ratio(nan, one, 1.0) == error_ratio(one, nan.double(), 1.0) == float("inf")
+    assert error_ratio(one.float()[:0], one, 1.0) == float("inf") and error_ratio(one.float(), one, 0.0) == 0.0
+
+
+@pytest.mark.parametrize("part", ["row", "column"])
+def test_what_is_written_beside_the_result_is_named(monkeypatch, part):
+    """A row of the base model, or a column of the buffer that y is a slice of."""
+    right = ops.lora_add_
+    case = next(case for case in LORA_CASES if case.name == "mixed_rows")
+
+    def wrong(y, *args, **kwargs):
+        (y[1] if part == "row" else y._base[:, 0]).add_(1)  # row 1 has adapter -1
+        return right(y, *args, **kwargs)
+
+    monkeypatch.setattr(ops, "lora_add_", wrong)
+    message = "rows of adapter -1 to keep their bits" if part == "row" else "nothing to be written beside y"
+    with pytest.raises(RuntimeError, match=f"expected {message}"):
+        checks.lora_add_(case)
 
 
 @pytest.mark.parametrize(("says", "why"), [("", "no output"), ("echo noise >&2; echo why >&2; ", "why")])
