@@ -3,46 +3,12 @@
 import torch
 
 import t2l_engine as t2l
-from t2l_engine import ops
 from t2l_engine.testing import numerics
-from t2l_engine.testing.cases import HYPER_CASES, LORA_CASES, LoraCase
 
 
 def compiled(function):
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, backend="aot_eager")
-
-
-def test_ops_compile_whole():
-    lora = next(c for c in LORA_CASES if c.name == "ragged").make()
-    rest = {k: v for k, v in lora.items() if k != "y"}
-    assert torch.equal(compiled(ops.lora_delta)(**rest), ops.lora_delta(**rest))
-    hyper = next(c for c in HYPER_CASES if c.name == "M")
-    trunk = hyper.make_trunk()
-    assert torch.equal(compiled(ops.hypernet_trunk)(**trunk), ops.hypernet_trunk(**trunk))
-    heads = hyper.make_heads()
-    for side, whole in zip(compiled(ops.hypernet_heads)(**heads), ops.hypernet_heads(**heads), strict=True):
-        for got, expected in zip(side, whole, strict=True):
-            assert torch.equal(got, expected) and got.stride() == expected.stride()
-
-
-def test_gradients_through_compile():
-    lora = LoraCase("small", ((2, 0), (1, -1), (3, 1)), adapters=2).make()
-    names = ("x", "lora_A", "lora_B")
-
-    def loss(x, a, b):
-        return (
-            ops.lora_delta(**{k: v for k, v in (lora | dict(zip(names, (x, a, b), strict=True))).items() if k != "y"})
-            .square()
-            .sum()
-        )
-
-    eager = [lora[k].detach().clone().requires_grad_() for k in names]
-    other = [t.detach().clone().requires_grad_() for t in eager]
-    loss(*eager).backward()
-    compiled(loss)(*other).backward()
-    for a, b in zip(eager, other, strict=True):
-        assert torch.allclose(a.grad, b.grad)
 
 
 def test_no_recompilation_over_ids_and_adapters(tiny_model, stack_for):

@@ -4,12 +4,19 @@ import pytest
 import torch
 
 from t2l_engine import ops
-from t2l_engine.testing.cases import HYPER_CASES, LoraCase
+from t2l_engine.testing.cases import HYPER_CASES, HyperCase, LoraCase
 from t2l_engine.testing.checks import CHECKS
 
 by_name = {"ids": lambda case: case.name}
 kernel_case = pytest.mark.kernel_case
 SMALL = LoraCase("small", ((2, 0), (1, -1), (3, 1)), in_features=6, out_features=5, rank=2, adapters=2)
+_TINY = {
+    "task_width": 4, "width": 8, "head_in": 6, "in_features": 5, "out_features": 4, "rank": 2, "layers": 2, "tasks": 2,
+}  # fmt: skip
+#: Small enough for finite differences.
+TINY_HYPERS = [HyperCase("L", **_TINY), HyperCase("M", sides=2, affine=True, **_TINY)] + [
+    HyperCase(p, sides=2, position=p, bias=False, **_TINY) for p in ("learned", "rotary")
+]
 #: In names of cases: shapes of real models, which take most of the time.
 LARGE = ("serve", "smollm2")
 #: (op, case) of the ops that have native kernels.
