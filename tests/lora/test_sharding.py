@@ -13,7 +13,7 @@ from torch import nn
 
 from t2l_engine import AdapterStack, HyperNetwork, Shard, attach, shards
 from t2l_engine.testing import numerics
-from tests.lora import sharded_worker as worker
+from tests.lora import tensor_parallel_worker as worker
 
 
 @pytest.fixture(scope="module")
