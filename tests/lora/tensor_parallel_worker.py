@@ -1,4 +1,4 @@
-"""Models divided between two processes: ``python tensor_parallel_worker.py FOLDER RANK WORLD`` writes what this process computes."""
+"""Models divided between two processes: ``tensor_parallel_worker.py FOLDER RANK WORLD`` writes what this one computes."""
 
 import datetime
 import sys

@@ -1,4 +1,4 @@
-"""Adapters generated straight into the slots of a handle, against the same adapters generated and put there."""
+"""Adapters generated straight into borrowed slots of a handle, against the same adapters generated and put there."""
 
 import dataclasses
 
@@ -7,15 +7,11 @@ import torch
 
 from t2l_engine import AdapterStack, LoRALinear, OneHotConfig, OneHotEncoder, TextToLoRA, attach
 from t2l_engine.testing.models import HyperShape
+from tests.lora.tiny_llama import logits
 
 #: Of the tiny Llama: hidden 64, 4 heads of 32, 2 for keys and values, 2 layers.
 SHAPE = HyperShape("tiny", 2, 64, 128, 64, embed_dim=24, latent_size=16, head_in_size=24)
 SLOTS = 5
-
-
-@pytest.fixture
-def model(tiny_model):
-    return tiny_model("Llama", head_dim=32)
 
 
 @pytest.fixture
@@ -41,11 +37,6 @@ def contents(handle):
 
 def same(left, right):
     return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
-
-
-@torch.no_grad()
-def logits(model, tokens):
-    return model(tokens).logits
 
 
 # --- equality with put -------------------------------------------------------------------------------------------------
@@ -184,20 +175,6 @@ def test_slots_are_empty_after_an_error(model, net, tokens):
         handle.set(0)
     handle.put(0, net.generate(task_emb(1)))
     handle.set(0)
-
-
-def test_recomputation_notices(model, net, tokens):
-    """As for put: gradient checkpointing would recompute with other adapters."""
-    handle = attach(model, net.generate(task_emb(2)))
-    model.train().requires_grad_(False)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.enable_input_require_grads()
-    with handle.use([0, 1, -1] * 2):
-        loss = model(tokens, use_cache=False).logits.sum()
-        with handle.borrow_slots(0, net.meta_stack(1)) as out:
-            net.generate(task_emb(1), out=out)
-        with pytest.raises(RuntimeError, match="recomputes the forward pass"):
-            loss.backward()
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------------

@@ -1,103 +1,21 @@
-"""Layers that are no nn.Linear, modules that are shared, models with several towers, and models an adapter does not fit."""
+"""Finding the linears of a model: shared modules, several towers, linears that are never called, models that do not fit."""
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune
 
 from t2l_engine import AdapterBatch, AdapterStack, LoRALinear, attach
 from t2l_engine.testing.numerics import ROW_ATOL
-
-
-@pytest.fixture
-def model(tiny_model):
-    return tiny_model("Llama")
+from tests.lora.blocks import Blocks, by_hand
 
 
 def wrapped(model):
     return [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
 
 
-class Blocks(nn.Module):
-    """Layers of one's own over flattened tokens ``[T, 16]``."""
-
-    def __init__(self, make=nn.Linear, num_layers=2):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.ModuleDict({"q_proj": make(16, 16)}) for _ in range(num_layers))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = torch.tanh(layer["q_proj"](x))
-        return x
-
-
 @pytest.fixture
 def x():
     return torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
-
-
-def by_hand(blocks, stack, x, adapters):
-    """Blocks on rows ``x``, ``adapters`` one a row."""
-    for i, layer in enumerate(blocks.layers):
-        A, B, s = stack.lora_A["q_proj"][:, i], stack.lora_B["q_proj"][:, i], stack.scaling
-        deltas = [s[a] * (row @ A[a].mT) @ B[a].mT if a >= 0 else 0 * row for row, a in zip(x, adapters, strict=True)]
-        x = torch.tanh(layer["q_proj"](x) + torch.stack(deltas))
-    return x
-
-
-class Int8Linear(nn.Module):
-    """Weight-only quantisation: no parameter, an int8 buffer and scales."""
-
-    def __init__(self, in_features, out_features):
-        super().__init__()
-        weight = torch.randn(out_features, in_features)
-        scale = weight.abs().amax(dim=1) / 127
-        self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale)
-
-    def forward(self, x):
-        return x @ (self.weight.to(x.dtype) * self.scale[:, None]).mT
-
-
-class Callable(nn.Module):
-    """Says nothing of itself."""
-
-    def __init__(self, *_):
-        super().__init__()
-
-    def forward(self, x):
-        return 2 * x.flip(-1)
-
-
-def dynamic(n_in, n_out):
-    """torch's dynamically quantised linear: ``weight`` is a method."""
-    module = nn.Sequential(nn.Linear(n_in, n_out))
-    return torch.ao.quantization.quantize_dynamic(module, {nn.Linear}, dtype=torch.qint8)[0]
-
-
-@pytest.mark.parametrize("make", [Int8Linear, Callable, nn.Identity, dynamic], ids=lambda make: make.__name__)
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_layers_that_are_no_linear(make_stack, x, make):
-    if make is dynamic and "fbgemm" not in torch.backends.quantized.supported_engines:
-        pytest.skip("no engine for quantised linears")
-    # One layer: dynamic quantisation would turn a difference of one rounding into a whole step in the next.
-    blocks, stack = Blocks(make, num_layers=1), make_stack({"q_proj": (16, 16)}, num_layers=1)
-    adapters = [0, 2, -1, 1, 1, -1]
-    rows = x.clone()
-    with torch.no_grad():
-        expected, base = by_hand(blocks, stack, x, adapters), blocks(x)
-        handle = attach(blocks, stack)
-        with handle.use(adapters):
-            got = blocks(x)
-    assert torch.equal(x, rows)
-    assert (got - expected).abs().max() <= ROW_ATOL and (got[0] - base[0]).abs().max() > 1000 * ROW_ATOL
-    assert torch.equal(got[2], base[2])
-    with pytest.raises(ValueError, match="merge: layers.0.q_proj is a .* without a plain weight"):
-        handle.merge(0)
-    handle.detach()
-    assert torch.equal(blocks(x), base)
 
 
 def test_ragged_tokens_and_packed_columns(make_stack, x):
@@ -165,74 +83,6 @@ def test_linears_of_which_only_the_weight_is_read(make_stack, parent, name, read
         attach(model, stack)
 
 
-class Scaled(nn.Linear):
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight * 0.1, self.bias)
-
-
-class Float8(nn.Linear):
-    """As transformers' FP8Linear: an ``nn.Linear`` by class, whose weight is float8."""
-
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
-        self.weight = nn.Parameter(self.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
-
-
-class Transposed(nn.Module):
-    """Says its sizes as Conv1D does, and keeps its weight otherwise."""
-
-    def __init__(self, n_in, n_out):
-        super().__init__()
-        self.nx, self.nf = n_in, n_out
-        self.weight = nn.Parameter(torch.randn(n_in, n_out))
-
-    def forward(self, x):
-        return x @ self.weight / 10
-
-
-def parametrized(n_in, n_out):
-    """Its weight is computed anew whenever it is read."""
-    return parametrizations.weight_norm(nn.Linear(n_in, n_out))
-
-
-def pruned(n_in, n_out):
-    """Its weight is computed anew before every forward pass."""
-    return prune.l1_unstructured(nn.Linear(n_in, n_out), "weight", amount=0.5)
-
-
-@pytest.mark.parametrize("make", [Scaled, Float8, Transposed, parametrized, pruned])
-def test_kinds_of_linear_are_used_and_not_merged(make_stack, x, make):
-    blocks, stack = Blocks(make), make_stack({"q_proj": (16, 16)})
-    kind = type(blocks.layers[0]["q_proj"]).__name__
-    handle = attach(blocks, stack)
-    adapters = [0, 2, -1, 1, 1, -1]
-    with torch.no_grad():
-        expected = by_hand(Blocks(make), stack, x, adapters)
-        with handle.use(adapters):
-            assert (blocks(x) - expected).abs().max() <= ROW_ATOL
-        before = blocks(x)
-        with pytest.raises(ValueError, match=f"merge: layers.0.q_proj is a {kind} without a plain weight"):
-            handle.merge(0)
-        assert torch.equal(blocks(x), before)
-
-
-class Counted(torch.Tensor):
-    """A tensor that may compute in its own way, as sparse and quantised ones do."""
-
-
-def test_a_weight_of_its_own_kind_is_not_merged(make_stack):
-    blocks, stack = Blocks(), make_stack({"q_proj": (16, 16)})
-    linear = blocks.layers[1]["q_proj"]
-    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Counted))
-    handle = attach(blocks, stack)
-    handle.set(0)
-    with pytest.raises(ValueError, match=r"merge: layers\.1\.q_proj is a Linear without a plain weight"):
-        handle.merge(0)
-
-
 def test_a_module_of_the_first_layers_alone(make_stack, tmp_path, x):
     """A folder of PEFT is filled up to its deepest module, as of a model whose first layer alone is dense."""
 
@@ -267,37 +117,11 @@ def test_a_module_of_the_first_layers_alone(make_stack, tmp_path, x):
         attach(mixed(), paths(beyond))
 
 
-def test_what_a_layer_takes_and_gives(make_stack, x):
-    class Two(nn.Linear):
-        def forward(self, input, scale=1.0, both=False):
-            y = super().forward(input) * scale
-            return (y, y) if both else y
-
-    blocks, stack = Blocks(Two, num_layers=1), make_stack({"q_proj": (16, 16)}, num_layers=1)
-    with torch.no_grad():
-        base = blocks.layers[0]["q_proj"](x, 2.0)
-        with attach(blocks, stack).use(0):
-            layer = blocks.layers[0]["q_proj"]
-            plain = layer(x) - layer.base(x)
-            assert torch.equal(layer(input=x, scale=2.0), layer(x, 2.0))
-            assert (layer(x, 2.0) - base - plain).abs().max() <= ROW_ATOL
-            with pytest.raises(RuntimeError, match="q_proj: expected a layer that returns a tensor, got tuple"):
-                layer(x, both=True)
-
-
 def test_an_embedding_is_no_linear(make_stack):
     model = nn.ModuleDict({"embed_tokens": nn.Embedding(97, 16)})
     stack = make_stack({"embed_tokens": (16, 97)}, num_layers=1, paths={"embed_tokens": "embed_tokens"})
     with pytest.raises(ValueError, match="embed_tokens: layer 0 is a Embedding, expected a linear"):
         attach(model, stack)
-
-
-def test_parts_of_a_layer_keep_their_mode(make_stack):
-    blocks = Blocks(lambda *sizes: nn.Sequential(nn.Linear(*sizes), nn.Dropout().eval()))
-    handle = attach(blocks, make_stack({"q_proj": (16, 16)}))
-    assert all(layer["q_proj"].training for layer in blocks.layers)
-    handle.detach()
-    assert not any(layer["q_proj"][1].training for layer in blocks.layers)
 
 
 def test_shared_modules(make_stack, x):

@@ -1,4 +1,4 @@
-"""Which adapter each row of a batch gets: rows, -1, generation, beams, segments, and the ids themselves."""
+"""Which adapter each row of a batch gets: rows, -1, segments, and the ids themselves."""
 
 import pytest
 import torch
@@ -7,13 +7,7 @@ from torch import nn
 from t2l_engine import AdapterBatch, AdapterStack, LoRALinear, attach
 from t2l_engine.lora import routing
 from t2l_engine.testing.numerics import ROW_ATOL, relative_frobenius, u
-
-NAMES = ("q_proj", "v_proj", "down_proj")
-
-
-@pytest.fixture
-def model(tiny_model):
-    return tiny_model("Llama", head_dim=32)
+from tests.lora.tiny_llama import NAMES
 
 
 @pytest.fixture
@@ -34,11 +28,6 @@ def prompts():
 @torch.no_grad()
 def logits(model, prompts):
     return model(**prompts).logits
-
-
-def generate(model, prompts, **kwargs):
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None} | kwargs
-    return model.generate(**prompts, **options)
 
 
 def test_rows_of_a_mixed_batch(model, handle, prompts):
@@ -70,28 +59,6 @@ def test_base_rows_are_bitwise_the_base_model(tiny_model, stack_for, prompts, dt
     assert torch.equal(idle, base) and torch.equal(none, base)
     for row, adapted in enumerate([True, False, True, False, False, True, True, False]):
         assert torch.equal(mixed[row], base[row]) != adapted
-
-
-def test_generation_with_cache(model, handle, prompts):
-    order = [5, 2, 7, -1, 1, 6, 3, 4]
-    with handle.use(order):
-        mixed = generate(model, prompts)
-    for row, adapter in enumerate(order):
-        with handle.use(adapter):
-            assert torch.equal(mixed[row], generate(model, prompts)[row])
-    base = generate(model, prompts)
-    assert sum(torch.equal(mixed[row], base[row]) for row in range(8)) == 1
-
-
-@pytest.mark.parametrize("kwargs", [{"num_beams": 2}, {"num_beams": 4, "num_return_sequences": 2}])
-def test_beams_repeat_the_ids_of_rows(model, handle, prompts, kwargs):
-    copies = kwargs.get("num_return_sequences", 1)
-    order = [0, 1, 2, 3, 4, 5, 6, -1]
-    with handle.use(order):
-        mixed = generate(model, prompts, **kwargs).unflatten(0, (8, copies))
-    for row, adapter in enumerate(order):
-        with handle.use(adapter):
-            assert torch.equal(mixed[row], generate(model, prompts, **kwargs).unflatten(0, (8, copies))[row])
 
 
 def test_ids_of_any_integer_form(model, handle, prompts):
