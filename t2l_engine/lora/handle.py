@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,24 +11,15 @@ from torch import Tensor, nn
 
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import short_repr
-from t2l_engine.files.weights import WEIGHT_DTYPES
-from t2l_engine.lora.layer import LoRALinear, Member, ShardedLoRALinear, merged_weight, overwrite, refuse_weights
-from t2l_engine.lora.locate import (
-    Packed,
-    Target,
-    check_stack,
-    device_of,
-    features,
-    find_all,
-    find_sharding,
-    is_transposed,
-    same_place,
-)
+from t2l_engine.lora.layer import LoRALinear, Member, ShardedLoRALinear, refuse_weights
+from t2l_engine.lora.locate import Packed, Target, check_stack, device_of, find_all, find_sharding, same_place
+from t2l_engine.lora.merge import check_mergeable, merged_weight, overwrite
 from t2l_engine.lora.routing import Ids, Routing
-from t2l_engine.lora.sharding import is_fully_sharded, local
+from t2l_engine.lora.sharding import local
 from t2l_engine.lora.slots import Slots
 
-CONV1D_FORWARD = "transformers.pytorch_utils.Conv1D.forward"
+#: Module name of a stack -> key of its slots, and its linears by layer.
+Matched = dict[str, tuple[str, dict[int, Target]]]
 
 
 class LoRAHandle:
@@ -69,7 +59,7 @@ class LoRAHandle:
         self._scalings: dict[torch.device, Tensor] = {}  # [slots], by device
         self._filled: set[int] = set()
         self._merged: list[tuple[LoRALinear, Tensor]] | None = None  # layer, its original weight
-        self._guard: Any = None  # of them, from loading a state_dict
+        self._load_hook: Any = None  # refuses to load a state_dict while merged
 
     # --- routing ---------------------------------------------------------------------------------------------------
 
@@ -209,8 +199,8 @@ class LoRAHandle:
         check_stack("like", like)
         count = len(like)
         self._check_slots(slot, count)
-        matched, made = self._sized(like)
-        places = {name: made[key] if key in made else self._slots[key] for name, (key, _) in matched.items()}
+        matched, new = self._missing_slots(like)
+        places = {name: new[key] if key in new else self._slots[key] for name, (key, _) in matched.items()}
         for name, (_, *sizes) in like.sizes.items():
             if tuple(sizes) != places[name].features:
                 raise ValueError(
@@ -225,11 +215,11 @@ class LoRAHandle:
         if len(devices) > 1 or device not in (None, *devices):
             expected = "one device" if device is None else device
             raise ValueError(f"like: expected layers on {expected}, got {', '.join(sorted(map(str, devices)))}; use put()")
-        self._hold(like, matched, made)
+        self._add_slots(like, matched, new)
         (device,) = devices
         rows, lora_A, lora_B, ranks = slice(slot, slot + count), {}, {}, {}
         with self._writing(slot, count):
-            with torch.inference_mode(False), torch.no_grad():  # as in _sized
+            with torch.inference_mode(False), torch.no_grad():  # as in _missing_slots
                 for name, slots in places.items():
                     (part,), (n, r) = slots.parts.values(), like.lora_A[name].shape[1:3]
                     lora_A[name], lora_B[name] = part.A[rows, :n, :r], part.B[rows, :n, :r].mT
@@ -270,46 +260,45 @@ class LoRAHandle:
 
     def _reserve(self, stack: AdapterStack) -> None:
         """Allocate the slots that ``stack`` needs, after all checks, and wrap the linears once there is memory for all."""
-        self._hold(stack, *self._sized(stack))
+        self._add_slots(stack, *self._missing_slots(stack))
 
     @torch.inference_mode(False)  # inference tensors could be written in inference mode only
-    def _sized(self, stack: AdapterStack) -> tuple[dict[str, tuple[str, dict[int, Target]]], dict[str, Slots]]:
-        """What :meth:`_match` gives, and the slots that ``stack`` needs beyond those there are; nothing changes."""
-        model = self._check_attached()
+    def _missing_slots(self, stack: AdapterStack) -> tuple[Matched, dict[str, Slots]]:
+        """What :meth:`_match` gives, and new slots by key for the modules that have none; the handle does not change."""
+        model, new = self._check_attached(), {}
         matched = self._match(stack)
         for name, (key, _) in matched.items():
-            known, width = self._slots.get(key), stack.lora_A[name].shape[2]
+            width, known = stack.lora_A[name].shape[2], self._slots.get(key)
             r_max = known.rank if known else self._max_rank or width
             if width > r_max and (rank := int(stack.ranks[name].max())) > r_max:
                 raise ValueError(f"{name}: rank {rank} exceeds the slots' rank {r_max}; attach with max_rank=...")
-        made: dict[str, Slots] = {}
         for name, (key, targets) in matched.items():
             if key not in self._slots:
                 a, b = stack.lora_A[name], stack.lora_B[name]
                 rank, sizes = self._max_rank or a.shape[2], (a.shape[3], b.shape[2])
                 sharding = find_sharding(model, name, targets)
-                made[key] = Slots(targets, a.shape[1], self._num_slots, rank, sizes, a.dtype, device_of(model), sharding)
-        return matched, made
+                new[key] = Slots(targets, a.shape[1], self._num_slots, rank, sizes, a.dtype, device_of(model), sharding)
+        return matched, new
 
     @torch.inference_mode(False)
-    def _hold(self, stack: AdapterStack, matched: dict[str, tuple[str, dict[int, Target]]], made: dict[str, Slots]) -> None:
-        """Keep the slots that were made for ``stack``, and wrap their linears."""
-        for slots in made.values():
+    def _add_slots(self, stack: AdapterStack, matched: Matched, new: dict[str, Slots]) -> None:
+        """Make ``new`` slots the handle's, and wrap their linears."""
+        for slots in new.values():
             for device in slots.parts:
-                self._reach(device)
-        self._slots |= made
+                self._add_device(device)
+        self._slots |= new
         for name, (key, targets) in matched.items():
             self._keys[stack.paths[name]] = key
-            if key in made:
+            if key in new:
                 for layer, target in targets.items():
                     self._wrap(key, layer, target)
 
-    def _reach(self, device: torch.device) -> None:
-        """Routing and scalings on ``device``, as on the others."""
+    def _add_device(self, device: torch.device) -> None:
+        """Routing and scalings on ``device``, equal to those on the others."""
         (first, *_), scalings = self._routings.values(), list(self._scalings.values())
         if device not in self._scalings:
-            made = scalings[0] if scalings else torch.ones(self._num_slots, dtype=torch.float32)
-            self._scalings[device] = made.to(device, copy=True)
+            values = scalings[0] if scalings else torch.ones(self._num_slots, dtype=torch.float32)
+            self._scalings[device] = values.to(device, copy=True)
         if device not in self._routings:
             self._routings[device] = Routing()
             self._routings[device].follow(first, device)
@@ -331,12 +320,12 @@ class LoRAHandle:
         A, B, ranks = slots.layer(layer)
         wrapped.add_member(Member(key, layer, start, A, B, self._scalings[device], ranks))
 
-    def _match(self, stack: AdapterStack) -> dict[str, tuple[str, dict[int, Target]]]:
-        """Module name of ``stack`` -> key of its slots (existing or not) and its linears by layer."""
+    def _match(self, stack: AdapterStack) -> Matched:
+        """The modules of ``stack``; a key need not have slots yet."""
         slots = {path: self._slots[key] for path, key in self._keys.items() if key in self._slots}
         known = {path: (one.targets, one.fitting) for path, one in slots.items()}
         found = find_all(self._check_attached(), stack, self._packed, known)
-        matched: dict[str, tuple[str, dict[int, Target]]] = {}
+        matched: Matched = {}
         for name, targets in found.items():
             path = stack.paths[name]
             key = self._keys.get(path)
@@ -361,11 +350,11 @@ class LoRAHandle:
         model = self._check_free("merge")
         if not isinstance(index, int) or isinstance(index, bool) or index not in self._filled:
             raise IndexError(f"index: expected a filled slot {short_repr(sorted(self._filled))}, got {short_repr(index)}")
-        self._check_mergeable(model)
+        check_mergeable(model, self._wrapped)
         for routing in self._routings.values():
             routing.clear()
             routing.merged = True
-        self._merged, self._guard = [], model.register_load_state_dict_pre_hook(refuse_weights)
+        self._merged, self._load_hook = [], model.register_load_state_dict_pre_hook(refuse_weights)
         try:
             for _, wrapped in self._wrapped:
                 merged = merged_weight(wrapped, index)
@@ -376,31 +365,6 @@ class LoRAHandle:
             self.unmerge()
             raise
 
-    def _check_mergeable(self, model: nn.Module) -> None:
-        parameters = [p for module in model.modules() for p in module._parameters.values() if p is not None]
-        owners = Counter(_memory(p) for p in parameters)
-        bases = Counter(id(wrapped.base) for _, wrapped in self._wrapped)
-        if is_fully_sharded(model):
-            raise ValueError("merge: fully_shard has divided weights of the model, which have no part to merge into")
-        for target, wrapped in self._wrapped:
-            base = wrapped.base
-            own = base._parameters | base._buffers  # a weight that hooks or parametrizations compute is in neither
-            weight = own.get("weight")
-            forward = type(base).forward  # a subclass with its own may use the weight differently
-            plain = forward is nn.Linear.forward or f"{forward.__module__}.{forward.__qualname__}" == CONV1D_FORWARD
-            n_in, n_out = features(base) or (None, None)
-            shape = (n_in, n_out) if is_transposed(base) else (n_out, n_in)
-            if (
-                not plain
-                or weight is None
-                or type(local(weight)) not in (Tensor, nn.Parameter)  # a subclass may compute in its own way
-                or weight.dtype not in WEIGHT_DTYPES
-                or weight.shape != shape
-            ):
-                raise ValueError(f"merge: {target.path} is a {type(base).__name__} without a plain weight to merge into")
-            if owners[_memory(weight)] > 1 or bases[id(base)] > 1:
-                raise ValueError(f"merge: {target.path}: other modules share its weight, and merging would change them too")
-
     @torch.no_grad()
     def unmerge(self) -> None:
         """Undo :meth:`merge`: the weights get their original bits.  Raises RuntimeError if nothing is merged."""
@@ -409,7 +373,7 @@ class LoRAHandle:
             raise RuntimeError("unmerge: no adapter is merged")
         for wrapped, original in self._merged:
             overwrite(local(wrapped.weight), original)
-        self._guard.remove()
+        self._load_hook.remove()
         self._merged = None
         for routing in self._routings.values():
             routing.merged = False
@@ -439,11 +403,6 @@ class LoRAHandle:
         if self._merged is not None:
             raise RuntimeError(f"{call}: an adapter is merged into the weights; call unmerge() first")
         return self._check_attached()
-
-
-def _memory(weight: Tensor) -> int:
-    """An id that is equal for weights that share memory, even as two parameters."""
-    return weight.data_ptr() or id(weight) if type(weight) is nn.Parameter else id(weight)
 
 
 def attach(

@@ -11,10 +11,9 @@ from torch.autograd import forward_ad as _forward_ad
 
 from t2l_engine.adapters.paths import LAYER
 from t2l_engine.lora.autograd import AdaptedLinear, is_plain
-from t2l_engine.lora.locate import features, is_transposed
+from t2l_engine.lora.locate import features
 from t2l_engine.lora.routing import Routing
-from t2l_engine.lora.sharding import Sharding, is_distributed, local
-from t2l_engine.ops.reference import without_autocast
+from t2l_engine.lora.sharding import Sharding, is_distributed
 from t2l_engine.ops.registry import lora_add_group_op, lora_add_op, lora_delta_op
 
 # Not public in torch; if it is missing, recomputation is not checked.
@@ -349,23 +348,3 @@ def _own_names(layer: LoRALinear, keys) -> None:
     ours = f"{layer._prefix}base."
     for found in keys:
         found[:] = [layer._prefix + k.removeprefix(ours) if k.startswith(ours) else k for k in found]
-
-
-def merged_weight(wrapped: LoRALinear, index: int) -> Tensor:
-    """The weight of ``wrapped`` plus adapter ``index``, in float32 or wider."""
-    weight = local(wrapped.weight)
-    exact = torch.promote_types(weight.dtype, torch.float32)
-    merged = weight.to(exact, copy=True)
-    rows = merged.T if is_transposed(wrapped.base) else merged
-    with without_autocast(weight.device):
-        for m in wrapped.members:
-            r, start = int(m.ranks[index]), m.start or 0
-            delta = m.lora_B[index, :, :r].to(exact) @ m.lora_A[index, :r].to(exact)
-            rows[start : start + len(delta)] += delta * m.scaling[index]
-    return merged
-
-
-def overwrite(weight: Tensor, values: Tensor) -> None:
-    # Weights created in inference mode can be written in that mode only.
-    with torch.inference_mode(weight.is_inference()), torch.no_grad():
-        weight.copy_(values)

@@ -157,9 +157,9 @@ def test_refusals(stack, make_stack):
         pass
 
 
-@pytest.mark.parametrize("starts", [[None], [0, 3], [None, 1]], ids=str)
-@pytest.mark.parametrize("dropped", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("bias", "dropped", "starts"), [(False, True, [None]), (True, False, [0, 3]), (True, True, [None, 1])], ids=str
+)
 def test_adapted_linear_gradcheck(bias, dropped, starts):
     """Of a whole linear, of columns of a packed one, and of both."""
     case = LoraCase("small", ((2, 0), (1, -1), (3, 1)), 6, 5, rank=2, adapters=2, x_dtype=F64, w_dtype=F64)

@@ -298,30 +298,23 @@ def test_a_graph_reads_no_stale_ids(model, handle, prompts, monkeypatch):
     assert captured.tolist() == [7] * 8 and captured is of.ids
 
 
-def test_a_graph_reads_the_segments_of_the_pass_before(model, handle, prompts, monkeypatch):
-    """Which it then does not make in every layer."""
+def test_a_graph_keeps_the_segments_that_it_reads(model, handle, prompts, monkeypatch):
+    """Those of the pass before, which it then does not make in every layer, or those of an AdapterBatch."""
     handle.set(list(range(8)))
     logits(model, prompts)
     (of,) = handle._routings.values()
     known = of._segments[1]
-    monkeypatch.setattr(routing, "is_capturing", lambda ids: True)
-    monkeypatch.setattr(of, "_make_segments", lambda shape: pytest.fail("made in the graph"))
-    logits(model, prompts)
-    monkeypatch.undo()
-    handle.set([7] * 8)
-    assert of._captured_batches == {id(known): known} and known.seg_adapters.tolist() == [7] * 8
-
-
-def test_a_graph_keeps_the_segments_that_it_reads(model, handle, prompts, monkeypatch):
-    tokens = prompts["input_ids"].numel()
-    monkeypatch.setattr(routing, "is_capturing", lambda ids: True)
-    with handle.use(batch([0, tokens], [3], tokens)):
+    with monkeypatch.context() as patch:
+        patch.setattr(routing, "is_capturing", lambda ids: True)
+        patch.setattr(of, "_make_segments", lambda shape: pytest.fail("made in the graph"))
         logits(model, prompts)
-        (of,) = handle._routings.values()
-        captured = of.batch
-    monkeypatch.undo()
-    handle.set([5] * 8)
-    assert list(of._captured_batches.values()) == [captured] and captured.seg_adapters.tolist() == [3]
+        tokens = prompts["input_ids"].numel()
+        with handle.use(batch([0, tokens], [3], tokens)):
+            logits(model, prompts)
+            captured = of.batch
+    handle.set([7] * 8)
+    assert list(of._captured_batches.values()) == [known, captured]
+    assert known.seg_adapters.tolist() == [7] * 8 and captured.seg_adapters.tolist() == [3]
 
 
 def test_segments_of_another_number_of_tokens(model, handle):
