@@ -183,17 +183,6 @@ def _check_columns(host: str, layers: dict[int, Target], members: Mapping[str, t
             )
 
 
-def check_shape(name: str, layer: int, target: Target, n_in: int, n_out: int) -> None:
-    """ValueError unless the linear, if its features are known, has ``n_in`` and ``n_out``."""
-    got = features(target.linear)
-    if got is not None and target.columns is not None:
-        got = (got[0], target.columns[1] - target.columns[0])
-    if got is not None and got != (n_in, n_out):
-        raise ValueError(
-            f"{name}: layer {layer}: the adapter has in/out features {n_in}/{n_out}, the model has {got[0]}/{got[1]}"
-        )
-
-
 def check_layers(name: str, stack: AdapterStack, targets: dict[int, Target]) -> None:
     """ValueError unless the layers of module ``name`` of ``stack`` are those of ``targets``."""
     path, num_layers = stack.paths[name], stack.lora_A[name].shape[1]
@@ -211,7 +200,13 @@ def check_layers(name: str, stack: AdapterStack, targets: dict[int, Target]) -> 
 def check_features(name: str, targets: dict[int, Target], n_in: int, n_out: int) -> None:
     """ValueError unless all ``targets`` have these features, as far as they are known, and none is on the meta device."""
     for layer, target in targets.items():
-        check_shape(name, layer, target, n_in, n_out)
+        got = features(target.linear)
+        if got is not None and target.columns is not None:
+            got = (got[0], target.columns[1] - target.columns[0])
+        if got is not None and got != (n_in, n_out):
+            raise ValueError(
+                f"{name}: layer {layer}: the adapter has in/out features {n_in}/{n_out}, the model has {got[0]}/{got[1]}"
+            )
         weight = getattr(target.linear, "weight", None)
         if isinstance(weight, Tensor) and weight.is_meta:
             raise ValueError(f"model: {target.path} is on the meta device; load its weights first")

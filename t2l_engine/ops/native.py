@@ -68,7 +68,7 @@ def about() -> dict[str, Any] | None:
     kernels, or "none").  ``instruction_sets``: ``available`` on this CPU; ``chosen``, None if ``T2L_ISA``
     is unusable; ``why`` that one; and ``error``, the reason where none is.
     """
-    return json.loads(_said("t2l_about") or "null") if is_loaded() else None
+    return json.loads(_call_for_text("t2l_about") or "null") if is_loaded() else None
 
 
 def isa_error() -> str | None:
@@ -77,7 +77,7 @@ def isa_error() -> str | None:
     Unlike :func:`about`, which names all instruction sets, this does not ask the system for AMX's tiles where another one is
     chosen.
     """
-    return _said("t2l_isa_error")
+    return _call_for_text("t2l_isa_error")
 
 
 def is_loaded() -> bool:
@@ -85,8 +85,9 @@ def is_loaded() -> bool:
     return os.path.realpath(library_path()) in torch.ops.loaded_libraries  # as torch names them
 
 
-def _said(function: str) -> str | None:
-    say = getattr(ctypes.CDLL(str(library_path())), function)
-    say.restype = ctypes.c_char_p
-    text: bytes | None = say()
+def _call_for_text(function: str) -> str | None:
+    """What a C function of the library without arguments returns."""
+    call = getattr(ctypes.CDLL(str(library_path())), function)
+    call.restype = ctypes.c_char_p
+    text: bytes | None = call()
     return None if text is None else text.decode()

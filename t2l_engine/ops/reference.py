@@ -201,40 +201,7 @@ def head_sides(weight: Tensor, bias: Tensor | None, sides: int, ranks_per_row: i
     return parts
 
 
-def _head(
-    latent: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mul_A: Tensor | None,
-    add_A: Tensor | None,
-    mul_B: Tensor | None,
-    add_B: Tensor | None,
-    rank: int,
-    in_features: int,
-    out_features: int,
-) -> tuple[Tensor, Tensor]:
-    """A ``[N, n, r, in]`` and B transposed ``[N, n, r, out]``, not yet rounded to the result's dtype."""
-    num_tasks, sides, ranks, num_layers, _ = latent.shape
-    p = rank // ranks
-    parts = head_sides(weight, bias, sides, p, in_features, out_features)
-    out = []
-    for side, ((w, b), mul, add) in enumerate(zip(parts, (mul_A, mul_B), (add_A, add_B), strict=True)):
-        width = w.shape[1]
-        y = linear(latent[:, side if sides == 2 else 0], w.reshape(p * width, -1))  # [N, R, n, p * width]
-        y = y.view(num_tasks, ranks, num_layers, p, width)
-        if b is not None:
-            y = y + b
-        y = y.permute(0, 2, 1, 3, 4).reshape(num_tasks, num_layers, rank, width)
-        if mul is not None:
-            y = y * (mul.mT if side else mul)
-        if add is not None:
-            y = y + (add.mT if side else add)
-        out.append(y)
-    lora_A, lora_B = out
-    return lora_A, lora_B
-
-
-def _modules(
+def _heads(
     latent: Tensor,
     weight: Sequence[Tensor],
     bias: Sequence[Tensor] | None,
@@ -245,17 +212,27 @@ def _modules(
     rank: int,
     in_features: Sequence[int],
     out_features: Sequence[int],
-) -> Iterator[tuple]:
-    """The arguments of :func:`_head`, module by module."""
-    count = len(weight)
-    biases: Sequence[Tensor | None] = [None] * count if bias is None or len(bias) == 0 else bias
-    ranks = [rank] * count
-    return zip(latent.unbind(1), weight, biases, mul_A, add_A, mul_B, add_B, ranks, in_features, out_features, strict=True)
-
-
-def _rounded(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Results of :func:`_head` in the dtype and layout of :func:`hypernet_heads`."""
-    return lora_A.to(dtype).contiguous(), lora_B.to(dtype).contiguous().mT
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A ``[N, n, r, in]`` and B transposed ``[N, n, r, out]`` of each module, not yet rounded to the result's dtype."""
+    num_tasks, num_modules, sides, ranks, num_layers, _ = latent.shape
+    p = rank // ranks
+    muls, adds = zip(mul_A, mul_B, strict=True), zip(add_A, add_B, strict=True)
+    modules = zip(weight, bias or [None] * num_modules, muls, adds, in_features, out_features, strict=True)
+    for i, (w, b, mul, add, n_in, n_out) in enumerate(modules):
+        out = []
+        for side, (rows, row_bias) in enumerate(head_sides(w, b, sides, p, n_in, n_out)):
+            width = rows.shape[1]
+            y = linear(latent[:, i, side if sides == 2 else 0], rows.reshape(p * width, -1))  # [N, R, n, p * width]
+            y = y.view(num_tasks, ranks, num_layers, p, width)
+            if row_bias is not None:
+                y = y + row_bias
+            y = y.permute(0, 2, 1, 3, 4).reshape(num_tasks, num_layers, rank, width)
+            if (factor := mul[side]) is not None:
+                y = y * (factor.mT if side else factor)
+            if (offset := add[side]) is not None:
+                y = y + (offset.mT if side else offset)
+            out.append(y)
+        yield out[0], out[1]
 
 
 def hypernet_heads(
@@ -271,8 +248,9 @@ def hypernet_heads(
     out_features: Sequence[int],
 ) -> list[Tensor]:
     """See :func:`t2l_engine.ops.hypernet_heads`; returns ``[A_0, B_0, A_1, B_1, ...]``.  ``bias`` may be empty."""
-    modules = _modules(latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features)
-    return [t for operands in modules for t in _rounded(*_head(*operands), operands[1].dtype)]
+    sides = _heads(latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features)
+    dtype = weight[0].dtype
+    return [t for A, B in sides for t in (A.to(dtype).contiguous(), B.to(dtype).contiguous().mT)]
 
 
 def hypernet_heads_backward(
@@ -348,9 +326,8 @@ def hypernet_heads_out_(
     for name, tensors in (("lora_A", lora_A), ("lora_B", lora_B)):
         for i, t in enumerate(tensors):
             _check_output(f"{name}[{i}]", t)
-    modules = _modules(latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features)
-    for A, B, operands in zip(lora_A, lora_B, modules, strict=True):
-        made_A, made_B = _head(*operands)
+    sides = _heads(latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features)
+    for A, B, (made_A, made_B) in zip(lora_A, lora_B, sides, strict=True):
         A.copy_(made_A)
         B.copy_((made_B * scale_B).mT)
 
