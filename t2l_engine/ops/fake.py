@@ -12,8 +12,8 @@ def no_result(*_, **__) -> None:
 def hypernet_trunk(z, weights, side_emb, pos_emb, rotary_ranks, encoder):
     num_modules, num_layers, _ = weights[1].shape
     sides = 1 if side_emb is None else side_emb.shape[1]
-    ranks = rotary_ranks or (1 if pos_emb is None else pos_emb.shape[0])
-    return weights[0].new_empty(z.shape[0], num_modules, sides, ranks, num_layers, weights[-1].shape[0])
+    latent_rows = rotary_ranks or (1 if pos_emb is None else pos_emb.shape[0])
+    return weights[0].new_empty(z.shape[0], num_modules, sides, latent_rows, num_layers, weights[-1].shape[0])
 
 
 def hypernet_trunk_backward(grad, z, weights, side_emb, pos_emb, rotary_ranks):

@@ -69,8 +69,8 @@ def hypernet_trunk(z, weights, side_emb, pos_emb, rotary_ranks, encoder=(), **_)
     ``2*N*e*t`` with an encoder."""
     (tasks, width), (modules, layers, hidden), h, t = z.shape, weights[1].shape, weights[-1].shape[0], weights[0].shape[1]
     m, sides = hidden // 4, 1 if side_emb is None else side_emb.shape[1]
-    ranks = rotary_ranks or (1 if pos_emb is None else pos_emb.shape[0])
-    row = 24 * m + 16 * m * sides + 8 * (m + h) * sides * ranks + (16 * m * sides * ranks if rotary_ranks else 0)
+    latent_rows = rotary_ranks or (1 if pos_emb is None else pos_emb.shape[0])
+    row = 24 * m + 16 * m * sides + 8 * (m + h) * sides * latent_rows + (16 * m * sides * latent_rows if rotary_ranks else 0)
     encoding = 2 * tasks * width * t if len(encoder) else 0
     return encoding + 2 * tasks * t * hidden + tasks * modules * layers * m * row
 

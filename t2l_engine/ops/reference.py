@@ -214,8 +214,8 @@ def _heads(
     out_features: Sequence[int],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """A ``[N, n, r, in]`` and B transposed ``[N, n, r, out]`` of each module, not yet rounded to the result's dtype."""
-    num_tasks, num_modules, sides, ranks, num_layers, _ = latent.shape
-    p = rank // ranks
+    num_tasks, num_modules, sides, latent_rows, num_layers, _ = latent.shape
+    p = rank // latent_rows
     muls, adds = zip(mul_A, mul_B, strict=True), zip(add_A, add_B, strict=True)
     modules = zip(weight, bias or [None] * num_modules, muls, adds, in_features, out_features, strict=True)
     for i, (w, b, mul, add, n_in, n_out) in enumerate(modules):
@@ -223,7 +223,7 @@ def _heads(
         for side, (rows, row_bias) in enumerate(head_sides(w, b, sides, p, n_in, n_out)):
             width = rows.shape[1]
             y = linear(latent[:, i, side if sides == 2 else 0], rows.reshape(p * width, -1))  # [N, R, n, p * width]
-            y = y.view(num_tasks, ranks, num_layers, p, width)
+            y = y.view(num_tasks, latent_rows, num_layers, p, width)
             if row_bias is not None:
                 y = y + row_bias
             y = y.permute(0, 2, 1, 3, 4).reshape(num_tasks, num_layers, rank, width)
@@ -271,8 +271,8 @@ def hypernet_heads_backward(
     of operands in a narrower dtype each is rounded to it, for ``latent`` one a side, which are then added up.
     """
     acc = accumulation_dtype(latent, *weight)
-    num_tasks, _, sides, ranks, num_layers, h = latent.shape
-    p = rank // ranks
+    num_tasks, _, sides, latent_rows, num_layers, h = latent.shape
+    p = rank // latent_rows
     grad_latent = torch.zeros(latent.shape, dtype=acc, device=latent.device)
     grad_weight, grad_bias = [], []
     for i, (w, *muls, n_in, n_out) in enumerate(zip(weight, mul_A, mul_B, in_features, out_features, strict=True)):
@@ -285,7 +285,7 @@ def hypernet_heads_backward(
             if mul is not None:
                 grad = grad.to(acc) * (mul.mT if side else mul)
             width = part.shape[1]
-            G = grad.reshape(num_tasks, num_layers, ranks, p * width).transpose(1, 2).reshape(-1, p * width)
+            G = grad.reshape(num_tasks, num_layers, latent_rows, p * width).transpose(1, 2).reshape(-1, p * width)
             x = latent[:, i, at].reshape(-1, h).to(w.dtype)  # as the forward op rounds it
             grad_latent[:, i, at] += (G.to(dtype) @ part.reshape(p * width, h).to(dtype)).view(latent[:, i, at].shape)
             made_weight += (G.to(dtype).mT @ x.to(dtype)).view(p, width, h)

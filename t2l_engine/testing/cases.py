@@ -250,7 +250,8 @@ class HyperCase:
     dtype: torch.dtype = F32
 
     @property
-    def ranks(self) -> int:
+    def latent_rows(self) -> int:
+        """Latent rows of a side: one for each rank, or one for all."""
         return 1 if self.position == "none" else self.rank
 
     def _cast(self, arguments: dict, dtype: torch.dtype | None) -> dict:
@@ -295,8 +296,8 @@ class HyperCase:
         """Arguments of ``ops.hypernet_heads`` by name; ``dtype`` upcasts every operand after rounding (the oracle)."""
         g = torch.Generator().manual_seed(seed + 1)
         n, r, h = self.layers, self.rank, self.head_in
-        per_latent = r // self.ranks
-        latent = torch.randn(self.tasks, self.modules + 1, self.sides, self.ranks, n, h + 8, generator=g)
+        per_latent = r // self.latent_rows
+        latent = torch.randn(self.tasks, self.modules + 1, self.sides, self.latent_rows, n, h + 8, generator=g)
         latent[:, 0] = latent[..., h:] = float("nan")  # around the operand, a slice of the larger buffer
         arguments = {
             "latent": latent.to(self.dtype)[:, 1:, ..., :h],

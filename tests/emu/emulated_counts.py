@@ -320,12 +320,12 @@ def test_lora_backward(emulator, name):
 def heads_counts(case: HyperCase, heads: dict) -> Counts:
     """The sum over modules of other sizes, with other steps."""
     w, counts = size(case.dtype), Counts()
-    rows = case.tasks * case.ranks * case.layers
+    rows = case.tasks * case.latent_rows * case.layers
     tile, k_tiles = 128 if rows > 64 and case.dtype != F32 else 32, max(1, ceil(case.head_in * w / 128))
     # The weights of a tile stay for all latents, in 16 KiB a k-tile, beside rings of four stages of two times 64 latents.
     stationary = tile == 128 and case.sides * rows > tile and (k_tiles + 4) * 16 + 2 <= 227
     tile = 64 if stationary else tile
-    per_latent = case.rank // case.ranks
+    per_latent = case.rank // case.latent_rows
     for module, widths in enumerate(case.features):
         stored = max(widths)
         weight_rows = per_latent * (stored if case.sides == 2 else sum(widths))
@@ -395,7 +395,7 @@ def trunk_counts(case: HyperCase, tile_rows: int, spread: bool, cluster: int) ->
     the same activations, and columns of its own of every linear."""
     w, m, hidden, counts = size(case.dtype), case.width, 4 * case.width, Counts()
     rows = case.tasks * case.modules * case.layers
-    ranks = case.ranks
+    ranks = case.latent_rows
 
     def linear(count: int, columns: int, depth: int) -> None:
         counts.add(read=columns * depth * w, flops=products(16, 16 * ceil(columns / 16), depth, case.dtype))
@@ -436,8 +436,8 @@ def test_trunk(emulator, name, num_sms, most):
     case = next(case for case in HYPER_CASES if case.name == name)
     ops.hypernet_trunk(**case.make_trunk())
     tiles = ceil(case.tasks * case.modules * case.layers / 16)
-    spread = tiles * case.sides * case.ranks <= num_sms
-    blocks = tiles * (case.sides * case.ranks if spread else 1)
+    spread = tiles * case.sides * case.latent_rows <= num_sms
+    blocks = tiles * (case.sides * case.latent_rows if spread else 1)
     cluster = cluster_of(case, blocks, num_sms, most)
     if case.tasks:
         prefetch_blocks = max(0, min(16, num_sms - cluster * blocks)) // cluster * cluster  # they only prefetch
@@ -457,7 +457,7 @@ def test_tiles_of_the_trunk_fit_the_shared_memory_of_a_block(emulator, kib, tile
     assert torch.equal(ops.hypernet_trunk(**case.make_trunk()), expected)
     assert kib * 1024 // 2 < emulator.t2l_emu_last_launch(b"shared_bytes") <= kib * 1024
     tiles = ceil(case.tasks * case.modules * case.layers / tile_rows)
-    assert counted(emulator) == trunk_counts(case, tile_rows, tiles * case.sides * case.ranks <= NUM_SMS, 1)
+    assert counted(emulator) == trunk_counts(case, tile_rows, tiles * case.sides * case.latent_rows <= NUM_SMS, 1)
 
 
 @pytest.mark.parametrize("kib", [227, 196, 195, 99, 81, 40])
