@@ -88,10 +88,10 @@ def _adapters(model, stack_for):
 
 
 @pytest.mark.parametrize("model", [1], indirect=True)
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_export(model, handle, stack_for, tokens, strict):
     """An exported program reads ids and slots where they were at export: as long as their number of rows stays, it sees
-    new ones.  A saved program keeps those of the moment it is saved."""
+    new ones, whatever was in use meanwhile.  A saved program keeps those of the moment it is saved."""
     handle.set([2, 0, -1, 3])
     program = torch.export.export(model, (tokens,), {"use_cache": False}, strict=strict)
 
@@ -103,6 +103,10 @@ def test_export(model, handle, stack_for, tokens, strict):
     assert (run(program) - first).abs().max() <= ROW_ATOL
     saved = io.BytesIO()
     torch.export.save(program, saved)
+    logits(model, tokens[:2], handle, [1, 1])
+    handle.merge(0)
+    handle.unmerge()
+    logits(model, tokens, handle, AdapterBatch.from_rows([0, 0, 0, 0], tokens.shape[1]))
     handle.set([1, -1, 0, 0])
     handle.put(0, stack_for(model, NAMES, num_adapters=1, seed=7))
     second = logits(model, tokens)
@@ -110,20 +114,3 @@ def test_export(model, handle, stack_for, tokens, strict):
     assert (second - first).abs().amax(dim=(1, 2)).min() > 1000 * ROW_ATOL
     saved.seek(0)
     assert (run(torch.export.load(saved)) - first).abs().max() <= ROW_ATOL
-
-
-def test_exported_programs_see_ids_set_later(model, handle, tokens):
-    """The ids of a number of rows stay in one place, whatever was in use meanwhile."""
-    with handle.use([2, 0, -1, 3]):
-        program = torch.export.export(model, (tokens,), {"use_cache": False}).module()
-    with handle.use([1, 1]):
-        logits(model, tokens[:2])
-    handle.merge(0)
-    handle.unmerge()
-    batch = AdapterBatch.from_rows([0, 0, 0, 0], tokens.shape[1])
-    with handle.use(batch):
-        logits(model, tokens)
-    with torch.no_grad():
-        for ids in ([0, 1, 2, -1], [3, -1, -1, 0]):
-            with handle.use(ids):
-                assert (program(tokens, use_cache=False).logits - logits(model, tokens)).abs().max() <= ROW_ATOL
