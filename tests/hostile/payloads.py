@@ -21,8 +21,8 @@ import numpy
 import torch
 import yaml
 
-from tests.hostile import MARKER
 from tests.hostile.archive import Call
+from tests.hostile.folders import MARKER
 
 COMMAND = f"touch {MARKER}"
 CODE = f"open({MARKER!r}, 'w').close()"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from safetensors.torch import load, save
 
-from tests.hostile import Case, Workshop
+from tests.hostile.folders import Case, Workshop
 
 MIB = 1 << 20
 FILES = {"native": "hypernet.safetensors", "adapter": "adapter_model.safetensors"}
@@ -29,8 +29,6 @@ def cases(shop: Workshop) -> Iterator[Case]:
 
         yield from _headers(case, whole, KEYS[base])
         yield from _tensors(case, load(whole), KEYS[base])
-        yield from _damage(case, shop, whole)
-    yield from _adapter_tensors(shop)
 
 
 def split(whole: bytes) -> tuple[dict, bytes]:
@@ -149,76 +147,3 @@ def _tensors(case: Callable[..., Case], state: State, key: str) -> Iterator[Case
     yield change("scalar", tensor.view(-1)[0].clone(), path)
     yield change("no-rows", tensor[:0].clone(), path)
     yield change("short", tensor[1:].clone(), path)
-
-
-def _damage(case: Callable[..., Case], shop: Workshop, whole: bytes) -> Iterator[Case]:
-    (length,) = struct.unpack("<Q", whole[:8])
-    for n in (0, 1, 7, 8, 9, 8 + length // 2, 8 + length, 9 + length, len(whole) // 2, len(whole) - 4, len(whole) - 1):
-        yield case(f"cut-{n}", whole[:n])
-    yield case("cut-middle", whole[: len(whole) // 2] + whole[len(whole) // 2 + 64 :])
-    places = [("length", i) for i in range(8)]
-    places += [("header", 8 + i) for i in shop.random.sample(range(length), 30)]
-    places += [("tensor", i) for i in shop.random.sample(range(8 + length, len(whole)), 20)]
-    for kind, at in places:
-        flipped = bytearray(whole)
-        flipped[at] ^= 1 << shop.random.randrange(8)
-        yield case(f"flip-{kind}-{at}", bytes(flipped), harmless=True)
-
-
-def _adapter_tensors(shop: Workshop) -> Iterator[Case]:
-    """What only a PEFT file can do."""
-    file, key = FILES["adapter"], KEYS["adapter"]
-    state = load(shop.read("adapter", file))
-    where = key.removesuffix(".lora_A.weight")
-    path = where.removeprefix("base_model.model.")
-    a, b = state[key], state[f"{where}.lora_B.weight"]
-    rest = {k: v for k, v in state.items() if not k.startswith(where + ".")}
-
-    def case(name: str, new: State, *mentions: str, base: State = rest) -> Case:
-        return shop.case(f"adapter-{name}", "adapter", file, save(base | new), *mentions)
-
-    def moved(where: str) -> State:
-        return {f"{where}.lora_A.weight": a.clone(), f"{where}.lora_B.weight": b.clone()}
-
-    yield case("without-B", {key: a}, path)
-    yield case("ranks-differ", {key: a, f"{where}.lora_B.weight": b[:, 1:].clone()}, path)
-    yield case("features-differ", {key: a[:, 1:].clone(), f"{where}.lora_B.weight": b}, "q_proj")
-    yield case("rank-0", {key: a[:0].clone(), f"{where}.lora_B.weight": b[:, :0].clone()}, path)
-    yield case("no-features", {key: a[:, :0].clone(), f"{where}.lora_B.weight": b}, "q_proj")
-    yield case("A-flat", {key: a.flatten(), f"{where}.lora_B.weight": b}, path)
-    yield case("A-of-three", {key: a[..., None].clone(), f"{where}.lora_B.weight": b}, path)
-    yield case("B-of-four", {key: a, f"{where}.lora_B.weight": b[..., None, None].clone()}, path)
-    yield case("cast-overflows", {key: a.half(), f"{where}.lora_B.weight": b.double() * 1e200}, "q_proj")
-    layer = "base_model.model.model.layers.{}.self_attn.q_proj"
-    for name, index in {"1e9": 10**9, "2-63": 1 << 63, "5000": 5000, "digits": "9" * 5000}.items():
-        yield case(f"layer-{name}", moved(layer.format(index)))
-    yield case("layer-superscript", moved(layer.format("\N{SUPERSCRIPT TWO}")))
-    yield case("layer-twice", moved(layer.format("00")) | moved(layer.format("0")))
-    for name, where in {
-        "braces": "base_model.model.model.layers.0.{layer.__class__}.q_proj",
-        "placeholder": "base_model.model.model.layers.{layer}.self_attn.q_proj",
-        "empty-component": "base_model.model.model..layers.0.self_attn.q_proj",
-        "parent": "base_model.model.../../etc/passwd.0.q_proj",
-        "newline": "base_model.model.model.layers.0.self_attn.q\nproj",
-        "long": "base_model.model.model.layers.0." + "x" * 100_000 + ".q_proj",
-        "many-components": "base_model.model." + "x." * 20_000 + "layers.0.q_proj",
-        "experts": "base_model.model.model.layers.0.mlp.experts.3.up_proj",
-        "no-prefix": "model.layers.0.self_attn.q_proj",
-        "empty": "base_model.model.",
-    }.items():
-        yield case(f"path-{name}", moved(where))
-    for name, other in {
-        "magnitude": f"{where}.lora_magnitude_vector",
-        "embedding": f"{where.replace('q_proj', 'embed_tokens')}.lora_embedding_A",
-        "bias": f"{where}.lora_B.bias",
-        "adapter-name": f"{where}.lora_A.default.weight",
-        "saved-module": "base_model.model.lm_head.modules_to_save.weight",
-        "base-bias": f"{where}.base_layer.bias",
-    }.items():
-        yield case(f"key-{name}", {other: a.clone()}, other, base=state)
-    sparse_layers = {k: v for i in range(0, 4000, 999) for k, v in moved(layer.format(i)).items()}
-    yield case("layers-far-apart", sparse_layers, base={})
-    last = layer.format(127)
-    wide = {f"{last}.lora_A.weight": torch.ones(4, 8192)}  # small in the file, large with the layers in front of it
-    wide[f"{last}.lora_B.weight"] = torch.full((200_000, 4), 1e39, dtype=torch.float64)
-    yield case("beyond-float32-in-the-last-layer", wide, "q_proj", base={})

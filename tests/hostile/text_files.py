@@ -8,7 +8,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from tests.hostile import MARKER, Case, Workshop
+from t2l_engine.files.text import MAX_VALUES
+from t2l_engine.research.tasks.folder import MAX_DESCRIPTIONS_BYTES
+from t2l_engine.research.tasks.manifest import MAX_MANIFEST_BYTES
+from t2l_engine.research.tasks.sni import MAX_FILE_BYTES
+from tests.hostile.fields import LIST
+from tests.hostile.folders import MARKER, Case, Workshop
 from tests.hostile.payloads import CODE, COMMAND
 
 MIB = 1 << 20
@@ -16,7 +21,6 @@ MIB = 1 << 20
 #: Loaders of a folder's JSON files.
 JSON_FILES = [
     ("native", "config.json", "hypernetwork"),
-    ("native", "config.json", "describe"),
     ("L-sft", "adapter_config.json", "hypernetwork"),
     ("adapter", "adapter_config.json", "adapters"),
     ("tasks", "descriptions.json", "tasks"),
@@ -29,13 +33,48 @@ YAML_FILES = [
     ("settings", "run.yaml", (b"mix_descriptions: false", b"schedule: linear", b"steps: 30")),
 ]
 
+TAGS = {
+    "system": f"!!python/object/apply:os.system ['{COMMAND}']",
+    "eval": f'!!python/object/apply:builtins.eval ["{CODE}"]',
+    "new": f"!!python/object/new:subprocess.Popen [['touch', '{MARKER}']]",
+    "name": "!!python/name:os.system",
+    "module": "!!python/module:os",
+    "object": "!!python/object:types.SimpleNamespace {a: 1}",
+    "tuple": "!!python/tuple [1, 2]",
+    "local": "!surprise 1",
+}
+
+#: Good folder -> its JSON file of many texts, the most bytes that are read of it, a beginning that any text may follow, and
+#: what costly values are put behind.
+LARGE_FILES = {
+    "tasks": ("descriptions.json", MAX_DESCRIPTIONS_BYTES, b'{"copy": [', [b'{"copy": [']),
+    "manifest": (
+        "manifest.json",
+        MAX_MANIFEST_BYTES,
+        b'{"format": "t2l_engine.tasks.v1", "about": ',
+        [b'"tasks": ', b'"tier": '],
+    ),
+    "sni": ("task001_colours.json", MAX_FILE_BYTES, b'{"Definition": ', [b'"Source": ', b'"Instances": ', b'"input": ']),
+}
+#: Lists with nearly as many values as are read, and with more: they take many times the memory of the file.
+COSTLY = {
+    "objects": b"[" + b'{"":0},' * (MAX_VALUES // 3 - 100) + b"0]",
+    "texts": b"[" + b'"ab",' * (MAX_VALUES // 2 - 100) + b"0]",
+    "values": b"[" + b"[]," * MAX_VALUES + b"0]",
+    "keys": b"{" + b",".join(b'"%d\xf0\x9f\x98\x80":999' % i for i in range(MAX_VALUES // 2 - 100)) + b"}",
+}
+
 
 def cases(shop: Workshop) -> Iterator[Case]:
     for base, file, loader in JSON_FILES:
         yield from _json(partial(shop.case, loader=loader), f"{base}-{loader}", base, file, shop.read(base, file))
     for base, file, lines in YAML_FILES:
         yield from _yaml(partial(shop.case, base=base, file=file), base, shop.read(base, file), *lines)
+    yield from tags(shop)
+    yield from _examples(shop)
     yield from _no_files(shop)
+    for base, (file, most, start, places) in LARGE_FILES.items():
+        yield from _large(shop, base, file, most, start, places)
 
 
 def _json(case: Callable[..., Case], kind: str, base: str, file: str, whole: bytes) -> Iterator[Case]:
@@ -63,25 +102,20 @@ def _json(case: Callable[..., Case], kind: str, base: str, file: str, whole: byt
             yield case(f"json-{kind}-{name}", base, file, content)
 
 
+def tags(shop: Workshop) -> Iterator[Case]:
+    """YAML tags that would run code."""
+    for base, file, _ in YAML_FILES:
+        for name, text in TAGS.items():
+            yield shop.case(f"yaml-{base}-tag-{name}", base, file, b"{surprise: " + text.encode() + b"}")
+            yield shop.case(f"yaml-{base}-tag-{name}-top", base, file, text.encode())
+
+
 def _yaml(case: Callable[..., Case], kind: str, whole: bytes, flag: bytes, word: bytes, number: bytes) -> Iterator[Case]:
     def instead(line: bytes, value: bytes) -> bytes:
         return whole.replace(line, line.partition(b" ")[0] + b" " + value)
 
     laughs = b"a0: &a0 [x, x]\n" + b"".join(b"a%d: &a%d [*a%d, *a%d]\n" % (i, i, i - 1, i - 1) for i in range(1, 60))
     merges = b"m0: &m0 {a: 1}\n" + b"".join(b"m%d: &m%d\n  <<: [*m%d, *m%d]\n" % (i, i, i - 1, i - 1) for i in range(1, 40))
-    tags = {
-        "system": f"!!python/object/apply:os.system ['{COMMAND}']",
-        "eval": f'!!python/object/apply:builtins.eval ["{CODE}"]',
-        "new": f"!!python/object/new:subprocess.Popen [['touch', '{MARKER}']]",
-        "name": "!!python/name:os.system",
-        "module": "!!python/module:os",
-        "object": "!!python/object:types.SimpleNamespace {a: 1}",
-        "tuple": "!!python/tuple [1, 2]",
-        "local": "!surprise 1",
-    }
-    for name, text in tags.items():
-        yield case(f"yaml-{kind}-tag-{name}", content=whole + f"surprise: {text}\n".encode())
-        yield case(f"yaml-{kind}-tag-{name}-top", content=text.encode())
     for name, content in {
         "empty": b"",
         "list": b"- a\n- b\n",
@@ -151,3 +185,50 @@ def _no_files(shop: Workshop) -> Iterator[Case]:
 def _only_a_pickle(path: Path) -> None:
     path.with_name("adapter_model.safetensors").unlink()
     path.write_bytes(b"cposix\nsystem\n(S'" + COMMAND.encode() + b"'\ntR.")
+
+
+def _large(shop: Workshop, base: str, file: str, most: int, start: bytes, places: list[bytes]) -> Iterator[Case]:
+    """``file`` with more than the ``most`` bytes that are read, or with fewer and costly; arguments as in LARGE_FILES."""
+    whole = shop.read(base, file).rstrip()
+    yield shop.case(f"{base}-too-large", base, file, lambda path: (path.write_bytes(whole), os.truncate(path, most + 1)))
+    yield shop.case(f"{base}-sparse", base, file, lambda path: (path.write_bytes(whole), os.truncate(path, most // 2)))
+    rare = start + '"\U0001f600'.encode()
+    yield shop.case(f"{base}-wide", base, file, rare + b"a" * min(most - len(rare) - 9, 24 * MIB) + b'"')
+    text = (b"a" * 1000 + "\\n\U0001f600".encode()) * (min(most, 16 * MIB) // 1100)
+    yield shop.case(f"{base}-wide-escapes", base, file, rare + text + b'",}')
+    yield shop.case(f"{base}-quotes", base, file, start + b'"' + b'\\"' * (min(most, 16 * MIB) // 2 - 500))
+    yield shop.case(f"{base}-backslashes", base, file, start + b'"' + b"\\" * (min(most, 16 * MIB) - 999))
+    for at, place in enumerate(places):
+        before, found, after = whole.partition(place)
+        assert found, place
+        for name, value in COSTLY.items():
+            yield shop.case(f"{base}-{name}-{at}", base, file, before + found + value + b"," + after)
+
+
+def _examples(shop: Workshop) -> Iterator[Case]:
+    """Lines that cost much, or come late."""
+    good = b'{"input": "a", "output": ["a"], "split": "train"}\n'
+    start = good.strip()[:-1]
+    for name, line in {
+        "deep": b"[" * 100_000 + b"]" * 100_000,
+        "digits": b'{"input": ' + b"9" * 100_000 + b', "output": ["a"], "split": "train"}',
+        "nul": b"\0",
+        "two": good.strip() * 2,
+        "long-text": b"x" * 1_000_000,
+        "long-list": b'{"input": ' + json.dumps(LIST).encode() + b', "output": ["a"], "split": "train"}',
+        "objects": b'{"input": [' + b'{"":0},' * 140_000 + b'0], "output": ["a"], "split": "train"}',
+        "metric-long": start + b', "metric": "' + b"x" * 500_000 + b'"}',
+        "options-objects": start + b', "metric": "options", "options": [' + b'{"":0},' * 140_000 + b'"a"]}',
+        "options-many": start
+        + b', "metric": "options", "options": '
+        + json.dumps([*map(str, range(100_000))]).encode()
+        + b"}",
+    }.items():
+        yield shop.case(f"examples-{name}", "tasks", "copy.jsonl", good + line + b"\n" + good)
+    yield shop.case("examples-none", "tasks", "copy.jsonl", b"")
+    short = b'{"input":"","output":[""],"split":"train"}\n' * (1 << 18)
+    yield shop.case("examples-late", "tasks", "copy.jsonl", short + b"{\n")
+    yield shop.case("examples-long-line", "tasks", "copy.jsonl", good + b" " * (48 * MIB) + b"{")
+    lines = shop.read("benchmarks", "mbpp.jsonl")
+    for name, line in {"empty": b"[]", "text": b"no json", "nul": b"\0", "deep": b"[" * 100_000, "cut": b'{"raw": '}.items():
+        yield shop.case(f"benchmarks-{name}", "benchmarks", "mbpp.jsonl", lines + line)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
-import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from tests.hostile import Case, Workshop, zip_files
 from tests.hostile.archive import Persistent, Stored, dumps, pack, parts, save
+from tests.hostile.folders import Case, Workshop
 from tests.hostile.payloads import CALLS, RAW, legacy, tar
 
 PT = "hypermod.pt"
@@ -28,21 +26,27 @@ class OrderedSubclass(OrderedDict):
 
 
 def cases(shop: Workshop) -> Iterator[Case]:
-    def case(name: str, content: bytes, *mentions: str, base: str = "L-sft", harmless: bool = False) -> Case:
-        return shop.case(f"pt-{name}", base, PT, content, *mentions, harmless=harmless)
-
-    state = torch.load(shop.bases["L-sft"] / PT, weights_only=True)
-    yield from _payloads(case, state)
+    state = torch.load(shop.good["L-sft"] / PT, weights_only=True)
+    case = _maker(shop)
+    yield from calls(shop)
+    yield from _opcodes(case)
     yield from _objects(case, state)
     yield from _claims(case, state)
     yield from _spellings(case, state)
     yield from _values(case, shop)
-    yield from _damage(case, shop)
-    yield from zip_files.cases(case, state)
 
 
-def _payloads(case: Callable[..., Case], state: State) -> Iterator[Case]:
-    claims, records = parts(state)
+def _maker(shop: Workshop) -> Callable[..., Case]:
+    def case(name: str, content: bytes, *mentions: str, base: str = "L-sft", harmless: bool = False) -> Case:
+        return shop.case(f"pt-{name}", base, PT, content, *mentions, harmless=harmless)
+
+    return case
+
+
+def calls(shop: Workshop) -> Iterator[Case]:
+    """Pickles that would run code."""
+    case = _maker(shop)
+    claims, records = parts(torch.load(shop.good["L-sft"] / PT, weights_only=True))
     for name, call in CALLS.items():
         yield case(f"call-{name}", pack(dumps(claims | {KEY: call}), records))
     system = CALLS["os-system"]
@@ -65,6 +69,9 @@ def _payloads(case: Callable[..., Case], state: State) -> Iterator[Case]:
     yield case("legacy", legacy({KEY: system}))
     yield case("legacy-top", legacy(system))
     yield case("tar", tar(pickle.dumps(system, 2)))
+
+
+def _opcodes(case: Callable[..., Case]) -> Iterator[Case]:
     for name, content in RAW.items():
         yield case(f"opcodes-{name}", pack(content))
     yield case("plain-deep", RAW["top-deep"])
@@ -204,7 +211,7 @@ def _spellings(case: Callable[..., Case], state: State) -> Iterator[Case]:
 
 def _values(case: Callable[..., Case], shop: Workshop) -> Iterator[Case]:
     for base in ("L-sft", "M-recon-z", "S-pos-sft"):
-        state = torch.load(shop.bases[base] / PT, weights_only=True)
+        state = torch.load(shop.good[base] / PT, weights_only=True)
         used = [k for k in state if base == "M-recon-z" or not k.startswith(("mean_", "std_"))]
         for value in (float("nan"), float("inf"), float("-inf")):
             key = shop.random.choice(used)
@@ -212,50 +219,8 @@ def _values(case: Callable[..., Case], shop: Workshop) -> Iterator[Case]:
             tensor = state[key].clone()
             tensor.view(-1)[shop.random.randrange(tensor.numel())] = value
             yield case(f"{value}-{base}-{key}", save(state | {key: tensor}), key, base=base)
-    state = torch.load(shop.bases["M-recon-z"] / PT, weights_only=True)
+    state = torch.load(shop.good["M-recon-z"] / PT, weights_only=True)
     for key in ("std_recon_target.A.q_proj", "mean_recon_target.B.v_proj"):
         yield case(f"nan-{key}", save(state | {key: state[key] * float("nan")}), key, base="M-recon-z")
     negative = {"std_recon_target.B.v_proj": -state["std_recon_target.B.v_proj"].abs() - 1}
     yield case("negative-std", save(state | negative), "std_recon_target", base="M-recon-z")
-
-
-def _damage(case: Callable[..., Case], shop: Workshop) -> Iterator[Case]:
-    whole = shop.read("L-sft", PT)
-    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
-        infos = archive.infolist()
-        directory = archive.start_dir
-    starts = {i.filename: i.header_offset for i in infos}
-    sizes = {i.filename: i.file_size for i in infos}
-    cut = [0, 1, 4, 29, 64, 1000, len(whole) // 4, len(whole) // 2, 3 * len(whole) // 4]
-    cut += [directory, directory + 20, (directory + len(whole)) // 2, len(whole) - 22, len(whole) - 10, len(whole) - 1]
-    for n in cut:
-        yield case(f"cut-{n}", whole[:n])
-    yield case("cut-middle", whole[:50_000] + whole[50_064:])
-    yield case("shifted", b"\0" + whole, harmless=True)
-
-    def data(name: str) -> int:
-        """Where the content of an entry starts: the local header says how long name and padding are."""
-        at = starts[name]
-        return (
-            at + 30 + int.from_bytes(whole[at + 26 : at + 28], "little") + int.from_bytes(whole[at + 28 : at + 30], "little")
-        )
-
-    def flip(kind: str, at: int) -> Case:
-        flipped = bytearray(whole)
-        flipped[at] ^= 1 << shop.random.randrange(8)
-        return case(f"flip-{kind}-{at}", bytes(flipped), harmless=True)
-
-    def positions(name: str, count: int) -> list[int]:
-        return [data(name) + i for i in shop.random.sample(range(sizes[name]), count)]
-
-    for at in positions("hypermod/data.pkl", 20):
-        yield flip("pickle", at)
-    records = sorted(name for name in starts if "/data/" in name)
-    for name in shop.random.sample(records, 16):
-        yield flip("tensor", positions(name, 1)[0])
-    for name in shop.random.sample(list(starts), 8):
-        yield flip("local-header", starts[name] + shop.random.randrange(30))
-    for at in shop.random.sample(range(directory, len(whole) - 22), 24):
-        yield flip("directory", at)
-    for at in range(len(whole) - 22, len(whole), 3):
-        yield flip("end", at)
