@@ -99,8 +99,8 @@ class TextToLoRA:
             encoder: of the texts; None = the one the checkpoint was trained with (MiniLM if it names none).  A local
                 folder: the files of that encoder, with pooling, template, length and dtype of the checkpoint; if the
                 checkpoint does not state them, a sentence-transformers folder, which does.  The encoder's own name: as None.
-            trust_remote_code: run the Python code that the encoder's configuration names (``auto_map``), which may come from
-                elsewhere; off by default.
+            trust_remote_code: run the Python code that the encoder's configuration names (``auto_map``), also of other
+                repositories; off by default.
             scaling, dtype, device, module_order: as in :meth:`HyperNetwork.from_pretrained`.
 
         Raises:
@@ -161,7 +161,7 @@ class TextToLoRA:
     def retrieve(
         self, texts: Sequence[str], library: AdapterLibrary, top_k: int = 1, min_similarity: float = -1.0
     ) -> tuple[AdapterStack, list[list[Match]]]:
-        """The adapters of :meth:`generate` with ``library``, and the stored ones that each is made of; none: generated.
+        """The adapters of :meth:`generate` with ``library``, and the stored ones that each is made of (none if generated).
 
         Raises ValueError for a library of other modules, and as :meth:`AdapterLibrary.adapters`.
         """
@@ -174,10 +174,10 @@ class TextToLoRA:
         return library.adapters(texts, self.generate, top_k, min_similarity)
 
     def generate_into(self, lora: LoRAHandle, slot: int, texts: Sequence[str], examples: WorkedExamples = None) -> None:
-        """The adapters of ``texts`` into the slots of ``lora`` from ``slot`` on: live without a copy.
+        """Generate the adapters of ``texts`` into the slots of ``lora`` from ``slot`` on, without a copy.
 
-        A and B are those of :meth:`generate`, rounded once to the slots' dtype.  The adapted layers must lie on the device
-        of the hypernetwork; with others use :meth:`generate` and :meth:`LoRAHandle.put`.
+        A and B are those of :meth:`generate`, rounded once to the slots' dtype.  The adapted layers must be on the device
+        of the hypernetwork; otherwise use :meth:`generate` and :meth:`LoRAHandle.put`.
 
         Raises as :meth:`generate` and :meth:`LoRAHandle.borrow_slots`, and ValueError for layers on another device; nothing
         changes then.
@@ -194,7 +194,7 @@ class TextToLoRA:
             self.hypernetwork.generate(task_emb, out=out)
 
     def _embed(self, texts: Sequence[str], examples: WorkedExamples) -> torch.Tensor:
-        """``task_emb`` where the hypernetwork is; an encoder of the user's own may be elsewhere."""
+        """``task_emb`` on the hypernetwork's device; a user's encoder may be on another."""
         return self.encoder.encode(texts, examples=examples).to(self.hypernetwork.device)
 
     def prompt(self, tokenizer: Any, text: str, description: str = "") -> str:

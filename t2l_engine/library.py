@@ -38,12 +38,12 @@ class Match:
 
 
 class DescriptionIndex:
-    """Finds the names whose descriptions are nearest to a text: by the cosine to the mean of their embeddings.
+    """Finds the names whose descriptions are nearest to a text, by the cosine to the mean of their embeddings.
 
     Args:
-        descriptions: of each name, one or more.
+        descriptions: name -> one or more descriptions.
         encoder: of sentences.
-        means: what :attr:`means` was before, ``[N, width]``; None: computed.
+        means: mean embedding of each name's descriptions, ``[N, width]``; None: computed.
     """
 
     def __init__(self, descriptions: Mapping[str, Sequence[str]], encoder: TextEncoder, means: Tensor | None = None):
@@ -58,7 +58,7 @@ class DescriptionIndex:
         self._unit = nn.functional.normalize(means, dim=-1)
 
     def nearest(self, texts: Sequence[str], top_k: int = 1) -> list[list[Match]]:
-        """Of each text the ``top_k`` nearest names, the nearest first; their weights sum to 1.
+        """The ``top_k`` nearest names of each text, the nearest first; their weights sum to 1.
 
         Raises ValueError for another ``top_k`` than 1 to the number of names, or texts that the encoder refuses.
         """
@@ -107,9 +107,9 @@ class AdapterLibrary:
 
     @classmethod
     def open(cls, folder: str | Path, encoder: TextEncoder | None = None) -> AdapterLibrary:
-        """The PEFT folders that descriptions.json in ``folder`` names: ``{"NAME": ["...", ...], ...}``.
+        """Open the PEFT folders that descriptions.json in ``folder`` names: ``{"NAME": ["...", ...], ...}``.
 
-        Embeddings that :meth:`save` wrote are read, if they are of these descriptions and this encoder.
+        Embeddings that :meth:`save` wrote are used if descriptions and encoder are still the same.
 
         Args:
             encoder: of sentences; None: all-MiniLM-L6-v2.
@@ -138,7 +138,7 @@ class AdapterLibrary:
             check_place(folder / name)
             self.stack.peft_config(i, base_model_name_or_path)
             self.stack.state_dict_peft(i)
-        (folder / DESCRIPTIONS).unlink(missing_ok=True)  # what fails from here on leaves no library, not a mixed one
+        (folder / DESCRIPTIONS).unlink(missing_ok=True)  # so that a failure leaves no library instead of a mixed one
         for i, name in enumerate(self.descriptions):
             self.stack.save_pretrained(folder / name, i, base_model_name_or_path)
         write_text(folder / DESCRIPTIONS, json.dumps(self.descriptions, indent=1, ensure_ascii=False) + "\n")
@@ -150,7 +150,7 @@ class AdapterLibrary:
         return len(self.stack)
 
     def nearest(self, texts: Sequence[str], top_k: int = 1) -> list[list[Match]]:
-        """Of each text the ``top_k`` nearest adapters: what :meth:`retrieve` uses.  Raises as that does."""
+        """The ``top_k`` nearest adapters of each text, which :meth:`retrieve` uses.  Raises as that does."""
         return self.index.nearest(texts, top_k)
 
     def retrieve(self, texts: Sequence[str], top_k: int = 1) -> AdapterStack:
@@ -163,7 +163,7 @@ class AdapterLibrary:
         return self.mixed(self.nearest(texts, top_k))
 
     def mixed(self, matches: Sequence[Sequence[Match]]) -> AdapterStack:
-        """One adapter for each row of ``matches``, which :meth:`nearest` has found."""
+        """One adapter for each row of ``matches``, the result of :meth:`nearest`."""
         places = {name: i for i, name in enumerate(self.descriptions)}
         rows = [[places[match.name] for match in row] for row in matches]
         if all(len(row) == 1 for row in rows):
@@ -178,10 +178,10 @@ class AdapterLibrary:
         top_k: int = 1,
         min_similarity: float = -1.0,
     ) -> tuple[AdapterStack, list[list[Match]]]:
-        """One adapter per text, and the stored ones that each is made of: none where ``generate`` has made it.
+        """One adapter per text, and the stored ones that each is made of; no stored ones for a generated adapter.
 
-        A text whose nearest descriptions have a cosine of ``min_similarity`` or more gets :meth:`retrieve`.  All adapters
-        have the wider dtype of those found and those generated.
+        A text with a cosine of ``min_similarity`` or more gets :meth:`retrieve`, others ``generate``.  All adapters have the
+        wider dtype of those found and those generated.
 
         Raises ValueError for another ``min_similarity``, and as :meth:`retrieve`, ``generate`` and
         :meth:`AdapterStack.cat` do.
@@ -230,7 +230,7 @@ def _check_name(name: str, where: str) -> None:
 
 
 def _descriptions(path: Path) -> dict[str, list[str]]:
-    """Those of the library, of adapters that are there."""
+    """The checked contents of descriptions.json, each name with its PEFT folder."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; a library has it beside its adapters")
     found = read_texts(path, MAX_DESCRIPTIONS_BYTES)
@@ -250,7 +250,7 @@ def _is_description(text: object) -> bool:
 
 
 def _digest(descriptions: Mapping[str, Sequence[str]], encoder: TextEncoder) -> str:
-    """Of all that embeddings depend on: the descriptions, and the encoder's configuration and weights."""
+    """A hash of everything that embeddings depend on: descriptions, and the encoder's configuration and weights."""
     checksum = content_checksum(encoder.weights())
     known: list[Any] = [to_json(encoder.config), checksum, *([name, list(of)] for name, of in descriptions.items())]
     return hashlib.sha256(json.dumps(known, ensure_ascii=False).encode()).hexdigest()
@@ -268,7 +268,7 @@ def _check_minilm(path: Path) -> None:
 
 
 def _stored(folder: Path, digest: str, shape: tuple[int, int]) -> Tensor | None:
-    """The embeddings in ``folder``, if they are those of ``digest``."""
+    """The embeddings in ``folder`` if they have this ``digest``, else None."""
     if not (folder / EMBEDDINGS).is_file() or not (folder / DIGESTS).is_file():
         return None
     stated = read_json(folder / DIGESTS)

@@ -67,7 +67,7 @@ def backend(request):
 
 @pytest.fixture
 def golden():
-    """Folder of checkpoints in the reference's form, each with the adapters the reference generated from it."""
+    """Folder of checkpoints in Sakana format, each with the adapters that SakanaAI's code generated from it."""
     return Path(__file__).parent / "data" / "golden"
 
 

@@ -49,7 +49,7 @@ def native(tmp_path):
 
 @pytest.fixture
 def base_folder(tiny_model, tmp_path):
-    """A tiny Llama, 48 wide as the golden checkpoints expect, with positions for the reference's 8192 tokens."""
+    """A tiny Llama, 48 wide as the golden checkpoints expect, with positions for SakanaAI's 8192 tokens."""
     from transformers import BertTokenizerFast
 
     folder = tmp_path / "base-model"
@@ -89,13 +89,13 @@ def test_one_hot_of_a_native_checkpoint(native):
         engine.generate(["Name the capital"])
 
 
-def test_one_hot_of_a_reference_checkpoint(edit):
+def test_one_hot_of_a_sakana_checkpoint(edit):
     folder = edit("L-sft", args={"use_one_hot_task_emb": True, "train_ds_names": TASKS})
     expected = HyperNetwork.from_pretrained(folder).generate(torch.eye(48)[[7]])
     assert same(TextToLoRA.from_pretrained(folder).generate(["task7"]), expected)
 
 
-def test_base_model_of_a_reference_checkpoint_as_encoder(edit, base_folder):
+def test_base_model_of_a_sakana_checkpoint_as_encoder(edit, base_folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = edit("L-sft", args={"emb_model": "", "model_dir": f"{base_folder}/"})
@@ -108,7 +108,7 @@ def test_base_model_of_a_reference_checkpoint_as_encoder(edit, base_folder):
     assert same(TextToLoRA.from_pretrained(folder, encoder=encoder).generate(texts), engine.generate(texts))
 
 
-def test_encoder_that_the_reference_leaves_undefined(golden, base_folder):
+def test_encoder_that_sakana_leaves_undefined(golden, base_folder):
     with pytest.raises(ConfigError, match=r"args.yaml: emb_model: expected .* got 'tiny-encoder'"):
         TextToLoRA.from_pretrained(golden / "L-sft")
     encoder = TextEncoder.from_pretrained(EncoderConfig(str(base_folder), "mean"))
@@ -168,7 +168,9 @@ def test_conversion_keeps_what_is_said_of_the_encoder(native, golden, tmp_path):
     assert format_of(tmp_path / "unnamed") == "sakana" and read(tmp_path / "unnamed").encoder_config() is None
     convert(golden / "L-sft", tmp_path / "once")
     net = HyperNetwork.from_pretrained(tmp_path / "once", scaling=3.0)
-    net.save_pretrained(tmp_path / "once", metadata=checkpoint.describe(tmp_path / "once"))  # what the reference cannot say
+    net.save_pretrained(
+        tmp_path / "once", metadata=checkpoint.describe(tmp_path / "once")
+    )  # what the Sakana format cannot express
     convert(tmp_path / "once", tmp_path / "twice")
     for folder in (tmp_path / "once", tmp_path / "twice"):
         with pytest.raises(ConfigError, match="emb_model: expected a 'gte' or 'SFR' model or none.*got 'tiny-encoder'"):

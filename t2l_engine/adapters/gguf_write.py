@@ -1,4 +1,4 @@
-"""Exports an adapter to GGUF, for llama.cpp and what is built on it.
+"""Exports an adapter to GGUF, for llama.cpp and programs built on it.
 
 In a GGUF file of architecture ``llama`` the rows of q and k of each head are interleaved, first the even then the odd halves
 of its rotary pairs, and so must be those of B.  Other architectures keep the order of the transformers model.
@@ -38,8 +38,8 @@ def write(
 ) -> None:
     """Write ``adapter``, which must have a rank that is not 0, for the base model with the transformers ``config``.
 
-    Raises ValueError for an architecture or a module that is not known, heads that do not fit, a scaling that readers
-    refuse, or values that are not finite in ``dtype``; ImportError without the package ``gguf``.
+    Raises ValueError for an unknown architecture or module, heads that do not fit, a scaling out of range, or values that
+    are not finite in ``dtype``; ImportError without the package ``gguf``.
     """
     import gguf
 
@@ -63,7 +63,7 @@ def write(
         writer = gguf.GGUFWriter(temporary / file.name, architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        # Readers multiply by alpha / rank, each tensor's own.
+        # llama.cpp multiplies by alpha / rank, with each tensor's own rank.
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, about["lora_alpha"])
         writer.add_name(description or "LoRA")
         writer.add_file_type(gguf.LlamaFileType[of_file])
@@ -104,7 +104,7 @@ def _add(writer: Any, name: str, values: Tensor, kind: Any) -> None:
     if not bool(values.isfinite().all()):
         raise ValueError(f"{name}: holds values that exceed the range of {values.dtype}")
     values = values.contiguous()
-    if values.dtype == torch.bfloat16:  # of which numpy has none
+    if values.dtype == torch.bfloat16:  # numpy lacks it
         writer.add_tensor(name, values.view(torch.uint8).numpy(), raw_dtype=kind)
     else:
         writer.add_tensor(name, values.numpy())

@@ -68,9 +68,8 @@ _REFUSED_KEYS = (
     (r"\.bias$", "trained biases are not supported"),
     (r"^(?!.*\.lora_)", "a whole weight; where it is the base model's, save with PEFT's save_embedding_layers=False"),
 )
-_TRAINING_KEY = re.compile(
-    r".*\.lora_velora_embed"
-)  # VeLoRA compresses activations in training; its forward pass is plain LoRA
+#: VeLoRA compresses activations in training; its forward pass is plain LoRA.
+_TRAINING_KEY = re.compile(r".*\.lora_velora_embed")
 
 
 class AdapterError(ValueError):
@@ -346,8 +345,7 @@ def _scalings(
         if rank != stated:  # PEFT would not load it, and others might divide by either rank
             raise AdapterError(
                 f"{weights_path}: {short_repr(path)}: expected rank {short_repr(stated)} as r or rank_pattern in "
-                f"{CONFIG_NAME} say, "
-                f"got {rank}"
+                f"{CONFIG_NAME} say, got {rank}"
             )
         alpha = patterns["alpha_pattern"].find(path, config["lora_alpha"])
         scalings[path] = alpha / (rank**0.5 if config.get("use_rslora") else rank)

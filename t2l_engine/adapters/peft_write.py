@@ -1,7 +1,6 @@
 """Exports an adapter to PEFT: the configuration, the tensors under PEFT's names, and folders with both.
 
-Everything that gives an adapter to another engine calls :func:`config` and :func:`state_dict`, so that a folder and an
-adapter handed over in memory are the same values.
+All exports call :func:`config` and :func:`state_dict`, so a folder and an adapter handed over in memory hold equal values.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ def check_place(directory: Path) -> None:
 def config(adapter: PeftAdapter, base_model_name_or_path: str | None, fold: bool) -> dict[str, Any]:
     """The fields of adapter_config.json; ``adapter`` must have a rank that is not 0.
 
-    The scaling is in ``lora_alpha``, or with ``fold`` in B, see :func:`state_dict`.  Raises ValueError for a scaling that
-    readers refuse.
+    The scaling is in ``lora_alpha``, or with ``fold`` in B, see :func:`state_dict`.  Raises ValueError for a scaling out of
+    range.
     """
     rank_of = {path: rank for path, *_, rank in _modules(adapter)}
     r = max(rank_of.values())
@@ -125,9 +124,8 @@ def _targets(adapter: PeftAdapter, full_paths: list[str]) -> dict[str, Any]:
         return {"target_modules": short}
     lists = {layer_list(path) for path in layers}
     if len(lists) == 1 and len(set(layers.values())) == 1 and (before := lists.pop()):
-        pattern = before.removesuffix(".").rpartition(".")[
-            2
-        ]  # PEFT's own guess fails for a list of layers at the top of the model
+        # PEFT's own guess of the pattern fails for a list of layers at the top of the model.
+        pattern = before.removesuffix(".").rpartition(".")[2]
         return {
             "target_modules": short,
             "layers_to_transform": list(next(iter(layers.values()))),

@@ -128,8 +128,8 @@ class AdapterStack:
     def fill_constants(self, scaling: float, rank: int) -> None:
         """Give all adapters one scaling and one rank in every layer, in place.
 
-        Writes nothing if they are the stack's already by this method and no one has written to the tensors since, as far as
-        torch knows (not through ``.data``, NumPy or DLPack): a stack that is generated into again and again is filled once.
+        Writes nothing if this method wrote the same values and the tensors have not been written since, so a stack that is
+        generated into repeatedly is filled once.  Writes through ``.data``, NumPy or DLPack are not seen.
         """
         tensors = [self.scaling, *self.ranks.values()]
         # Inference tensors have no versions; a captured write has not happened yet, and its replays are not seen.
@@ -199,6 +199,10 @@ class AdapterStack:
             partial=self.partial,
         )
 
+    def _with(self, lora_A: dict[str, Tensor], lora_B: dict[str, Tensor]) -> AdapterStack:
+        """A stack with these A and B, and all else from this one."""
+        return AdapterStack(lora_A, lora_B, self.scaling, self.ranks, self.paths, partial=self.partial)
+
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of A and B."""
@@ -222,15 +226,11 @@ class AdapterStack:
         if isinstance(device, torch.dtype):
             raise ValueError(f"device: expected a device or None, got {device}; pass dtype={device}")
 
-        def on(tensor: Tensor) -> Tensor:
-            return tensor if device is None else tensor.to(device)
-
-        def move(tensor: Tensor) -> Tensor:
-            return on(tensor).to(dtype or tensor.dtype)
-
-        cast = lambda tensors: {name: move(t) for name, t in tensors.items()}  # noqa: E731
-        ranks = {name: on(t) for name, t in self.ranks.items()}
-        return AdapterStack(cast(self.lora_A), cast(self.lora_B), on(self.scaling), ranks, self.paths, partial=self.partial)
+        moved = self if device is None else self._map(lambda tensor: tensor.to(device))
+        lora_A, lora_B = (
+            {name: t.to(dtype or t.dtype) for name, t in side.items()} for side in (moved.lora_A, moved.lora_B)
+        )
+        return moved._with(lora_A, lora_B)
 
     def zero_padded(self) -> AdapterStack:
         """A copy whose entries beyond the ranks, which may be anything, are zero."""
@@ -239,7 +239,7 @@ class AdapterStack:
             beyond = torch.arange(a.shape[2], device=a.device) >= self.ranks[name][..., None]  # [N, n, r]
             lora_A[name] = a.masked_fill(beyond[..., None], 0)
             lora_B[name] = self.lora_B[name].mT.masked_fill(beyond[..., None], 0).mT
-        return AdapterStack(lora_A, lora_B, self.scaling, self.ranks, self.paths, partial=self.partial)
+        return self._with(lora_A, lora_B)
 
     def shard(self, shards: Mapping[str, Shard]) -> AdapterStack:
         """Views of the features that ``shards`` names by module, such as :func:`shards` gives; other modules are whole.
@@ -256,7 +256,7 @@ class AdapterStack:
         for name, shard in shards.items():
             shard.check(f"shards: {name}", features.get(name))
             lora_A[name], lora_B[name] = shard.take(lora_A[name], lora_B[name])
-        return AdapterStack(lora_A, lora_B, self.scaling, self.ranks, self.paths, partial=self.partial)
+        return self._with(lora_A, lora_B)
 
     def allclose(self, other: AdapterStack, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
         """Whether both stacks have equal adapters: scalings, and per module path ranks, and A and B within the ranks.
@@ -344,7 +344,7 @@ class AdapterStack:
 
         ``lora_alpha = scaling * r``; with ``fold``, for :meth:`state_dict_peft` with ``fold``, ``lora_alpha = r``.
 
-        Raises IndexError out of range, ValueError for ranks of 0 throughout or a scaling that readers refuse.
+        Raises IndexError out of range, ValueError for ranks of 0 throughout or a scaling out of range.
         """
         return peft_write.config(self._peft(index, adapts=True), base_model_name_or_path, fold)
 
@@ -363,7 +363,7 @@ class AdapterStack:
 
         Args:
             dtype: of the tensors, None = float32.
-            adapter_name: part of the keys, ``<prefix><path>.lora_A.<adapter_name>.weight``, as PEFT's hotswap wants them;
+            adapter_name: part of the keys, ``<prefix><path>.lora_A.<adapter_name>.weight``, as PEFT's hotswap takes them;
                 None: as in a file, ``<prefix><path>.lora_A.weight``.
             prefix: ``base_model.model.`` as in a file and in a PeftModel, "" as in a transformers model.
             fold: multiply B by the scaling, in float32 or the stack's wider dtype, before it is rounded to ``dtype``.
@@ -390,7 +390,7 @@ class AdapterStack:
 
         Raises:
             IndexError: ``adapter`` is out of range.
-            ValueError: the adapter has rank 0 throughout, or values or a scaling that readers refuse; another dtype.
+            ValueError: the adapter has rank 0 throughout, values that are not finite, a scaling out of range; another dtype.
             OSError: the folder cannot be written, or contains a checkpoint or a model (FileExistsError).
         """
         peft_write.write(self._peft(adapter, adapts=True), Path(directory), base_model_name_or_path, dtype, fold)
@@ -417,8 +417,8 @@ class AdapterStack:
 
         Raises:
             IndexError: ``adapter`` is out of range.
-            ValueError: another type of base model, heads that do not fit it, a module that such files do not have, ranks of
-                0 throughout, or values or a scaling that readers refuse.
+            ValueError: another type of base model, heads that do not fit it, a module without a GGUF name, ranks of 0
+                throughout, values that are not finite or a scaling out of range.
             ImportError: ``gguf`` is not installed, or before 0.18.
         """
         from t2l_engine.adapters import gguf_write

@@ -43,6 +43,25 @@ def positive_number(name: str, value: Any) -> float:
     return float(value)
 
 
+def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """ConfigError naming ``name`` unless ``value`` is among ``allowed``."""
+    if value not in allowed:
+        raise ConfigError(f"{name}: expected one of {allowed}, got {short_repr(value)}")
+
+
+def boolean(name: str, value: Any) -> bool:
+    """``value``; ConfigError names it unless it is true or false."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}: expected true or false, got {short_repr(value)}")
+    return value
+
+
+def non_empty_text(name: str, value: Any) -> None:
+    """ConfigError naming ``name`` unless ``value`` is a non-empty string."""
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{name}: expected a non-empty string, got {short_repr(value)}")
+
+
 def positive_int(name: str, value: Any) -> None:
     """ConfigError naming ``name`` unless ``value`` is an integer from 1 to MAX_SIZE - 1."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < MAX_SIZE:

@@ -30,7 +30,7 @@ MAX_PICKLE_BYTES = 1 << 17  # about 800 tensors
 DATA = re.compile(r"[^/]*/data/", re.IGNORECASE)
 FOLDER = 0x10  # DOS attribute of a directory
 LOCAL_HEADER = struct.Struct("<4s22xHH")
-#: End-of-directory records as torch.save writes them: without a comment, so that all readers find the same record.
+#: End-of-directory records as torch.save writes them: without a comment, so that zipfile and torch find the same record.
 END, END64, LOCATOR64 = struct.Struct("<4s4x2H2IH"), struct.Struct("<4sQ12x4Q"), struct.Struct("<4s4xQ4x")
 
 
@@ -142,7 +142,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _directory(data: mmap.mmap) -> tuple[int, int]:
-    """Offset and number of entries of the archive's directory; refuses an archive on which readers could disagree.
+    """Offset and number of entries of the archive's directory; refuses one that zipfile and torch could read differently.
 
     Python's zipfile takes the directory that ends where its end record begins, torch's reader the one at the offset that
     the record states.  In a file with two directories one would be checked and the other used.

@@ -124,7 +124,7 @@ def check_pickle(content: bytes) -> None:
 
 def _set_items(items: list, target: object) -> None:
     if not isinstance(target, _Dict) or target.closed or len(items) % 2:
-        raise Refused("its pickle sets items of what is no dict of tensors")
+        raise Refused("its pickle sets items of an object that is no dict of tensors")
     for key in items[::2]:
         if type(key) is not str:  # other keys may be expensive to hash
             raise Refused("its pickle has a dict whose keys are no texts")
@@ -143,7 +143,7 @@ def _storage(claim: object) -> object:
 def _called(function: object, arguments: object) -> object:
     given = arguments.items if isinstance(arguments, _Tuple) else [None]  # accepted by no call below
     if not isinstance(function, _Global):
-        raise Refused("its pickle calls what is no name")
+        raise Refused("its pickle calls an object that is no global")
     if function == ORDERED_DICT and given == []:
         return _Dict(ordered=True)
     hooks = given[-1] if given else None

@@ -23,7 +23,7 @@ from torch import Tensor
 from t2l_engine.files.errors import MAX_CONFIG_BYTES, ConfigError, short_repr
 from t2l_engine.files.text import read_start
 
-#: Key of the content checksum in the metadata of safetensors files that we write; other readers ignore it.
+#: Key of the content checksum in the metadata of safetensors files that we write; other programs ignore it.
 CHECKSUM = "t2l_engine.sha256"
 #: About 7,000 tensors.  Python objects need many times the bytes that describe them.
 MAX_HEADER_BYTES = 1 << 20
@@ -116,7 +116,7 @@ def write_folder(
 ) -> None:
     """Write a safetensors and a JSON file into ``directory``; existing files are replaced by complete ones only.
 
-    Raises ConfigError if ``config`` is larger than readers accept, OSError if the folder cannot be written.
+    Raises ConfigError if ``config`` is larger than MAX_CONFIG_BYTES, OSError if the folder cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file

@@ -79,7 +79,8 @@ def parse_yaml(text: str, where: str) -> Any:
         value = yaml.load(text, Loader=_PlainLoader)
         small = _count_nodes(value, MAX_NODES) >= 0
     except Exception as reason:  # constructors of dates, numbers and keys raise many kinds of errors
-        raise ConfigError(f"{where}: not plain YAML: {str(reason)[:200]}") from None
+        text = " ".join(str(reason).split())  # YAML's messages have several lines
+        raise ConfigError(f"{where}: not plain YAML: {text[:200]}") from None
     if not small:
         raise ConfigError(f"{where}: not plain YAML: its aliases expand to more than {MAX_NODES} values")
     return value

@@ -1,9 +1,9 @@
 """Reads checkpoint folders in native and Sakana format, and writes native ones.
 
 Native: ``config.json`` (a ``HyperNetworkConfig`` under "hypernetwork", with optional "encoder", "base_model", "training" and
-"reference" blocks) and ``hypernet.safetensors``, whose keys are the parameter names of :class:`HyperNetwork`.  Keys that
-begin with ``reference.`` are tensors of a converted Sakana checkpoint that generation ignores; they are kept for converting
-back.  Keys that begin with ``pooling.`` are those of an encoder's trained pooling.  Sakana format: see :mod:`.sakana`.
+"reference" blocks) and ``hypernet.safetensors``, whose keys are the parameter names of :class:`HyperNetwork`.  Keys
+``reference.*`` are tensors of a converted Sakana checkpoint that generation ignores, kept for converting back; keys
+``pooling.*`` are an LLM encoder's.  Sakana format: see :mod:`.sakana`.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def has_described_prompts(about: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint, of which :func:`describe` says ``about``, was trained with descriptions in the prompts."""
+    """Whether a checkpoint was trained with descriptions in the prompts; ``about``: from :func:`describe`."""
     return (about.get("training") or {}).get("prompt") == "description"
 
 
 def trained_tasks(about: Mapping[str, Any]) -> set[str]:
-    """Names of the tasks that a checkpoint, of which :func:`describe` says ``about``, and its start were trained on."""
+    """Names of the tasks that a checkpoint and its start were trained on; ``about``: from :func:`describe`."""
     training = about.get("training") or {}
     found = [training.get("tasks"), training.get("tasks_before")]
     return {name for names in found if isinstance(names, (dict, list)) for name in names if isinstance(name, str)}
@@ -83,8 +83,8 @@ def _read_native(folder: Path, module_order: list[str] | None) -> Contents:
         )
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found")
-    # Copied from the memory map: checked values cannot change any more, and torch aligns its own memory, on which the
-    # rounding of its products may depend; so a checkpoint gives the same adapters in both formats.
+    # Copied from the memory map, so that checked values cannot change, and so that both formats give the same adapters:
+    # rounding of torch's products may depend on alignment.
     tensors = {key: tensor.clone() for key, tensor in read_safetensors(path, CheckpointError).items()}
     unused, pooling = (
         {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
@@ -115,7 +115,7 @@ def write_native(
 ) -> None:
     """Write a native folder, arguments as in :class:`Contents`.
 
-    Raises CheckpointError for what readers refuse, FileExistsError for the folder of a model.
+    Raises CheckpointError for contents that :func:`read` refuses, FileExistsError for a model's folder.
     """
     check_no_model(folder)
     check_blocks(blocks, str(folder))

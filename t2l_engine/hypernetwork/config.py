@@ -14,6 +14,8 @@ from t2l_engine.files.errors import (
     MAX_RANK,
     MIN_NUMBER,
     ConfigError,
+    boolean,
+    one_of,
     positive_int,
     positive_number,
     short_repr,
@@ -76,9 +78,8 @@ class HyperNetworkConfig:
             if not isinstance(value, (list, tuple)) or not 0 < len(value) <= MAX_MODULES:
                 raise ConfigError(f"{name}: expected a list of 1 to {MAX_MODULES} entries, got {short_repr(value)}")
             object.__setattr__(self, name, tuple(value))
-        for name, allowed in (("variant", VARIANTS), ("task_encoder", TASK_ENCODERS)):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}: expected one of {allowed}, got {short_repr(getattr(self, name))}")
+        one_of("variant", self.variant, VARIANTS)
+        one_of("task_encoder", self.task_encoder, TASK_ENCODERS)
         for name in self.modules:
             if not isinstance(name, str) or not name.isidentifier() or len(name) > MAX_NAME:
                 raise ConfigError(f"modules: expected plain module names such as 'q_proj', got {short_repr(name)}")
@@ -105,8 +106,7 @@ class HyperNetworkConfig:
             raise ConfigError(f"latent_size: expected an even trunk width for {self.variant}, got width {self.width}")
         for name in ("lora_alpha", "output_scale"):
             positive_number(name, getattr(self, name))
-        if not isinstance(self.head_bias, bool):
-            raise ConfigError(f"head_bias: expected true or false, got {short_repr(self.head_bias)}")
+        boolean("head_bias", self.head_bias)
         resolve_scaling(self.scaling, self.lora_alpha, self.rank)
 
     def _check_paths(self) -> None:
@@ -203,12 +203,12 @@ class HyperNetworkConfig:
 
 
 def same_scaling(a: float, b: float) -> bool:
-    """Whether two LoRA scalings are one number, of which a stack keeps the nearest float32."""
+    """Whether two LoRA scalings are equal within float32 rounding."""
     return math.isclose(a, b, rel_tol=1e-6)
 
 
 def resolve_scaling(scaling: str | float, lora_alpha: float, rank: int) -> float:
-    """LoRA scaling as a number: "rslora" = alpha/sqrt(rank), "plain" = alpha/rank, or a positive number as it is."""
+    """LoRA scaling as a number: "rslora" = alpha/sqrt(rank), "plain" = alpha/rank, or the given positive number."""
     if scaling == "rslora":
         return lora_alpha / math.sqrt(rank)
     if scaling == "plain":

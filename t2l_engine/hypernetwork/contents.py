@@ -20,7 +20,7 @@ UNUSED_PREFIX, POOLING_PREFIX = "reference.", "pooling."
 
 @dataclasses.dataclass
 class Contents:
-    """The configuration and tensors of a checkpoint, whatever its format.
+    """The configuration and tensors of a checkpoint of either format.
 
     ``state``: under native keys; ``unused``: tensors of the Sakana format that generation ignores, under its keys;
     ``blocks``: the optional blocks of ``config.json``; ``path``: of the weights file; ``encoder_config()``: of the text

@@ -1,8 +1,8 @@
 """Converts checkpoints between native and Sakana format without loss.
 
-Tensors keep their bits and dtypes.  ``args.yaml`` and ``adapter_config.json`` of a Sakana-format folder are stored in the
-"reference" block of ``config.json``; what the Sakana format cannot express is stored in a block of ``args.yaml`` that
-SakanaAI's code ignores.
+Tensors keep their bits and dtypes.  ``args.yaml`` and ``adapter_config.json`` are stored in the "reference" block of
+``config.json``; native values that the Sakana format cannot express are stored in a block of ``args.yaml`` that SakanaAI's
+code ignores.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def convert(source: Path, target: Path, to: str | None = None, module_order: lis
         raise FileExistsError(f"{target}: expected a folder, got a file")
     # A folder with files of both formats would be ambiguous.
     expect_none(target, SAKANA_NAMES[:1] if to == "native" else (CONFIG_NAME,), f"of another format than {to}")
-    if to == "sakana":  # of an adapter only the configuration would be replaced, with which its weights mean another one
+    if to == "sakana":  # it would replace the adapter's configuration and leave its weights
         expect_none(target, ADAPTER_WEIGHTS, "whose adapter_config.json would be replaced")
     contents = read(source, module_order)
     build(contents)  # checks every key and shape
@@ -103,19 +103,17 @@ def _write_sakana(folder: Path, state: dict[str, Tensor], args: dict[str, Any], 
         save_torch(state, weights, folder)
         args_path.write_text(yaml.safe_dump(args, sort_keys=True), encoding="utf-8")
         peft_path.write_text(json.dumps(peft, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for path, reader in ((args_path, read_yaml), (peft_path, read_json)):
+        for path, read_back in ((args_path, read_yaml), (peft_path, read_json)):
             try:
-                reader(path)
+                read_back(path)
             except ConfigError as error:  # too long, or too many values
-                raise CheckpointError(f"readers would not accept it: {error}".replace(str(temporary), str(folder))) from None
+                raise CheckpointError(f"loading would refuse it: {error}".replace(str(temporary), str(folder))) from None
 
 
 def to_sakana(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """(state_dict, args, adapter_config) in Sakana format."""
     if contents.pooling:
-        raise CheckpointError(
-            f"{contents.path}: the Sakana format cannot express this checkpoint: its encoder is a reader with a pooling"
-        )
+        raise CheckpointError(f"{contents.path}: the Sakana format cannot express this checkpoint: it has an LLM encoder")
     state = _sakana_state(contents)
     args, peft = (_stored(contents, name) for name in ("args", "adapter_config"))
     # The original files if they still describe the checkpoint, which may have been changed since.
@@ -130,7 +128,7 @@ def _difference(contents: Contents, state: dict[str, Tensor], args: dict[str, An
     """What reading the converted checkpoint would change, or None."""
     order = list(contents.config.modules)
     try:
-        back = sakana.translate(state, args, peft, *map(Path, SAKANA_NAMES), module_order=order)
+        back = sakana.SakanaFiles(args, peft, state=state).contents(order)
     except ConfigError as error:
         return str(error)
     ours, theirs = ({**to_json(c.config), **{n: c.blocks.get(n) for n in BLOCKS}} for c in (contents, back))

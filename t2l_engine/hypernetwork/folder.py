@@ -43,7 +43,7 @@ def resolve_checkpoint(name_or_folder: str | Path) -> Path:
     """
     if (name := str(name_or_folder)) in bundled_checkpoints():
         if any((Path(name) / file).is_file() for file in (WEIGHTS_NAME, SAKANA_NAMES[0])):
-            warnings.warn(f"checkpoint {name!r}: is the bundled one, not that in ./{name}", stacklevel=2)
+            warnings.warn(f"checkpoint {name!r}: the bundled checkpoint is used, not the folder ./{name}", stacklevel=2)
         return BUNDLED / name
     folder = Path(name_or_folder)
     if folder.is_file():

@@ -1,6 +1,8 @@
-"""The parts of a hypernetwork that hold its parameters: embeddings, MLPs and the offsets of the last step."""
+"""The parts of a hypernetwork that hold parameters: embeddings, MLPs, offsets of the last step; and its folded tensors."""
 
 from __future__ import annotations
+
+import operator
 
 import torch
 from torch import Tensor, nn
@@ -68,3 +70,41 @@ class Offsets(nn.Module):
             out[f"add_{side}"] = mean if add is None else add if mean is None else mean + add
         # B in the memory order of the heads' output, [n, r, out], so that the epilogue reads contiguously.
         return {key: t.mT.contiguous().mT if t is not None and key.endswith("B") else t for key, t in out.items()}
+
+
+class Folded:
+    """The folded tensors of a network, valid until a parameter or buffer changes.
+
+    Keeps the modules' dictionaries: walking through the modules takes longer than a small hypernetwork's forward pass.
+    """
+
+    def __init__(self, net: nn.Module, tensors: dict):
+        self.tensors = tensors
+        self._dictionaries = [d for m in net.modules() for d in (m._parameters, m._buffers, m._modules)]
+        self._found = self._values()
+        self._versions = [_version(value) for value in self._found]
+
+    def _values(self) -> list:
+        return [value for dictionary in self._dictionaries for value in dictionary.values()]
+
+    def current(self) -> bool:
+        """Whether no tensor or module was replaced and no tensor written since; False with inference tensors.
+
+        Inference tensors do not count writes.
+        """
+        values = self._values()
+        versions = [_version(value) for value in values]
+        # Compared by identity, not by id(), which a later parameter may reuse.
+        return (
+            len(values) == len(self._found)
+            and all(map(operator.is_, values, self._found))
+            and None not in versions
+            and versions == self._versions
+        )
+
+
+def _version(value: object) -> int | None:
+    """How often a tensor was written, None for an inference tensor; 0 for anything else."""
+    if not isinstance(value, Tensor):
+        return 0
+    return None if value.is_inference() else value._version

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import operator
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +24,7 @@ from t2l_engine.hypernetwork.checkpoint import read, write_native
 from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
 from t2l_engine.hypernetwork.contents import POOLING_PREFIX, Contents, expect_shape
 from t2l_engine.hypernetwork.folder import BLOCKS, CheckpointError, resolve_checkpoint
-from t2l_engine.hypernetwork.modules import MLP, NormedEmbedding, Offsets
+from t2l_engine.hypernetwork.modules import MLP, Folded, NormedEmbedding, Offsets
 from t2l_engine.hypernetwork.sakana_encoder import UndefinedEncoder
 from t2l_engine.hypernetwork.task_encoders import TASK_ENCODERS
 from t2l_engine.ops import reference
@@ -34,45 +33,7 @@ from t2l_engine.ops.segments import is_capturing
 from t2l_engine.text.config import LLMEncoderConfig
 from t2l_engine.text.llm_encoder import AttentionPooling
 
-MAX_PARAMETERS = 1 << 40  # more than any file has, and few enough for torch's tensor sizes
-
-
-class _Folded:
-    """The folded tensors of a network, and whether they still are those of its parameters and buffers.
-
-    The dictionaries of its modules are kept: a walk through the modules takes longer than a small hypernetwork does.
-    """
-
-    def __init__(self, net: nn.Module, tensors: dict):
-        self.tensors = tensors
-        self._dictionaries = [d for m in net.modules() for d in (m._parameters, m._buffers, m._modules)]
-        self._found = self._values()
-        self._versions = [_version(value) for value in self._found]
-
-    def _values(self) -> list:
-        return [value for dictionary in self._dictionaries for value in dictionary.values()]
-
-    def current(self) -> bool:
-        """Whether no tensor or module was replaced, and no tensor written, since then.
-
-        Of inference tensors, which do not say when they are written, nobody knows.
-        """
-        values = self._values()
-        versions = [_version(value) for value in values]
-        # Compared by identity, not by id(), which a later parameter may reuse.
-        return (
-            len(values) == len(self._found)
-            and all(map(operator.is_, values, self._found))
-            and None not in versions
-            and versions == self._versions
-        )
-
-
-def _version(value: object) -> int | None:
-    """How often a tensor was written, None where nobody knows; of anything else 0."""
-    if not isinstance(value, Tensor):
-        return 0
-    return None if value.is_inference() else value._version
+MAX_PARAMETERS = 1 << 40  # more than any checkpoint, and within torch's tensor sizes
 
 
 class HyperNetwork(nn.Module):
@@ -115,7 +76,7 @@ class HyperNetwork(nn.Module):
         self.offsets = nn.ModuleDict({name: Offsets() for name in c.modules})
         # Modules of generated adapters are named as in adapters read from files: after the end of the path.
         self._paths = {name: path for path, name in module_names(c.module_paths.values()).items()}
-        self._folded: _Folded | None = None
+        self._folded: Folded | None = None
 
     @classmethod
     def from_pretrained(
@@ -246,7 +207,7 @@ class HyperNetwork(nn.Module):
         with without_autocast(self.mixer.linear1.weight.device):
             folded = self._folded
             if folded is None or not folded.current():
-                folded = _Folded(self, self.folded())
+                folded = Folded(self, self.folded())
                 if not is_capturing(self.mixer.linear1.weight):
                     self._folded = folded
             tensors = folded.tensors
@@ -256,12 +217,11 @@ class HyperNetwork(nn.Module):
     def shard(self, shards: Mapping[str, Shard]) -> HyperNetwork:
         """A hypernetwork for the features that ``shards`` names by module, such as :func:`shards` gives.
 
-        It generates what :meth:`AdapterStack.shard` takes of this one's adapters, without computing the rest, and has copies
-        of the rows of the heads that it needs; other parameters are shared.  For inference: gradients stop here.  Without
-        shards, this hypernetwork.  What is saved of one for a part is a checkpoint for linears of those features.
+        It generates the parts of adapters that :meth:`AdapterStack.shard` takes.  Needed rows of the heads are copied, other
+        parameters are shared.  For inference: it has no gradients.  Empty ``shards``: this hypernetwork.
 
-        Raises ValueError for a module that there is not, features that it does not have, and variants whose heads make A and
-        B with the same rows, all of which every process needs: :meth:`LoRAHandle.put` adapters that are whole.
+        Raises ValueError for an unknown module, features out of range, and variants M and S, whose heads make A and B with
+        the same rows: generate whole adapters and :meth:`LoRAHandle.put` them.
         """
         c = self.config
         if not shards:
@@ -292,9 +252,9 @@ class HyperNetwork(nn.Module):
         return net.eval()
 
     def meta_stack(self, count: int) -> AdapterStack:
-        """A stack of the shapes and the dtype of :meth:`generate`'s for ``count`` descriptions, which takes no memory.
+        """A stack with the shapes and the dtype of :meth:`generate` for ``count`` descriptions, without memory.
 
-        A, B and scaling are on the meta device, ranks on the CPU: what :meth:`LoRAHandle.borrow_slots` wants to know.
+        A, B and scaling are on the meta device, ranks on the CPU; :meth:`LoRAHandle.borrow_slots` takes it.
 
         Raises ValueError as :meth:`generate` if ``to()`` cast the biases too.
         """
@@ -443,7 +403,7 @@ def build(contents: Contents) -> HyperNetwork:
 
 
 def build_pooling(contents: Contents, config: LLMEncoderConfig) -> AttentionPooling:
-    """A reader's pooling with exactly the tensors ``contents.pooling``; raises CheckpointError as :func:`build`."""
+    """An LLM encoder's pooling with exactly the tensors ``contents.pooling``; raises CheckpointError as :func:`build`."""
     state, path = contents.pooling, contents.path
     project = state.get("project.weight")
     width = project.shape[1] if project is not None and project.dim() == 2 else 0
@@ -460,9 +420,9 @@ def build_pooling(contents: Contents, config: LLMEncoderConfig) -> AttentionPool
 
 
 def check_encoder(contents: Contents) -> None:
-    """ConfigError, or CheckpointError as :func:`build`, for a text encoder that cannot be as ``contents`` state it.
+    """ConfigError, or CheckpointError as :func:`build`, for an invalid text encoder in ``contents``.
 
-    An encoder whose pooling is not defined passes: users may give another.
+    An encoder of undefined pooling passes: users may give another.
     """
     with contextlib.suppress(UndefinedEncoder):
         if isinstance(config := contents.encoder_config(), LLMEncoderConfig):

@@ -8,6 +8,7 @@ process.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2l_engine.files.errors import ConfigError, positive_number, short_repr
+from t2l_engine.files.errors import ConfigError, boolean, positive_number, short_repr
 from t2l_engine.files.text import from_json, read_json, to_json
 from t2l_engine.files.torch_file import read_torch_file
 from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
@@ -78,296 +79,279 @@ def sakana_key(key: str, task_encoder: str) -> str:
     return theirs + key[len(ours) :]
 
 
-# --- files ---------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class SakanaFiles:
+    """The contents of the files of a checkpoint; the paths name them in errors.
 
+    ``own``: our block of ``args``, empty in a file that SakanaAI's code wrote.
+    """
 
-def _paths(folder: Path) -> tuple[Path, Path, Path]:
-    weights, args_path, peft_path = (folder / name for name in SAKANA_NAMES)
-    # Intermediate checkpoints sit in checkpoints/it_<step>/, their configuration in the folder above "checkpoints".
-    steps = folder.absolute().parent
-    if not args_path.is_file() and steps.name == "checkpoints":
-        args_path, peft_path = (steps.parent / name for name in SAKANA_NAMES[1:])
-    for path in (args_path, peft_path):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: not found")
-    return weights, args_path, peft_path
+    args: dict[str, Any]
+    peft: dict[str, Any]
+    weights: Path = Path(SAKANA_NAMES[0])
+    args_path: Path = Path(SAKANA_NAMES[1])
+    peft_path: Path = Path(SAKANA_NAMES[2])
+    state: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.own = self.args.get(OWN_BLOCK, {})
+        if not isinstance(self.own, dict):
+            raise CheckpointError(f"{self.args_path}: {OWN_BLOCK}: expected a mapping, got {short_repr(self.own)}")
+        check_blocks(self.own, f"{self.args_path}: {OWN_BLOCK}")
 
-def _configs(args_path: Path, peft_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    from t2l_engine.files.yaml import read_yaml  # here: only this format needs PyYAML
+    @classmethod
+    def open(cls, folder: Path) -> SakanaFiles:
+        """The two configuration files in ``folder``; the weights are not read."""
+        from t2l_engine.files.yaml import read_yaml  # here: only this format needs PyYAML
 
-    values = read_yaml(args_path), read_json(peft_path)
-    for path, value in zip((args_path, peft_path), values, strict=True):
-        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise CheckpointError(f"{path}: expected a mapping from names, got {short_repr(value)}")
-    return values
+        weights, args_path, peft_path = (folder / name for name in SAKANA_NAMES)
+        # Intermediate checkpoints are in checkpoints/it_<step>/, their configuration in the folder above "checkpoints".
+        steps = folder.absolute().parent
+        if not args_path.is_file() and steps.name == "checkpoints":
+            args_path, peft_path = (steps.parent / name for name in SAKANA_NAMES[1:])
+        for path in (args_path, peft_path):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: not found")
+        values = read_yaml(args_path), read_json(peft_path)
+        for path, value in zip((args_path, peft_path), values, strict=True):
+            if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+                raise CheckpointError(f"{path}: expected a mapping from names, got {short_repr(value)}")
+        return cls(*values, weights, args_path, peft_path)
 
+    def encoder_config(self) -> AnyEncoderConfig | None:
+        """The text encoder that the files state, None if they state none."""
+        if self.own.get("encoder") is not None:
+            return encoder_config_from_json(self.own["encoder"], f"{self.args_path}: {OWN_BLOCK}.encoder")
+        if self.own and not self.args.get("emb_model"):
+            return None  # converted from a native folder without encoder; without our block it would be the base model
+        return sakana_encoder_config(self.args, str(self.args_path))
 
-def _own(args: dict[str, Any], args_path: Path) -> dict[str, Any]:
-    """Our block of ``args``, empty in a file that SakanaAI's code wrote."""
-    own = args.get(OWN_BLOCK, {})
-    if not isinstance(own, dict):
-        raise CheckpointError(f"{args_path}: {OWN_BLOCK}: expected a mapping, got {short_repr(own)}")
-    check_blocks(own, f"{args_path}: {OWN_BLOCK}")
-    return own
+    def blocks(self) -> dict[str, Any]:
+        """The optional blocks of a native folder, as far as the files state them."""
+        if self.own:
+            return {key: self.own[key] for key in BLOCKS if key in self.own}
+        blocks: dict[str, Any] = {}
+        for name in (self.args.get("model_dir"), self.peft.get("base_model_name_or_path")):
+            if isinstance(name, str) and name:
+                blocks["base_model"] = name
+        blocks["reference"] = {"args": self.args, "adapter_config": self.peft}
+        try:
+            blocks["encoder"] = to_json(sakana_encoder_config(self.args, "args.yaml"))
+        except ConfigError:  # unknown pooling: generating needs an encoder from the caller
+            pass
+        return blocks
 
+    def contents(self, module_order: list[str] | None = None) -> Contents:
+        """The checkpoint under native names; CheckpointError if tensors and flags contradict each other."""
+        state, args = self.state, self.args
+        modules = self._modules(module_order)
+        sizes = self._sizes(modules)
+        num_layers, rank = sizes[0][:2]
+        encoder, task_width = self._task_encoder()
+        recon, factorized, z_scores = self._training()
+        bias = f"heads.{modules[0]}.bias" in state
+        self._check_bias(modules[0], bias, recon, z_scores)
+        self._check_peft(modules, rank, warn=not recon and module_order is None)
+        head_in_size = self._take("mlp3.4.weight", 2).shape[0]
+        for field, got in (("hypernet_latent_size", 2 * task_width), ("head_in_size", head_in_size)):
+            value = args.get(field, got)
+            # The tensors determine half of the latent size.
+            same = isinstance(value, int) and (value == got or (field == "hypernet_latent_size" and value == got + 1))
+            if not same:
+                raise CheckpointError(
+                    f"{self.args_path}: {field}: {short_repr(value)} contradicts the tensors, which say {got}"
+                )
+        delta_scale = positive_number(f"{self.args_path}: delta_w_scaling", args.get("delta_w_scaling", 10000))
+        values = {
+            "variant": self._variant(modules, sizes[0]),
+            "modules": modules,
+            "in_features": [s[2] for s in sizes],
+            "out_features": [s[4] for s in sizes],
+            "num_layers": num_layers,
+            "rank": rank,
+            "embed_dim": self._take("task_encoder.mlp.0.weight", 2).shape[1],
+            "latent_size": args.get("hypernet_latent_size", 2 * task_width),
+            "head_in_size": head_in_size,
+            "lora_alpha": positive_number(f"{self.peft_path}: lora_alpha", self.peft.get("lora_alpha")),
+            "scaling": "rslora" if _flag(self.peft, "use_rslora", False, self.peft_path) else "plain",
+            "head_bias": bias,
+            "output_scale": delta_scale**-0.5 if recon and not factorized else 1.0,
+            "task_encoder": encoder,
+            "paths": self._paths(modules),
+        }
+        config = self._with_own_values(from_json(HyperNetworkConfig, values, str(self.weights)))
+        applied = {"AB_offset": not recon or factorized, "mean_recon_target": z_scores, "std_recon_target": z_scores}
+        native, unused = _rename(state, config, applied, self.weights)
+        key_in_file = lambda key: sakana_key(key, encoder)  # noqa: E731
+        return Contents(config, native, unused, self.blocks(), self.weights, self.encoder_config, key_in_file)
 
-def _stated_encoder(args: dict[str, Any], args_path: Path) -> AnyEncoderConfig | None:
-    own = _own(args, args_path)
-    if own.get("encoder") is not None:
-        return encoder_config_from_json(own["encoder"], f"{args_path}: {OWN_BLOCK}.encoder")
-    if own and not args.get("emb_model"):
-        return None  # converted from a native folder without encoder; without our block it would be the base model
-    return sakana_encoder_config(args, str(args_path))
+    # --- what the tensors say --------------------------------------------------------------------------------------
+
+    def _take(self, key: str, dims: int) -> Tensor:
+        """The tensor ``key``; CheckpointError names it if it is missing or has another number of dimensions."""
+        if key not in self.state:
+            raise CheckpointError(f"{self.weights}: missing key {short_repr(key)}")
+        if self.state[key].dim() != dims:
+            got = short_repr(tuple(self.state[key].shape))
+            raise CheckpointError(f"{self.weights}: {short_repr(key)}: expected {dims} dimensions, got {got}")
+        return self.state[key]
+
+    def _modules(self, module_order: list[str] | None) -> list[str]:
+        """Module names in the order of the keys of the file, or in ``module_order``."""
+        modules, sides = (
+            list(dict.fromkeys(k.split(".")[1] for k in self.state if k.startswith(prefix) and k.count(".") >= 2))
+            for prefix in ("heads.", "out_emb.")
+        )
+        if not modules:
+            raise CheckpointError(f"{self.weights}: missing keys heads.<module>.weight")
+        if sides and sides != modules:
+            raise CheckpointError(
+                f"{self.weights}: module order of heads {short_repr(modules)} and of out_emb {short_repr(sides)} disagree"
+            )
+        if module_order is None:
+            return modules
+        if sorted(module_order) != sorted(modules):
+            raise CheckpointError(
+                f"module_order: expected an order of {short_repr(modules)}, got {short_repr(list(module_order))}"
+            )
+        return list(module_order)
+
+    def _sizes(self, modules: list[str]) -> list[tuple[int, ...]]:
+        """Shapes of A ``(n, r, in)`` and B ``(n, out, r)`` of each module, as one tuple."""
+        sizes = []
+        for name in modules:
+            a, b = self._take(f"AB_offset.A.{name}", 3), self._take(f"AB_offset.B.{name}", 3)
+            sizes.append((*a.shape, *b.shape))
+            if a.shape[:2] != (b.shape[0], b.shape[2]) or sizes[-1][:2] != sizes[0][:2]:
+                raise CheckpointError(
+                    f"{self.weights}: AB_offset of {short_repr(name)}: expected A (n, r, in) and B (n, out, r), "
+                    f"got {tuple(a.shape)} and {tuple(b.shape)}"
+                )
+        return sizes
+
+    def _task_encoder(self) -> tuple[str, int]:
+        """Kind of the task encoder, and width t of its result."""
+        if "task_encoder.cluster_size" in self.state:
+            return "vq", self._take("task_encoder.mlp.3.weight", 2).shape[0]
+        if "task_encoder.embed" in self.state:
+            return "softmax", self._take("task_encoder.embed", 2).shape[1]
+        if "task_encoder.mlp.3.weight" in self.state:
+            return "discrete", self._take("task_encoder.mlp.3.weight", 2).shape[0]
+        return "linear", self._take("task_encoder.mlp.0.weight", 2).shape[0]
+
+    def _variant(self, modules: list[str], sizes: tuple[int, ...]) -> str:
+        """Variant by the tensors, checked against the flags; the flags decide for rank 1, where shapes are equal."""
+        rank, n_in, n_out = sizes[1], sizes[2], sizes[4]
+        shared = any(k.startswith("out_emb.") for k in self.state)
+        learnable = "pos_emb.0.weight" in self.state
+        names = ("shared_AB_head", "autoreg_gen", "learnable_pos_emb")
+        flags = {name: _flag(self.args, name, False, self.args_path) for name in names}
+        key = f"heads.{modules[0]}.weight"
+        rows = self._take(key, 2).shape[0]
+        per_rank = max(n_in, n_out) if shared else n_in + n_out
+        possible = {autoreg for autoreg, expected in ((False, rank * per_rank), (True, per_rank)) if rows == expected}
+        if not possible:
+            raise CheckpointError(
+                f"{self.weights}: {short_repr(key)}: expected {rank * per_rank} or {per_rank} rows for rank {rank}, "
+                f"in {n_in}, out {n_out}, got {rows}"
+            )
+        # Rank 1: only autoregressive heads have learned positions; without those the flag decides.
+        autoreg = possible.pop() if len(possible) == 1 else learnable or flags["autoreg_gen"]
+        found = {"shared_AB_head": shared, "autoreg_gen": autoreg}
+        if autoreg:
+            found["learnable_pos_emb"] = learnable
+        for name, value in found.items():
+            if flags[name] != value:
+                raise CheckpointError(
+                    f"{self.args_path}: {name}: {flags[name]} contradicts the tensors in {self.weights.name}, which say "
+                    f"{value}"
+                )
+        if not autoreg:
+            return "M" if shared else "L"
+        return f"{'S' if shared else 'autoregressive'}-{'learnable' if learnable else 'rotary'}"
+
+    # --- what the configuration says -------------------------------------------------------------------------------
+
+    def _training(self) -> tuple[bool, bool, bool]:
+        """Whether the checkpoint reconstructs adapters, and if so whether A and B, and whether their z-scores."""
+        task = self.args.get("training_task", "sft")
+        if task not in ("sft", "recon"):
+            raise CheckpointError(f"{self.args_path}: training_task: expected 'sft' or 'recon', got {short_repr(task)}")
+        factorized = _flag(self.args, "factorized", False, self.args_path)
+        z_scores = _flag(self.args, "pred_z_score", True, self.args_path) and task == "recon"
+        if z_scores and not factorized:
+            raise CheckpointError(
+                f"{self.args_path}: pred_z_score with factorized=false: SakanaAI's code does not define generation for it"
+            )
+        return task == "recon", factorized, z_scores
+
+    def _check_bias(self, module: str, bias: bool, recon: bool, z_scores: bool) -> None:
+        mt_lora_path = self.args.get("mt_lora_path")  # an empty path adds nothing, but removes the bias too
+        expected = not z_scores if recon else mt_lora_path is None
+        if bias != expected:
+            raise CheckpointError(
+                f"{self.weights}: 'heads.{module}.bias': expected {'present' if expected else 'absent'} for training_task="
+                f"{'recon' if recon else 'sft'}, mt_lora_path={short_repr(mt_lora_path)}, pred_z_score={z_scores}"
+            )
+
+    def _check_peft(self, modules: list[str], rank: int, warn: bool) -> None:
+        got, targets = self.peft.get("r"), self.peft.get("target_modules")
+        if got != rank:
+            raise CheckpointError(f"{self.peft_path}: r: expected {rank} as in the tensors, got {short_repr(got)}")
+        names = targets if isinstance(targets, list) and all(isinstance(name, str) for name in targets) else []
+        if sorted(names) != sorted(modules):
+            expected = short_repr(sorted(modules))
+            raise CheckpointError(
+                f"{self.peft_path}: target_modules: expected {expected} in any order, got {short_repr(targets)}"
+            )
+        if warn and targets != modules:
+            warnings.warn(
+                f"{self.peft_path}: target_modules lists {short_repr(targets)}, the tensors say rows belong to "
+                f"{short_repr(modules)}; the tensors are followed",
+                stacklevel=6,  # the caller of from_pretrained
+            )
+
+    def _paths(self, modules: list[str]) -> list[Any] | None:
+        """Paths of ``modules`` that a converted native checkpoint states, else None."""
+        paths = self.own.get("paths")
+        if paths is None:
+            return None
+        if not isinstance(paths, dict) or sorted(map(str, paths)) != sorted(modules):
+            raise CheckpointError(
+                f"{self.args_path}: {OWN_BLOCK}: paths: expected one for each of {modules}, got {short_repr(paths)}"
+            )
+        return [paths[name] for name in modules]
+
+    def _with_own_values(self, config: HyperNetworkConfig) -> HyperNetworkConfig:
+        """``config`` with the exact numbers of a converted native checkpoint; CheckpointError for a contradiction."""
+        own = {key: value for key, value in self.own.items() if key in OWN_VALUES}
+        if not own:
+            return config
+        where = f"{self.args_path}: {OWN_BLOCK}"
+        exact = from_json(HyperNetworkConfig, to_json(config) | own, where)
+        for name, a, b in (
+            ("scaling", *(resolve_scaling(c.scaling, c.lora_alpha, c.rank) for c in (exact, config))),
+            ("output_scale", exact.output_scale, config.output_scale),
+        ):
+            if abs(a - b) > 1e-9 * b:
+                raise CheckpointError(f"{where}: {name} {a} contradicts the other fields, which say {b}")
+        return exact
 
 
 def describe(folder: Path) -> dict[str, Any]:
     """See :func:`t2l_engine.hypernetwork.checkpoint.describe`."""
-    _, args_path, peft_path = _paths(folder)
-    return _blocks(*_configs(args_path, peft_path), args_path)
-
-
-def _blocks(args: dict[str, Any], peft: dict[str, Any], args_path: Path) -> dict[str, Any]:
-    """The optional blocks of a native folder, as far as the files state them."""
-    own = _own(args, args_path)
-    blocks = {key: own[key] for key in BLOCKS if key in own}
-    if not own:
-        for name in (args.get("model_dir"), peft.get("base_model_name_or_path")):
-            if isinstance(name, str) and name:
-                blocks["base_model"] = name
-        blocks["reference"] = {"args": args, "adapter_config": peft}
-        try:
-            blocks["encoder"] = to_json(sakana_encoder_config(args, "args.yaml"))
-        except ConfigError:  # unknown pooling: generating needs an encoder from the caller
-            pass
-    return blocks
+    return SakanaFiles.open(folder).blocks()
 
 
 def read(folder: Path, module_order: list[str] | None = None) -> Contents:
     """See :func:`t2l_engine.hypernetwork.checkpoint.read`."""
-    weights, args_path, peft_path = _paths(folder)
-    args, peft = _configs(args_path, peft_path)
-    state = read_torch_file(weights, CheckpointError)
-    return translate(state, args, peft, weights, args_path, peft_path, module_order)
+    files = SakanaFiles.open(folder)
+    files.state = read_torch_file(files.weights, CheckpointError)
+    return files.contents(module_order)
 
 
-# --- tensors and flags to a configuration --------------------------------------------------------------------------
-
-
-def _in_order(keys: list[str], prefix: str) -> list[str]:
-    """Distinct module names of keys ``<prefix>.<module>...`` in file order."""
-    return list(dict.fromkeys(k.split(".")[1] for k in keys if k.startswith(prefix + ".") and k.count(".") >= 2))
-
-
-def _flag(args: dict[str, Any], name: str, default: bool, path: Path) -> bool:
-    value = args.get(name, default)
-    if not isinstance(value, bool):
-        raise CheckpointError(f"{path}: {name}: expected true or false, got {short_repr(value)}")
-    return value
-
-
-def _modules(state: dict[str, Tensor], weights: Path, module_order: list[str] | None) -> list[str]:
-    modules, sides = _in_order(list(state), "heads"), _in_order(list(state), "out_emb")
-    if not modules:
-        raise CheckpointError(f"{weights}: missing keys heads.<module>.weight")
-    if sides and sides != modules:
-        raise CheckpointError(
-            f"{weights}: module order of heads {short_repr(modules)} and of out_emb {short_repr(sides)} disagree"
-        )
-    if module_order is None:
-        return modules
-    if sorted(module_order) != sorted(modules):
-        raise CheckpointError(
-            f"module_order: expected an order of {short_repr(modules)}, got {short_repr(list(module_order))}"
-        )
-    return list(module_order)
-
-
-def _task_encoder(state: dict[str, Tensor], take) -> tuple[str, int]:
-    """Kind of the task encoder, and width t of its result."""
-    if "task_encoder.cluster_size" in state:
-        return "vq", take("task_encoder.mlp.3.weight", 2).shape[0]
-    if "task_encoder.embed" in state:
-        return "softmax", take("task_encoder.embed", 2).shape[1]
-    if "task_encoder.mlp.3.weight" in state:
-        return "discrete", take("task_encoder.mlp.3.weight", 2).shape[0]
-    return "linear", take("task_encoder.mlp.0.weight", 2).shape[0]
-
-
-def translate(
-    state: dict[str, Tensor],
-    args: dict[str, Any],
-    peft: dict[str, Any],
-    weights: Path,
-    args_path: Path,
-    peft_path: Path,
-    module_order: list[str] | None = None,
-) -> Contents:
-    """Contents of a checkpoint in Sakana format; the paths name the sources in errors."""
-
-    def take(key: str, dims: int) -> Tensor:
-        if key not in state:
-            raise CheckpointError(f"{weights}: missing key {short_repr(key)}")
-        if state[key].dim() != dims:
-            got = short_repr(tuple(state[key].shape))
-            raise CheckpointError(f"{weights}: {short_repr(key)}: expected {dims} dimensions, got {got}")
-        return state[key]
-
-    modules = _modules(state, weights, module_order)
-    sizes = []
-    for name in modules:
-        a, b = take(f"AB_offset.A.{name}", 3), take(f"AB_offset.B.{name}", 3)
-        sizes.append((*a.shape, *b.shape))
-        if a.shape[:2] != (b.shape[0], b.shape[2]) or sizes[-1][:2] != sizes[0][:2]:
-            raise CheckpointError(
-                f"{weights}: AB_offset of {short_repr(name)}: expected A (n, r, in) and B (n, out, r), "
-                f"got {tuple(a.shape)} and {tuple(b.shape)}"
-            )
-    num_layers, rank = sizes[0][:2]
-    encoder, task_width = _task_encoder(state, take)
-    training_task = args.get("training_task", "sft")
-    if training_task not in ("sft", "recon"):
-        raise CheckpointError(f"{args_path}: training_task: expected 'sft' or 'recon', got {short_repr(training_task)}")
-    recon = training_task == "recon"
-    factorized = _flag(args, "factorized", False, args_path)
-    z_scores = _flag(args, "pred_z_score", True, args_path) and recon
-    if z_scores and not factorized:
-        raise CheckpointError(
-            f"{args_path}: pred_z_score with factorized=false: SakanaAI's code does not define generation for it"
-        )
-    mt_lora_path = args.get("mt_lora_path")  # an empty path adds nothing, but removes the bias too
-    key = f"heads.{modules[0]}.bias"
-    bias, expected_bias = key in state, not z_scores if recon else mt_lora_path is None
-    if bias != expected_bias:
-        raise CheckpointError(
-            f"{weights}: {short_repr(key)}: expected {'present' if expected_bias else 'absent'} for training_task="
-            f"{training_task}, mt_lora_path={short_repr(mt_lora_path)}, pred_z_score={z_scores}"
-        )
-    _check_peft(peft, modules, rank, peft_path, warn=not recon and module_order is None)
-    head_in_size = take("mlp3.4.weight", 2).shape[0]
-    for field, got in (("hypernet_latent_size", 2 * task_width), ("head_in_size", head_in_size)):
-        value = args.get(field, got)
-        # The tensors determine half of the latent size.
-        same = isinstance(value, int) and (value == got or (field == "hypernet_latent_size" and value == got + 1))
-        if not same:
-            raise CheckpointError(f"{args_path}: {field}: {short_repr(value)} contradicts the tensors, which say {got}")
-    delta_scale = positive_number(f"{args_path}: delta_w_scaling", args.get("delta_w_scaling", 10000))
-    scaling = "rslora" if _flag(peft, "use_rslora", False, peft_path) else "plain"
-    values = {
-        "variant": _variant(state, args, modules, sizes[0], weights, args_path),
-        "modules": modules,
-        "in_features": [s[2] for s in sizes],
-        "out_features": [s[4] for s in sizes],
-        "num_layers": num_layers,
-        "rank": rank,
-        "embed_dim": take("task_encoder.mlp.0.weight", 2).shape[1],
-        "latent_size": args.get("hypernet_latent_size", 2 * task_width),
-        "head_in_size": head_in_size,
-        "lora_alpha": positive_number(f"{peft_path}: lora_alpha", peft.get("lora_alpha")),
-        "scaling": scaling,
-        "head_bias": bias,
-        "output_scale": delta_scale**-0.5 if recon and not factorized else 1.0,
-        "task_encoder": encoder,
-        "paths": _own_paths(args, modules, args_path),
-    }
-    config = _own_values(from_json(HyperNetworkConfig, values, str(weights)), args, args_path)
-    applied = {"AB_offset": not recon or factorized, "mean_recon_target": z_scores, "std_recon_target": z_scores}
-    native, unused = _rename(state, config, applied, weights)
-    blocks = _blocks(args, peft, args_path)
-    return Contents(
-        config,
-        native,
-        unused,
-        blocks,
-        weights,
-        encoder_config=lambda: _stated_encoder(args, args_path),
-        key_in_file=lambda key: sakana_key(key, encoder),
-    )
-
-
-def _own_paths(args: dict[str, Any], modules: list[str], args_path: Path) -> list[Any] | None:
-    """Paths of ``modules`` that a converted native checkpoint states, else None."""
-    paths = _own(args, args_path).get("paths")
-    if paths is None:
-        return None
-    if not isinstance(paths, dict) or sorted(map(str, paths)) != sorted(modules):
-        raise CheckpointError(
-            f"{args_path}: {OWN_BLOCK}: paths: expected one for each of {modules}, got {short_repr(paths)}"
-        )
-    return [paths[name] for name in modules]
-
-
-def _own_values(config: HyperNetworkConfig, args: dict[str, Any], args_path: Path) -> HyperNetworkConfig:
-    """``config`` with the exact numbers of a converted native checkpoint; CheckpointError if they contradict the rest."""
-    own = {k: v for k, v in _own(args, args_path).items() if k in OWN_VALUES}
-    if not own:
-        return config
-    exact = from_json(HyperNetworkConfig, to_json(config) | own, f"{args_path}: {OWN_BLOCK}")
-    for name, a, b in (
-        ("scaling", *(resolve_scaling(c.scaling, c.lora_alpha, c.rank) for c in (exact, config))),
-        ("output_scale", exact.output_scale, config.output_scale),
-    ):
-        if abs(a - b) > 1e-9 * b:
-            raise CheckpointError(f"{args_path}: {OWN_BLOCK}: {name} {a} contradicts the other fields, which say {b}")
-    return exact
-
-
-def _variant(
-    state: dict[str, Tensor],
-    args: dict[str, Any],
-    modules: list[str],
-    sizes: tuple[int, ...],
-    weights: Path,
-    args_path: Path,
-) -> str:
-    """Variant by the tensors, checked against the flags; the flags decide for rank 1, where shapes are equal."""
-    rank, n_in, n_out = sizes[1], sizes[2], sizes[4]
-    shared = any(k.startswith("out_emb.") for k in state)
-    learnable = "pos_emb.0.weight" in state
-    flags = {k: _flag(args, k, False, args_path) for k in ("shared_AB_head", "autoreg_gen", "learnable_pos_emb")}
-    key = f"heads.{modules[0]}.weight"
-    if key not in state or state[key].dim() != 2:
-        raise CheckpointError(f"{weights}: missing or mis-shaped key {short_repr(key)}")
-    rows = state[key].shape[0]
-    per_rank = max(n_in, n_out) if shared else n_in + n_out
-    possible = {autoreg for autoreg, expected in ((False, rank * per_rank), (True, per_rank)) if rows == expected}
-    if not possible:
-        raise CheckpointError(
-            f"{weights}: {short_repr(key)}: expected {rank * per_rank} or {per_rank} rows for rank {rank}, in {n_in}, "
-            f"out {n_out}, got {rows}"
-        )
-    # Rank 1: only autoregressive heads have learned positions; without those the flag decides.
-    autoreg = possible.pop() if len(possible) == 1 else learnable or flags["autoreg_gen"]
-    found = {"shared_AB_head": shared, "autoreg_gen": autoreg}
-    if autoreg:
-        found["learnable_pos_emb"] = learnable
-    for name, value in found.items():
-        if flags[name] != value:
-            raise CheckpointError(
-                f"{args_path}: {name}: {flags[name]} contradicts the tensors in {weights.name}, which say {value}"
-            )
-    if not autoreg:
-        return "M" if shared else "L"
-    return f"{'S' if shared else 'autoregressive'}-{'learnable' if learnable else 'rotary'}"
-
-
-def _check_peft(peft: dict[str, Any], modules: list[str], rank: int, path: Path, warn: bool) -> None:
-    if peft.get("r") != rank:
-        raise CheckpointError(f"{path}: r: expected {rank} as in the tensors, got {short_repr(peft.get('r'))}")
-    targets = peft.get("target_modules")
-    if (
-        not isinstance(targets, list)
-        or not all(isinstance(name, str) for name in targets)
-        or sorted(targets) != sorted(modules)
-    ):
-        expected = short_repr(sorted(modules))
-        raise CheckpointError(f"{path}: target_modules: expected {expected} in any order, got {short_repr(targets)}")
-    if warn and targets != modules:
-        warnings.warn(
-            f"{path}: target_modules lists {short_repr(targets)}, the tensors say rows belong to {short_repr(modules)}; "
-            "the tensors are followed",
-            stacklevel=6,  # the caller of from_pretrained
-        )
+def _flag(values: dict[str, Any], name: str, default: bool, path: Path) -> bool:
+    return boolean(f"{path}: {name}", values.get(name, default))
 
 
 def _is_blank(tensor: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from t2l_engine.files.errors import ConfigError, short_repr
+from t2l_engine.files.errors import ConfigError, boolean, short_repr
 from t2l_engine.files.text import from_json
 from t2l_engine.text.config import SAKANA_MAX_LENGTH, EncoderConfig, OneHotConfig
 
@@ -27,9 +27,7 @@ def sakana_encoder_config(args: dict[str, Any], where: str) -> EncoderConfig | O
         ConfigError: a field has a wrong type; the message names it.
     """
     one_hot = args.get("use_one_hot_task_emb")
-    if one_hot is not None and not isinstance(one_hot, bool):
-        raise ConfigError(f"{where}: use_one_hot_task_emb: expected true or false, got {short_repr(one_hot)}")
-    if one_hot:
+    if one_hot is not None and boolean(f"{where}: use_one_hot_task_emb", one_hot):
         return from_json(OneHotConfig, {"tasks": args.get("train_ds_names")}, f"{where}: train_ds_names")
     name = args.get("emb_model")
     if name is not None and not isinstance(name, str):

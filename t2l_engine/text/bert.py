@@ -1,8 +1,7 @@
 """PackedBert: the forward pass of plain BERT encoders, in float32 on a CPU, over the weights of transformers' module.
 
-Of a short text's time transformers spends much in Python and in products that torch computes slowly for few rows.  Here few
-rows are multiplied as ``W x^T``, which reads a weight ``[out, in]`` in the order in which it is stored, and texts lie one
-after another without padding.
+For short texts transformers spends most time in Python and in products of few rows, which torch computes slowly.  Here few
+rows are multiplied as ``W x^T``, which reads a weight ``[out, in]`` in memory order, and texts are packed without padding.
 """
 
 from __future__ import annotations
@@ -112,7 +111,7 @@ def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def _of_one(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """:func:`_attention` of one text of few tokens: as :func:`_linear` lays q, k and v out, nothing has to be copied."""
+    """:func:`_attention` of one text of few tokens; q, k and v are transposed, as :func:`_linear` gives them."""
     q, k, v = (part.T.view(heads, -1, len(part)) for part in (q, k, v))
     weights = torch.softmax(torch.bmm(k.mT, q) * q.shape[1] ** -0.5, dim=1)  # [heads, keys, queries]
     return torch.bmm(v, weights).view(-1, weights.shape[2]).T

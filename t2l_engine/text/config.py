@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from t2l_engine.files.errors import ConfigError, positive_int, short_repr
+from t2l_engine.files.errors import ConfigError, boolean, non_empty_text, one_of, positive_int, short_repr
 from t2l_engine.files.text import from_json, read_json
 
 SAKANA_MAX_LENGTH = 8192  # tokens; SakanaAI's code truncates descriptions there
@@ -49,14 +49,11 @@ class EncoderConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise ConfigError(f"encoder.name: expected a non-empty string, got {short_repr(self.name)}")
-        for name, allowed in (("pooling", ENCODER_POOLINGS), ("dtype", ENCODER_DTYPES)):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"encoder.{name}: expected one of {allowed}, got {short_repr(getattr(self, name))}")
+        non_empty_text("encoder.name", self.name)
+        one_of("encoder.pooling", self.pooling, ENCODER_POOLINGS)
+        one_of("encoder.dtype", self.dtype, ENCODER_DTYPES)
         positive_int("encoder.max_length", self.max_length)
-        if not isinstance(self.full_stop, bool):
-            raise ConfigError(f"encoder.full_stop: expected true or false, got {short_repr(self.full_stop)}")
+        boolean("encoder.full_stop", self.full_stop)
         if self.template is not None and not (isinstance(self.template, str) and "{text}" in self.template):
             raise ConfigError(f"encoder.template: expected a string containing '{{text}}', got {short_repr(self.template)}")
 
@@ -134,8 +131,7 @@ class LLMEncoderConfig:
     max_examples: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise ConfigError(f"encoder.name: expected a non-empty string, got {short_repr(self.name)}")
+        non_empty_text("encoder.name", self.name)
         layers = self.layers
         if (
             not isinstance(layers, (list, tuple))
@@ -155,8 +151,7 @@ class LLMEncoderConfig:
             raise ConfigError(f"encoder.max_examples: expected 0 or more, got {short_repr(self.max_examples)}")
         if self.width % self.heads:
             raise ConfigError(f"encoder.width: expected a multiple of the {self.heads} heads, got {self.width}")
-        if self.dtype not in ENCODER_DTYPES:
-            raise ConfigError(f"encoder.dtype: expected one of {ENCODER_DTYPES}, got {short_repr(self.dtype)}")
+        one_of("encoder.dtype", self.dtype, ENCODER_DTYPES)
 
     @property
     def embed_dim(self) -> int:

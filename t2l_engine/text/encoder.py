@@ -61,7 +61,7 @@ def refuse_examples(name: str, examples: Any) -> None:
 
 
 class _Modules:
-    """The modules of an encoder, as long as none is added, replaced or removed."""
+    """The modules of an encoder, valid until one is added, replaced or removed."""
 
     def __init__(self, model: nn.Module):
         self._all = [(module, dict(module._modules)) for module in model.modules()]
@@ -89,12 +89,10 @@ class _Modules:
 class TextEncoder:
     """A frozen transformers encoder with pooling: texts to ``task_emb``, L2-normalised, times sqrt(embed_dim).
 
-    Embeddings of the ``cache_size`` most recently used texts are kept: by default of 4096, 6 MB at 384 floats each; none of
-    a model in training mode.  They do not depend on padding, which is masked, or on the batch: texts are batched by length
-    and padded on the right, whatever the tokenizer's padding side.  Plain BERT models in float32 on a CPU, such as MiniLM,
-    run without padding and without transformers' forward, unless a module is replaced, hooked or in training mode; changed
-    weights take effect on texts that are not kept.  Several threads may call :meth:`encode`; a text that is new to two of
-    them at once is embedded by both.
+    Embeddings of the ``cache_size`` most recently used texts are kept (4096 by default, 6 MB at 384 floats each), except in
+    training mode; changed weights take effect on new texts.  Embeddings do not depend on padding, which is masked and on the
+    right, or on the batch.  Plain BERT models in float32 on a CPU, such as MiniLM, run without padding and without
+    transformers' forward, unless a module is replaced, hooked or in training mode.  Several threads may call :meth:`encode`.
 
     Source: paper section 3; pooling and normalisation of SakanaAI's embedding code.
 
@@ -147,8 +145,8 @@ class TextEncoder:
             config: an :class:`EncoderConfig`; "minilm" for the packaged default (all-MiniLM-L6-v2, 384 wide, offline); or
                 a local sentence-transformers folder, which states its pooling.
             dtype: of the encoder's weights, None = the configuration's; embeddings are always float32.
-            trust_remote_code: run the Python code that the model's configuration names (``auto_map``), which may come from
-                elsewhere; off by default.
+            trust_remote_code: run the Python code that the model's configuration names (``auto_map``), also of other
+                repositories; off by default.
             cache_size: number of texts whose embeddings are kept, 0 for none.
 
         Raises:

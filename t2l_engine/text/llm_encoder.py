@@ -1,4 +1,4 @@
-"""LLMEncoder: descriptions and worked examples to task embeddings, by a trained pooling of a language model's states."""
+"""LLMEncoder: descriptions and worked examples to task embeddings, by attention pooling of a language model's states."""
 
 from __future__ import annotations
 
@@ -75,19 +75,19 @@ class AttentionPooling(nn.Module):
 
 
 class LLMEncoder(TextEncoder):
-    """A frozen language model and an :class:`AttentionPooling` of its hidden states: reads descriptions and examples.
+    """LLM encoder with attention pooling: embeds descriptions and worked examples by a frozen language model.
 
-    Used as a :class:`TextEncoder`; every token of description and examples can change ``task_emb``, so that names, numbers
-    and strings in a sentence are told apart.  Hidden states are normalised to RMS 1 per token and layer; ``task_emb`` is
-    layer-normalised per query, not L2-normalised.
+    Used as a :class:`TextEncoder`.  An :class:`AttentionPooling` of the hidden states at every token makes ``task_emb``, so
+    it depends on names, numbers and strings in a description.  Hidden states are normalised to RMS 1 per token and layer;
+    ``task_emb`` is layer-normalised per query, not L2-normalised.
 
     Source: paper section 3, with pooling by latent queries (Perceiver, arXiv 2103.03206) in place of one vector.
 
     >>> import t2l_engine as t2l
     >>> from t2l_engine.text.llm_encoder import AttentionPooling
     >>> config = t2l.LLMEncoderConfig("smollm2-135m", layers=(0, 20), queries=4, width=64, max_examples=6)
-    >>> reader = t2l.LLMEncoder.from_config(config, AttentionPooling(config, 576))
-    >>> reader.encode(["Give the antonym."], examples=[[("hot", "cold"), ("up", "down")]]).shape
+    >>> encoder = t2l.LLMEncoder.from_config(config, AttentionPooling(config, 576))
+    >>> encoder.encode(["Give the antonym."], examples=[[("hot", "cold"), ("up", "down")]]).shape
     torch.Size([1, 256])
     """
 
@@ -122,7 +122,7 @@ class LLMEncoder(TextEncoder):
 
     @classmethod
     def from_pretrained(cls, *_: Any, **__: Any) -> NoReturn:
-        """None: a reader has a trained pooling; TypeError says how to load one."""
+        """TypeError: an LLM encoder has a trained pooling; the message says how to load one."""
         raise TypeError(
             "LLMEncoder: expected from_config(config, pooling), or TextToLoRA.from_pretrained(checkpoint).encoder"
         )
@@ -253,7 +253,7 @@ class _Recorded:
 
 
 def condition_text(description: str, examples: Sequence[tuple[str, str]] = ()) -> str:
-    """What a reader reads: the description and worked examples (input, answer), as in a raw prompt."""
+    """The text that is embedded: the description and worked examples (input, answer), as in a raw prompt."""
     parts = [description.strip(), *(worked_example(x.strip(), y.strip()) for x, y in examples)]
     return "\n\n".join(part for part in parts if part)
 
@@ -272,7 +272,7 @@ def _checked(name: str, examples: Any, most: int) -> list[tuple[str, str]]:
     if isinstance(examples, str) or not isinstance(examples, Sequence):
         raise ValueError(f"{name}: expected a list of (input, answer), got {short_repr(examples)}")
     if len(examples) > most:
-        raise ValueError(f"{name}: expected at most {most}, with which this reader was trained, got {len(examples)}")
+        raise ValueError(f"{name}: expected at most {most}, with which this encoder was trained, got {len(examples)}")
     for i, pair in enumerate(examples):
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
             raise ValueError(f"{name}[{i}]: expected (input, answer), got {short_repr(pair)}")

@@ -1,4 +1,4 @@
-"""Loads the model and tokenizer of a text encoder, without running code that nobody asked for."""
+"""Loads the model and tokenizer of a text encoder; Python code beside them runs with ``trust_remote_code`` only."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ PROMPT_FORMS = CHAT, RAW = "chat", "raw"
 NEXT_EXAMPLE = "\n\nInput:"
 #: How a raw prompt ends.
 _LAST = "Output:"
-#: For chat templates that print today's date: prompts are the same every day.  Llama 3's takes it as a variable; others call
-#: a function, which has to be defined in the template, as transformers passes none on.
+#: A fixed date for chat templates that print today's.  Llama 3's takes it as a variable; others call ``strftime_now``, which
+#: the template then defines, since transformers does not pass functions.
 _DATE = "26 Jul 2024"
 _CALLED, _DATED = "strftime_now(", f"{{% macro strftime_now(format) %}}{_DATE}{{% endmacro %}}"
 
@@ -88,8 +88,8 @@ def chat_prompt(tokenizer, text: str, description: str = "", shots: Sequence[tup
     """``text`` as a user turn in the tokenizer's chat template, with the generation prompt.
 
     ``description``: put before the first user turn's text; ``shots``: worked examples (input, answer), each a user and an
-    assistant turn before ``text``.  Where the template knows ``enable_thinking`` (Qwen3, SmolLM3), it is false: answers come
-    at once.
+    assistant turn before ``text``.  Where the template knows ``enable_thinking`` (Qwen3, SmolLM3), it is
+    false.
 
     Raises ConfigError for a tokenizer without a chat template.
     """
@@ -125,7 +125,7 @@ def prompt_ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     They begin with the token that ``tokenizer`` puts before a text (``bos_token`` of Llama, Gemma and Mistral; others have
     none), which chat templates write themselves.
     """
-    if not prompts:  # of which tokenizers make an IndexError
+    if not prompts:  # tokenizers raise IndexError
         return []
     found = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     first = tokenizer("a")["input_ids"][:1]

@@ -335,63 +335,29 @@ def test_padding_is_bounded(folder):
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("use_dora", True),
-        ("bias", "lora_only"),
-        ("bias", "all"),
-        ("modules_to_save", ["lm_head"]),
-        ("peft_type", "IA3"),
-        ("peft_type", None),
-        ("use_qalora", True),
-        ("use_bdlora", {"nblocks": 2}),
-        ("kasa_config", {}),
-        ("monteclora_config", {}),
-        ("arrow_config", {"top_k": 3}),
-        ("target_parameters", ["experts.w1"]),
-        ("megatron_config", {"size": 1}),
-        ("use_rslora", "false"),
-        ("fan_in_fan_out", "yes"),
-        ("trainable_token_indices", [3]),
-        ("lora_bias", True),
-        ("layer_replication", [[0, 2]]),
-        ("alora_invocation_tokens", [1, 2]),
-        *(
-            ("init_lora_weights", kind)
-            for kind in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "new", [])
-        ),
-        ("r", 0),
-        ("r", "4"),
-        ("r", 4.0),
-        ("lora_alpha", None),
-        ("lora_alpha", True),
-        ("lora_alpha", 0),
-        ("lora_alpha", -4),
-        ("lora_alpha", 10**400),
-        ("lora_alpha", 1e-300),
-        ("lora_alpha", float("nan")),
-        ("lora_alpha", float("inf")),
-        ("lora_alpha", {"a": ["b"] * 10_000}),
-        ("target_modules", 3),
-        ("target_modules", [3]),
-        ("exclude_modules", {"q_proj": 1}),
-        ("layers_to_transform", "0"),
-        ("layers_to_transform", [0.5]),
-        ("layers_to_transform", [True]),
-        ("layers_to_transform", 10**9),
-        ("rank_pattern", ["q_proj"]),
-        ("rank_pattern", {"q_proj": 2.0}),
-        ("rank_pattern", {"q_proj(": 4}),
-        ("alpha_pattern", {"q_proj": "8"}),
-        ("alpha_pattern", {"q_proj": 0}),
-        ("alpha_pattern", {"q_proj(": 8}),
-        ("alpha_pattern", {"q_proj": float("nan")}),
-        ("alpha_pattern", {"q_proj": 1e300}),
-        ("alpha_pattern", ["q_proj"]),
-        ("alpha_pattern", "q_proj"),
-    ],
-)
+REFUSED = {
+    "use_dora": [True], "use_qalora": [True], "lora_bias": [True], "use_rslora": ["false"], "fan_in_fan_out": ["yes"],
+    "bias": ["lora_only", "all"],
+    "modules_to_save": [["lm_head"]],
+    "peft_type": ["IA3", None],
+    "use_bdlora": [{"nblocks": 2}], "kasa_config": [{}], "monteclora_config": [{}], "arrow_config": [{"top_k": 3}],
+    "target_parameters": [["experts.w1"]],
+    "megatron_config": [{"size": 1}],
+    "trainable_token_indices": [[3]],
+    "layer_replication": [[[0, 2]]],
+    "alora_invocation_tokens": [[1, 2]],
+    "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "new", []],
+    "r": [0, "4", 4.0],
+    "lora_alpha": [None, True, 0, -4, 10**400, 1e-300, float("nan"), float("inf"), {"a": ["b"] * 10_000}],
+    "target_modules": [3, [3]],
+    "exclude_modules": [{"q_proj": 1}],
+    "layers_to_transform": ["0", [0.5], [True], 10**9],
+    "rank_pattern": [["q_proj"], {"q_proj": 2.0}, {"q_proj(": 4}],
+    "alpha_pattern": [["q_proj"], "q_proj", *({"q_proj": value} for value in ("8", 0, float("nan"), 1e300)), {"q_proj(": 8}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in REFUSED.items() for value in values])
 def test_refused_fields_are_named(folder, field, value):
     AdapterStack.from_peft(folder)
     refused(folder, rf"adapter_config\.json.*{field}", **{field: value})

@@ -1,4 +1,4 @@
-"""Text-to-LoRA's hypernetwork in float64, from the formulae and under the reference's key names, and random checkpoints.
+"""Text-to-LoRA's hypernetwork in float64, from the formulae and under SakanaAI's key names, and random checkpoints.
 
 Nothing here uses the package: no renaming, folding or batching that it could get wrong in the same way.
 """
@@ -38,7 +38,7 @@ MATRIX = re.compile(r"(task_encoder\.mlp\.[03]|mixer\.[14]|mlp[12]\.mlp\.[14]|ml
 def checkpoint(
     variant, encoder="linear", training="sft", modules=None, layers=3, rank=3, embed=14, latent=20, head_in=18, seed=0
 ):
-    """(state_dict, args, adapter_config) of a random checkpoint in the reference's form, keys in the reference's order.
+    """(state_dict, args, adapter_config) of a random checkpoint in Sakana format, keys in SakanaAI's order.
 
     All dictionaries of the last step are non-zero, those that ``training`` does not apply included.
     """
@@ -113,7 +113,7 @@ def checkpoint(
 
 
 def write(folder, state, args, peft):
-    """A checkpoint folder in the reference's form."""
+    """A checkpoint folder in Sakana format."""
     folder.mkdir()
     torch.save(state, folder / "hypermod.pt")
     (folder / "args.yaml").write_text(yaml.safe_dump(args))

@@ -1,6 +1,5 @@
 import json
 import math
-import pickle
 
 import pytest
 import torch
@@ -57,7 +56,7 @@ def test_misshaped_key_is_named(edit, golden, case):
         "AB_offset.A.k_proj",
         "out_emb.q_proj.C",
         "heads.q_proj.surprise",
-        "layer_type_encoder.0.norm.weight",  # "norm" is our name for what the reference calls 1
+        "layer_type_encoder.0.norm.weight",  # "norm" is our name for what SakanaAI's code calls 1
         "task_encoder.ln.weight",
         "pos_emb.1.weight",
     ],
@@ -103,24 +102,24 @@ def test_module_order_of_heads_and_sides_disagree(edit):
         HyperNetwork.from_pretrained(edit("M-sft", reverse_sides))
 
 
+CONTRADICTIONS = {
+    "L-sft": {"shared_AB_head": [True], "head_in_size": [64, 41, None], "hypernet_latent_size": [64, "32"],
+              "training_task": ["rl"]},
+    "M-sft": {"shared_AB_head": [False], "autoreg_gen": [True]},
+    "S-rot-sft": {"autoreg_gen": [False], "learnable_pos_emb": [True]},
+    "S-pos-sft": {"learnable_pos_emb": [False]},
+    "L-recon-delta": {"delta_w_scaling": [0, None]},
+    "M-recon-z": {"factorized": [False]},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("case", "field", "value"),
     [
-        ("L-sft", "shared_AB_head", True),
-        ("M-sft", "shared_AB_head", False),
-        ("M-sft", "autoreg_gen", True),
-        ("S-rot-sft", "autoreg_gen", False),
-        ("S-rot-sft", "learnable_pos_emb", True),
-        ("S-pos-sft", "learnable_pos_emb", False),
-        ("L-sft", "head_in_size", 64),
-        ("L-sft", "head_in_size", 41),
-        ("L-sft", "head_in_size", None),
-        ("L-sft", "hypernet_latent_size", 64),
-        ("L-sft", "hypernet_latent_size", "32"),
-        ("L-sft", "training_task", "rl"),
-        ("L-recon-delta", "delta_w_scaling", 0),
-        ("L-recon-delta", "delta_w_scaling", None),
-        ("M-recon-z", "factorized", False),
+        (case, field, value)
+        for case, fields in CONTRADICTIONS.items()
+        for field, values in fields.items()
+        for value in values
     ],
 )
 def test_args_contradict_the_tensors(edit, case, field, value):
@@ -157,7 +156,7 @@ def test_adapter_config_contradicts_the_tensors(edit, field, value):
         ({"lora_alpha": -1}, r"t2l_engine: lora_alpha: expected a positive number"),
     ],
 )
-def test_our_block_of_a_reference_folder(edit, own, message):
+def test_our_block_of_a_sakana_folder(edit, own, message):
     with pytest.raises(CheckpointError, match=r"args\.yaml: " + message):
         HyperNetwork.from_pretrained(edit("L-sft", args={"t2l_engine": own}))
 
@@ -190,38 +189,6 @@ def test_missing_folder(tmp_path):
         HyperNetwork.from_pretrained(tmp_path / "nowhere")
 
 
-class Payload:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-@pytest.mark.parametrize("form", ["zip", "pickle"])
-def test_pickled_code_is_refused_and_not_run(edit, tmp_path, form):
-    folder, marker = edit("L-sft"), tmp_path / "marker"
-    content = {"heads.q_proj.weight": Payload(marker)}
-    if form == "zip":
-        torch.save(content, folder / "hypermod.pt")
-    else:
-        (folder / "hypermod.pt").write_bytes(pickle.dumps(content, protocol=2))
-    with pytest.raises(CheckpointError, match="hypermod.pt"):
-        HyperNetwork.from_pretrained(folder)
-    assert not marker.exists()
-    if form == "zip":  # the payload was a live one
-        torch.load(folder / "hypermod.pt", weights_only=False)["heads.q_proj.weight"].close()
-        assert marker.exists()
-
-
-def test_yaml_code_is_refused_and_not_run(edit, tmp_path):
-    folder, marker = edit("L-sft"), tmp_path / "marker"
-    (folder / "args.yaml").write_text(f"training_task: !!python/object/apply:builtins.open ['{marker}', 'w']")
-    with pytest.raises(CheckpointError, match="args.yaml"):
-        HyperNetwork.from_pretrained(folder)
-    assert not marker.exists()
-
-
 # --- native form ---------------------------------------------------------------------------------------------------
 
 
@@ -238,9 +205,7 @@ def test_native_config_is_strict(native):
     broken = [
         (blocks | {"surprise": 1}, "surprise"),
         (blocks | {"hypernetwork": network | {"surprise": 1}}, "surprise"),
-        (blocks | {"hypernetwork": {k: v for k, v in network.items() if k != "rank"}}, "rank"),
         (blocks | {"hypernetwork": network | {"variant": "XL"}}, "variant"),
-        (blocks | {"hypernetwork": network | {"task_encoder": "cubic"}}, "task_encoder"),
         (blocks | {"format": "t2l_engine.hypernetwork.network.v0"}, "format"),
         (blocks | {"encoder": "minilm"}, "encoder: expected dict"),
         (blocks | {"base_model": 3}, "base_model: expected str"),

@@ -77,86 +77,42 @@ def test_modules_without_a_known_place_need_paths():
         from_json(HyperNetworkConfig, values | {"paths": None}, "here")
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("variant", "S"),
-        ("variant", ["L"]),
-        ("modules", []),
-        ("modules", "q_proj"),
-        ("modules", ["q_proj", "q_proj"]),
-        ("modules", ["q_proj", "self_attn.v_proj"]),
-        ("modules", ["q_proj", 3]),
-        ("modules", None),
-        ("in_features", [64]),
-        ("in_features", [64, 0]),
-        ("out_features", [64, 32.0]),
-        ("out_features", [64, True]),
-        ("num_layers", 0),
-        ("num_layers", "3"),
-        ("rank", -1),
-        ("rank", True),
-        ("embed_dim", None),
-        ("latent_size", 3),
-        ("latent_size", 32.0),
-        ("head_in_size", 0),
-        ("lora_alpha", 0),
-        ("lora_alpha", math.inf),
-        ("lora_alpha", "8"),
-        ("output_scale", math.nan),
-        ("output_scale", -1.0),
-        ("scaling", "rsLoRA"),
-        ("scaling", 0.0),
-        ("scaling", True),
-        ("scaling", None),
-        ("head_bias", 1),
-        ("task_encoder", "cubic"),
-        ("task_encoder", ["linear"]),
-        ("task_encoder", None),
-        ("modules", [f"m{i}" for i in range(257)]),
-        ("modules", ["q_proj", "v" * 65]),
-        ("in_features", [64, 1 << 31]),
-        ("rank", 1 << 31),
-        ("num_layers", 10**5000),
-        ("num_layers", MAX_LAYERS + 1),
-        ("lora_alpha", 10**400),
-        ("scaling", 1e301),
-        ("scaling", 1e10),  # beyond what float32 holds with its products
-        ("scaling", 1e-60),
-        ("output_scale", 1e-30),
-        ("lora_alpha", 1e10),
-        ("rank", 1 << 17),
-        ("paths", "h.{layer}.q"),
-        ("paths", ["h.{layer}.q"]),
-        ("paths", ["h.{layer}.q", "h.{layer}.q"]),
-        ("paths", ["h.{layer}.q", 3]),
-        ("paths", {"q_proj": "h.{layer}.q", "v_proj": "h.{layer}.v"}),
-        ("paths", ["h.{layer}.q", "h.v"]),
-        ("paths", ["h.{layer}.q", "h.{layer}.{layer}.v"]),
-        ("paths", ["h.{layer}.q", "../{layer}.v"]),
-    ],
-    ids=short_repr,
-)
+WRONG = {
+    "variant": ["S", ["L"]],
+    "modules": [[], "q_proj", ["q_proj", "q_proj"], ["q_proj", "self_attn.v_proj"], ["q_proj", 3], None,
+                [f"m{i}" for i in range(257)], ["q_proj", "v" * 65]],
+    "in_features": [[64], [64, 0], [64, 1 << 31]],
+    "out_features": [[64, 32.0], [64, True]],
+    "num_layers": [0, "3", 10**5000, MAX_LAYERS + 1],
+    "rank": [-1, True, 1 << 17, 1 << 31],
+    "embed_dim": [None],
+    "latent_size": [3, 32.0],
+    "head_in_size": [0],
+    "lora_alpha": [0, math.inf, "8", 10**400, 1e10],
+    "output_scale": [math.nan, -1.0, 1e-30],
+    "scaling": ["rsLoRA", 0.0, True, None, 1e301, 1e10, 1e-60],  # 1e10: products would exceed float32
+    "head_bias": [1],
+    "task_encoder": ["cubic", ["linear"], None],
+    "paths": ["h.{layer}.q", ["h.{layer}.q"], ["h.{layer}.q"] * 2, ["h.{layer}.q", 3],
+              {"q_proj": "h.{layer}.q", "v_proj": "h.{layer}.v"},
+              *(["h.{layer}.q", path] for path in ("h.v", "h.{layer}.{layer}.v", "../{layer}.v"))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), [(f, value) for f, values in WRONG.items() for value in values], ids=short_repr)
 def test_network_values(field, value):
     with pytest.raises(ConfigError, match=f"here: {field}: .*expected"):
         from_json(HyperNetworkConfig, NETWORK | {field: value}, "here")
 
 
+WRONG_ENCODER = {
+    "name": ["", None], "pooling": ["max", None], "max_length": [0, 2.0], "full_stop": ["yes"],
+    "template": ["Query: ", 3, ["{text}"]],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("name", ""),
-        ("name", None),
-        ("pooling", "max"),
-        ("pooling", None),
-        ("max_length", 0),
-        ("max_length", 2.0),
-        ("full_stop", "yes"),
-        ("template", "Query: "),
-        ("template", 3),
-        ("template", ["{text}"]),
-    ],
-    ids=str,
+    ("field", "value"), [(f, value) for f, values in WRONG_ENCODER.items() for value in values], ids=str
 )
 def test_encoder_values(field, value):
     with pytest.raises(ConfigError, match=rf"here: encoder\.{field}: expected"):

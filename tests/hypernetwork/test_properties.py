@@ -14,7 +14,7 @@ from t2l_engine.files.text import from_json, to_json
 from t2l_engine.hypernetwork.config import TASK_ENCODERS, VARIANTS
 from t2l_engine.testing.numerics import PARITY_FROBENIUS, relative_frobenius, u
 
-EXAMPLES = settings(max_examples=25)
+EXAMPLES = settings(max_examples=12)
 
 NETWORK = {
     "variant": "M",

@@ -1,4 +1,4 @@
-"""Encoder configurations out of files: blocks of checkpoints, the reference's arguments, sentence-transformers folders."""
+"""Encoder configurations out of files: blocks of checkpoints, Sakana arguments, sentence-transformers folders."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def test_one_hot_values(values, message):
     assert len(str(caught.value)) < 300
 
 
-# --- the reference's arguments -------------------------------------------------------------------------------------
+# --- Sakana arguments ---------------------------------------------------------------------------------------------
 
 SFR = "Instruct: Retrieve semantically similar text.\nQuery: {text}"
 BASE = {"model_dir": "owner/base-model/", "train_ds_names": ["a", "b"]}
@@ -71,7 +71,7 @@ BASE = {"model_dir": "owner/base-model/", "train_ds_names": ["a", "b"]}
     ],
     ids=lambda v: str(v)[:40],
 )
-def test_rules_of_the_reference(args, expected):
+def test_rules_of_sakana(args, expected):
     assert sakana_encoder_config(BASE | args, "args.yaml") == expected
 
 

@@ -463,7 +463,7 @@ def test_from_model(tiny_model, left_tokenizer, family):
 
 def test_from_model_states_its_limits(tiny_model, left_tokenizer):
     encoder = TextEncoder.from_model(tiny_model("Llama"), left_tokenizer)
-    assert (encoder.config.max_length, encoder.max_length) == (8192, 128)  # the reference's, the model's
+    assert (encoder.config.max_length, encoder.max_length) == (8192, 128)  # SakanaAI's, the model's
     with pytest.raises(ValueError, match="model: expected a transformers language model, got Linear"):
         TextEncoder.from_model(torch.nn.Linear(1, 1), left_tokenizer)
     model = tiny_model("Llama", dtype=torch.bfloat16)

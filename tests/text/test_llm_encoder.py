@@ -30,8 +30,8 @@ def pooling_of(config=CONFIG, hidden=HIDDEN):
 
 
 @pytest.fixture
-def reader(tiny_model, left_tokenizer):
-    """Factory of readers of one model, with empty caches."""
+def llm_encoder(tiny_model, left_tokenizer):
+    """Factory of LLM encoders of one model, with empty caches."""
     model = tiny_model("Llama")
 
     def make(config=CONFIG, **kwargs):
@@ -85,15 +85,15 @@ def test_pooling_in_plain_terms():
     torch.testing.assert_close(pooling(padded, mask)[0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_neighbours_do_not_change_a_vector(reader):
-    together = reader().encode(TEXTS, examples=[None, SHOTS, SHOTS[:1], []])
-    assert together.shape == (4, 24) and together.dtype == torch.float32 and reader().embed_dim == 24
+def test_neighbours_do_not_change_a_vector(llm_encoder):
+    together = llm_encoder().encode(TEXTS, examples=[None, SHOTS, SHOTS[:1], []])
+    assert together.shape == (4, 24) and together.dtype == torch.float32 and llm_encoder().embed_dim == 24
     for text, shots, vector in zip(TEXTS, [None, SHOTS, SHOTS[:1], []], together, strict=True):
-        torch.testing.assert_close(reader().encode([text], examples=[shots])[0], vector, rtol=ROUNDING, atol=ROUNDING)
+        torch.testing.assert_close(llm_encoder().encode([text], examples=[shots])[0], vector, rtol=ROUNDING, atol=ROUNDING)
 
 
-def test_every_part_of_the_condition_counts(reader):
-    made = reader()
+def test_every_part_of_the_condition_counts(llm_encoder):
+    made = llm_encoder()
     same = made.encode(["the drugs"] * 5, examples=[None, SHOTS, SHOTS[::-1], SHOTS[:1], [("capital", "the")]])
     assert torch.pdist(same).min() > 1e-3
     assert torch.equal(made.encode(["", " the drugs "], examples=[SHOTS, None])[1], same[0])
@@ -105,16 +105,16 @@ def test_every_part_of_the_condition_counts(reader):
     assert made.prepare([text]) == [text] and torch.equal(made.encode([text])[0], same[1])
 
 
-def test_texts_are_read_once(reader, monkeypatch):
-    made, read = reader(), []
+def test_texts_are_read_once(llm_encoder, monkeypatch):
+    made, read = llm_encoder(), []
     monkeypatch.setattr(made, "_states", lambda tokens, plain=made._states: read.append(len(tokens)) or plain(tokens))
     first = made.encode(TEXTS, examples=[SHOTS, None, None, None])
     assert torch.equal(made.encode(TEXTS[::-1], examples=[None, None, None, SHOTS]), first.flip(0)) and read == [4]
 
 
-def test_another_thread_may_run_the_model(reader):
+def test_another_thread_may_run_the_model(llm_encoder):
     """What a thread reads is its own, while another thread uses the same model."""
-    made, expected = reader(cache_size=0), reader().encode(TEXTS)
+    made, expected = llm_encoder(cache_size=0), llm_encoder().encode(TEXTS)
     stop, passes, rounds = threading.Event(), [], 0
 
     def use():
@@ -136,8 +136,8 @@ def test_another_thread_may_run_the_model(reader):
     assert passes and not any(module._forward_hooks for module in made.model.modules())
 
 
-def test_long_text_is_truncated_with_a_warning(reader):
-    made = reader(dataclasses.replace(CONFIG, max_length=6))
+def test_long_text_is_truncated_with_a_warning(llm_encoder):
+    made = llm_encoder(dataclasses.replace(CONFIG, max_length=6))
     with pytest.warns(UserWarning, match=r"texts\[0\]: description of .* tokens truncated to 6"):
         made.encode([TEXTS[0]], examples=[SHOTS])
 
@@ -165,22 +165,22 @@ def test_refuses_adapters_in_use(tiny_model, left_tokenizer, stack_for):
         ([[("a", " ")]], r"examples\[0\]\[0\]\[1\]: expected a non-empty answer, got ' '"),
         ([[("a", 3)]], r"examples\[0\]\[0\]\[1\]: expected a non-empty answer, got 3"),
         ([[("\ud800", "a")]], r"examples\[0\]\[0\]\[0\]: expected Unicode text"),
-        ([SHOTS * 2], r"examples\[0\]: expected at most 2, with which this reader was trained, got 4"),
+        ([SHOTS * 2], r"examples\[0\]: expected at most 2, with which this encoder was trained, got 4"),
     ],
 )
-def test_errors_name_the_example(reader, examples, match):
+def test_errors_name_the_example(llm_encoder, examples, match):
     with pytest.raises(ValueError, match=match):
-        reader().encode(["the drugs"], examples=examples)
+        llm_encoder().encode(["the drugs"], examples=examples)
 
 
-def test_errors_name_the_text(reader):
+def test_errors_name_the_text(llm_encoder):
     for texts, match in (
         ([""], r"texts\[0\]: expected a non-empty description"),
         ([], "expected at least one"),
         ("a", "wrap"),
     ):
         with pytest.raises(ValueError, match=match):
-            reader().encode(texts)
+            llm_encoder().encode(texts)
 
 
 def test_other_encoders_read_no_examples():
@@ -235,7 +235,7 @@ def network():
 
 @pytest.fixture
 def checkpoint(tiny_model, left_tokenizer, tmp_path):
-    """A checkpoint with a reader, and the folder of its language model."""
+    """A checkpoint with an LLM encoder, and the folder of its language model."""
     model, base = tiny_model("Llama"), tmp_path / "base"
     model.save_pretrained(base)
     left_tokenizer.save_pretrained(base)
@@ -259,12 +259,12 @@ def test_engine_generates_from_examples(checkpoint, tiny_model, tmp_path):
     assert torch.equal(moved.generate(["a"]).lora_B["v_proj"], engine.generate(["a"]).lora_B["v_proj"])
 
 
-def test_conversion_keeps_or_refuses_a_reader(checkpoint, tmp_path):
+def test_conversion_keeps_or_refuses_an_llm_encoder(checkpoint, tmp_path):
     convert.convert(checkpoint, tmp_path / "copy", to="native")
     assert (tmp_path / "copy" / "config.json").read_bytes() == (checkpoint / "config.json").read_bytes()
     copied, given = (load_file(folder / "hypernet.safetensors") for folder in (tmp_path / "copy", checkpoint))
     assert copied.keys() == given.keys() and all(torch.equal(copied[key], given[key]) for key in given)
-    with pytest.raises(t2l.CheckpointError, match="the Sakana format cannot express this checkpoint: .*reader"):
+    with pytest.raises(t2l.CheckpointError, match="the Sakana format cannot express this checkpoint: .*LLM encoder"):
         convert.convert(checkpoint, tmp_path / "sakana", to="sakana")
 
 
@@ -291,7 +291,7 @@ def test_checkpoint_errors_name_the_key(checkpoint, change, match):
         t2l.TextToLoRA.from_pretrained(checkpoint)
 
 
-def test_reader_without_its_pooling(checkpoint, tmp_path):
+def test_an_llm_encoder_without_its_pooling(checkpoint, tmp_path):
     path, blocks = checkpoint / "hypernet.safetensors", json.loads((checkpoint / "config.json").read_text())
     before = path.read_bytes()
     with pytest.raises(t2l.CheckpointError, match="expected a trained pooling, as the encoder has layers"):
