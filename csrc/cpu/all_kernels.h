@@ -5,9 +5,11 @@
 
 #include "hypernet_head.h"
 #include "hypernet_trunk.h"
+#include "probe_impl.h"
+#if !T2L_TILES && !T2L_WIDE_PANELS  // else those without tiles and wide panels serve (dispatch.cpp)
 #include "lora_backward.h"
 #include "lora_impl.h"
-#include "probe_impl.h"
+#endif
 
 #ifdef T2L_POP_TARGET
 T2L_POP_TARGET

@@ -55,24 +55,36 @@ struct Kernels {
   int64_t (*probe_multiply_adds)(DType, int64_t);
 };
 
-#define T2L_KERNELS(ns)                                                          \
-  {ns::lora,       ns::lora_backward, ns::hypernet_trunk,     ns::hypernet_head, \
-   ns::probe_read, ns::probe_copy,    ns::probe_multiply_adds}
-constexpr Kernels kNone{};  // of another architecture
+// LoRA uses neither matrix tiles nor panels: instruction sets that differ in those alone share its kernels.
+#define T2L_KERNELS(ns, lora_ns)                                                      \
+  {lora_ns::lora,  lora_ns::lora_backward, ns::hypernet_trunk,     ns::hypernet_head, \
+   ns::probe_read, ns::probe_copy,         ns::probe_multiply_adds}
+constexpr Kernels kNone{};  // of another architecture, or not in this build
 #if defined(__x86_64__)
-#define T2L_X86_KERNELS(ns) T2L_KERNELS(ns)
+#define T2L_X86_KERNELS(ns, lora_ns) T2L_KERNELS(ns, lora_ns)
 #else
-#define T2L_X86_KERNELS(ns) kNone
+#define T2L_X86_KERNELS(ns, lora_ns) kNone
 #endif
 #if defined(__aarch64__)
-#define T2L_ARM_KERNELS(ns) T2L_KERNELS(ns)
+#define T2L_ARM_KERNELS(ns) T2L_KERNELS(ns, ns)
 #else
 #define T2L_ARM_KERNELS(ns) kNone
 #endif
+#if defined(T2L_AMX_MODEL)
+#define T2L_MODEL_KERNELS T2L_KERNELS(amx_model, generic)
+#else
+#define T2L_MODEL_KERNELS kNone
+#endif
 constexpr Kernels kKernels[kNumIsas] = {
-    T2L_KERNELS(generic),         T2L_X86_KERNELS(avx2),      T2L_X86_KERNELS(avx512),
-    T2L_X86_KERNELS(avx512_bf16), T2L_X86_KERNELS(amx),       T2L_KERNELS(amx_model),
-    T2L_ARM_KERNELS(neon),        T2L_ARM_KERNELS(neon_bf16), T2L_X86_KERNELS(avx512_bf16_wide),
+    T2L_KERNELS(generic, generic),
+    T2L_X86_KERNELS(avx2, avx2),
+    T2L_X86_KERNELS(avx512, avx512),
+    T2L_X86_KERNELS(avx512_bf16, avx512_bf16),
+    T2L_X86_KERNELS(amx, avx512_bf16),
+    T2L_MODEL_KERNELS,
+    T2L_ARM_KERNELS(neon),
+    T2L_ARM_KERNELS(neon_bf16),
+    T2L_X86_KERNELS(avx512_bf16_wide, avx512_bf16),
 };
 constexpr const char* kNames[kNumIsas] = {"generic",   "avx2", "avx512",    "avx512_bf16",     "amx",
                                           "amx_model", "neon", "neon_bf16", "avx512_bf16_wide"};
@@ -96,8 +108,9 @@ Tiles ask_for_tiles() {
 }
 
 #if defined(__x86_64__)
-// Whether a thread does fewer multiply-adds a second of bfloat16 pairs than of float32.  No flag of the CPU tells: some do
-// nearly twice as many, those with matrix tiles half.  Some 0.2 ms, in turns, of each the best: a thread may be interrupted.
+// Whether a thread does fewer multiply-adds a second of bfloat16 pairs than of float32.  CPUID does not say: some
+// CPUs do nearly twice as many, those with matrix tiles half.  Some 0.2 ms, in turns, of each the best: a thread may be
+// interrupted.
 bool slow_pairs() {
   using Clock = std::chrono::steady_clock;
   constexpr int64_t kIterations = 2048;
@@ -133,7 +146,8 @@ bool has_bf16() {
 
 struct Available {
   Available() {
-    at(Isa::generic) = at(Isa::amx_model) = true;
+    at(Isa::generic) = true;
+    at(Isa::amx_model) = kernels(Isa::amx_model).lora != nullptr;
 #if defined(__x86_64__)
     __builtin_cpu_init();
     at(Isa::avx2) = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -206,7 +220,7 @@ const char* chosen_isa(Isa* isa) {
   }
   for (int i = 0; i < kNumIsas; ++i)
     if (std::strcmp(wanted, kNames[i]) == 0) {
-      if (!has_isa(static_cast<Isa>(i))) return "T2L_ISA: this CPU or process lacks the instruction set it names";
+      if (!has_isa(static_cast<Isa>(i))) return "T2L_ISA: this CPU, process or build lacks the instruction set it names";
       *isa = static_cast<Isa>(i);
       return nullptr;
     }

@@ -7,8 +7,8 @@
 
 namespace t2l {
 
-// Names in T2L_ISA.  amx_model: the kernels of amx in plain C++, for tests: any CPU has it.  avx512_bf16_wide: avx512_bf16,
-// but weights of the hypernetwork are widened to float32.
+// Names in T2L_ISA.  amx_model: the kernels of amx in plain C++, for any CPU, in builds with T2L_TESTS alone.
+// avx512_bf16_wide: avx512_bf16, but weights of the hypernetwork are widened to float32.
 enum class Isa : int32_t {
   generic = 0,
   avx2 = 1,
