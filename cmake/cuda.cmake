@@ -1,13 +1,10 @@
 # Whether the CUDA kernels can be built here, with what, and for which cards.
 #
-# enable_language(CUDA) ends the configure run where the compiler does not work, and caches what it found.  So the compiler
-# is looked for here, its version is asked first, and a project of one kernel is built with it (try_cuda); only then is the
-# language enabled.
+# enable_language(CUDA) ends the configure run where the compiler does not work.  So the compiler is looked for here, its
+# version is asked first, and a project of one kernel is built with it (try_cuda); only then is the language enabled.
 
 # No CUDA kernels: under AUTO a line that says why, under ON an error with all that the compiler said.
 function(t2l_without_cuda why said)
-  unset(T2L_CUDA_COMPILER CACHE)
-  unset(T2L_CUDA_TRIED CACHE)
   string(STRIP "${said}" said)
   if(T2L_CUDA STREQUAL "ON")
     if(said)
@@ -48,25 +45,12 @@ function(t2l_find_cuda)
     endif()
   endforeach()
 
-  # Of a build folder made earlier: no longer there, or never found.
-  string(REGEX REPLACE ";.*" "" program "${CMAKE_CUDA_COMPILER}")
-  if(T2L_CUDA STREQUAL "AUTO" AND DEFINED CACHE{CMAKE_CUDA_COMPILER} AND IS_ABSOLUTE "${program}"
-     AND NOT EXISTS "${program}")
-    unset(CMAKE_CUDA_COMPILER CACHE)
-  endif()
-  if(NOT CMAKE_CUDA_COMPILER)
-    unset(CMAKE_CUDA_COMPILER CACHE)
-  endif()
-  string(REGEX REPLACE ";.*" "" last_program "${T2L_CUDA_COMPILER}")
   if(CMAKE_CUDA_COMPILER)
     set(compiler ${CMAKE_CUDA_COMPILER})
     set(origin CMAKE_CUDA_COMPILER)
   elseif(NOT "$ENV{CUDACXX}" STREQUAL "")
     separate_arguments(compiler UNIX_COMMAND "$ENV{CUDACXX}")
     set(origin CUDACXX)
-  elseif(EXISTS "${last_program}")  # of this folder's last run, whatever PATH is now
-    set(compiler ${T2L_CUDA_COMPILER})
-    set(origin "the last run")
   else()
     set(compiler nvcc)
     set(origin "PATH and CUDA_HOME/bin")
@@ -97,10 +81,8 @@ function(t2l_find_cuda)
       t2l_without_cuda("nvcc ${version} (${found}) does not build a kernel for ${t2l_cuda_architectures}" "${said}")
       return()
     endif()
-    t2l_forget_cuda()
   endif()
   set(T2L_CUDA_TRIED "${tried}" CACHE INTERNAL "what a kernel was built with")
-  set(T2L_CUDA_COMPILER "${compiler}" CACHE INTERNAL "nvcc and its arguments")
   set(t2l_cuda_compiler ${compiler} PARENT_SCOPE)
   message(STATUS "t2l: CUDA kernels for ${t2l_cuda_architectures}, nvcc ${version} (${found})")
 endfunction()
@@ -135,18 +117,4 @@ function(t2l_try_cuda status_variable said_variable)
   endif()
   set(${status_variable} ${status} PARENT_SCOPE)
   set(${said_variable} "${said}" PARENT_SCOPE)
-endfunction()
-
-# What this build folder knows of another CUDA compiler, unless that is a parent project's.
-function(t2l_forget_cuda)
-  get_property(languages GLOBAL PROPERTY ENABLED_LANGUAGES)
-  if("CUDA" IN_LIST languages)
-    return()
-  endif()
-  file(REMOVE ${CMAKE_BINARY_DIR}/CMakeFiles/${CMAKE_VERSION}/CMakeCUDACompiler.cmake)
-  get_cmake_property(cached CACHE_VARIABLES)
-  list(FILTER cached INCLUDE REGEX "^CUDA(Toolkit)?_.*(LIBRARY|CUDART|INCLUDE_DIR)$")
-  foreach(name IN LISTS cached)
-    unset(${name} CACHE)
-  endforeach()
 endfunction()

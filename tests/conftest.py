@@ -31,14 +31,14 @@ else:  # the same examples in every run; how long one takes decides nothing
 
 def pytest_addoption(parser):
     parser.addoption("--backend", choices=backends.NAMES, default="cpu", help="what runs the ops, in tests of ops")
-    parser.addoption("--emulator", type=Path, help="library of backend emu (built where it is not given)")
+    parser.addoption("--library", type=Path, help="native library in place of the package's; of emu, else it is built")
 
 
 def pytest_configure(config):
     """Operands lie on the device of the backend, by torch's default device."""
     config.addinivalue_line("markers", "kernel_case: values of a kernel, for every way to run it")
     try:
-        device = backends.select(config.getoption("--backend"), config.getoption("--emulator"))
+        device = backends.select(config.getoption("--backend"), config.getoption("--library"))
     except (RuntimeError, OSError) as error:
         raise pytest.UsageError(f"--backend: {error}") from None
     if device.type != "cpu":

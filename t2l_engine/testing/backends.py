@@ -86,20 +86,21 @@ def no_emulator(sanitize: str = "") -> str | None:
     return None
 
 
-def select(name: str, emulator: Path | None = None) -> torch.device:
+def select(name: str, library: Path | None = None) -> torch.device:
     """Select backend ``name`` for the ops; returns the device of its operands.
 
-    "cpu" and "cuda" use the built library.  "emu" loads ``emulator`` (None: builds it), so that ops on CPU tensors run the
-    CUDA kernels; the process must have been started with ``T2L_DISABLE_NATIVE=1``.
+    "cpu" and "cuda" use the package's native library, "emu" the emulator's (built where ``library`` is None), with which ops
+    on CPU tensors run the CUDA kernels.  ``library`` replaces the package's, which must not be loaded: the process must have
+    been started with ``T2L_DISABLE_NATIVE=1``.
 
     Raises ValueError for another name, RuntimeError if the backend is not available.
     """
     if name not in NAMES:
         raise ValueError(f"backend: expected one of {NAMES}, got {name!r}")
-    if name == "emu" and not ops.has_kernel("lora_add_", "CPU"):
-        torch.ops.load_library(str(emulator or build_emulator()))
-    elif name == "emu":
-        raise RuntimeError(f"backend 'emu': the CPU kernels are loaded; set {native.DISABLE_VARIABLE}=1")
+    if name == "emu" or library:
+        if ops.has_kernel("lora_add_", "CPU"):
+            raise RuntimeError(f"backend {name!r}: the CPU kernels are loaded; set {native.DISABLE_VARIABLE}=1")
+        torch.ops.load_library(str(library or build_emulator()))
     if name == "cuda" and not (ops.has_kernel("lora_add_", "CUDA") and torch.cuda.is_available()):
         raise RuntimeError("backend 'cuda': expected CUDA kernels and a device; build with nvcc, beside a torch for CUDA")
     return torch.device("cuda" if name == "cuda" else "cpu")

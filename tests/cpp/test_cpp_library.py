@@ -16,6 +16,7 @@ from t2l_engine import AdapterBatch, HyperNetwork, ops
 from t2l_engine.hypernetwork.export import export
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.testing.numerics import CPP_FROBENIUS, relative_frobenius, trunk_bound, u
+from tests.ops.kernel_cases import LARGE, at_least
 
 ROOT = Path(__file__).parents[2]
 STEPS, ROWS = 3, 5  # of examples/cpp/main.cpp
@@ -50,8 +51,8 @@ def configure(source, folder, *options):
 
 
 def build(folder, *options, left_out="^$"):
-    """Configure, build and test the library alone; its ctest builds and runs the example too, as a separate project.  Tests
-    that match ``left_out`` do not run."""
+    """Configure, build and test the library, alone unless ``options`` say otherwise; its ctest builds and runs the example
+    too, as a separate project.  Tests that match ``left_out`` do not run."""
     if not any(map(shutil.which, ("cc", "gcc", "clang"))):
         pytest.skip("needs a C compiler")
     networks = folder.with_name("networks")
@@ -67,8 +68,10 @@ def build(folder, *options, left_out="^$"):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    """The build folder; ``consumer/`` in it holds the installed library and the example that found it."""
-    return build(tmp_path_factory.mktemp("cpp") / "build")
+    """The build folder; ``consumer/`` in it holds the installed library and the example that found it.  With the torch ops,
+    for the instruction set that only builds with the tests have."""
+    ops = ("-DT2L_TORCH=ON", f"-DPython_EXECUTABLE={sys.executable}")
+    return build(tmp_path_factory.mktemp("cpp") / "build", *ops)
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +197,25 @@ def test_threads_give_the_same_bits(example):
 
 
 @pytest.mark.slow
+def test_ops_on_the_model_of_amx(library):
+    """The op cases under ``T2L_ISA=amx_model``; those of real models' shapes would take minutes in plain C++."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "kernel_case",
+        "--library",
+        library / "_C.so",
+        ROOT / "tests" / "ops",
+    ]
+    command += ["-k", " and ".join(f"not {word}" for word in LARGE)]
+    output = run(*command, env=os.environ | {"T2L_DISABLE_NATIVE": "1", "T2L_ISA": "amx_model"}, cwd=ROOT)
+    assert int(re.search(r"(\d+) passed", output)[1]) >= at_least(*LARGE), output[-2000:]
+
+
+@pytest.mark.slow
 def test_installed_library_is_the_library_alone(library):
     prefix = library / "consumer" / "prefix"
     files = {path.relative_to(prefix).as_posix() for path in prefix.rglob("*") if path.is_file()}
@@ -315,19 +337,19 @@ def test_an_nvcc_that_does_not_do_is_left_out(stand_in, tmp_path, body, why, sai
     assert status != 0 and "T2L_CUDA=ON: " in text and why in text and said in text, text
 
 
-def test_nvcc_is_looked_for_anew(stand_in, tmp_path):
-    """In one build folder: neither that it was not found, nor where it was once, decides later runs."""
-    nvcc, folder = stand_in(RELEASE.format("11.8")), tmp_path / "build"
-    _, text = configured(folder, nvcc, "-DT2L_CUDA=AUTO", "-DCMAKE_CUDA_COMPILER=NOTFOUND")
-    assert "got 11.8.1" in text, text
-    stand_in(RELEASE.format("11.9"))
-    _, text = configured(folder, nvcc)
-    assert "got 11.9.1" in text, text
-    nvcc.unlink()
-    status, text = configured(folder, nvcc, f"-DCMAKE_CUDA_COMPILER={nvcc}")
+def test_no_nvcc(tmp_path):
+    nvcc = tmp_path / "none"
+    status, text = configured(tmp_path / "build", nvcc, "-DT2L_CUDA=AUTO")
     assert status == 0 and f"found no program {nvcc} (CUDACXX)" in text, text
-    status, text = configured(folder, nvcc, "-DT2L_CUDA=ON")
+    status, text = configured(tmp_path / "build", nvcc, "-DT2L_CUDA=ON")
     assert status != 0 and f"T2L_CUDA=ON: expected nvcc 12.0 or later, found no program {nvcc} (CUDACXX)" in text, text
+
+
+def test_beside_a_torch_without_cuda_nvcc_is_not_looked_for(stand_in, tmp_path):
+    options = ("-DT2L_TORCH=ON", f"-DPython_EXECUTABLE={sys.executable}")
+    status, text = configured(tmp_path / "build", stand_in(RELEASE.format("11.8")), *options)
+    why = "got 11.8.1" if torch.version.cuda else "has no CUDA (-DT2L_CUDA=ON builds them)"
+    assert status == 0 and "t2l: without CUDA kernels: " in text and why in text, text
 
 
 @pytest.mark.parametrize("option", ["T2L_CUDA_ARCHITECTURES", "CMAKE_CUDA_ARCHITECTURES"])
@@ -444,12 +466,12 @@ int main() {
 
 @pytest.mark.slow
 @pytest.mark.release
-def test_cuda_library(stand_in, tmp_path):
+def test_cuda_library(tmp_path):
     """Found by a C++ project without a CUDA compiler of its own; runs without a driver, and says what it lacks."""
     if not tool("nvcc"):
         pytest.skip("needs nvcc")
-    nvcc, folder, prefix = stand_in(f'exec "{tool("nvcc")}" "$@"\n'), tmp_path / "build", tmp_path / "prefix"
-    status, text = configured(folder, nvcc, "-DT2L_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=90a-real")
+    folder, prefix = tmp_path / "build", tmp_path / "prefix"
+    status, text = configured(folder, tool("nvcc"), "-DT2L_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=90a-real")
     assert status == 0 and "t2l: CUDA kernels for 90a-real, nvcc" in text, text
     run(tool("cmake"), "--build", folder, "-j", os.cpu_count() or 1)
     run(tool("cmake"), "--install", folder, "--prefix", prefix)
@@ -458,12 +480,6 @@ def test_cuda_library(stand_in, tmp_path):
     run(*find_t2l(user, prefix, "COMPONENTS cuda", program=True))
     run(tool("cmake"), "--build", user / "build")
     assert re.search("a rank above 1024|CUDA driver|no CUDA-capable device", run(user / "build" / "user"))
-    # The folder goes on with another nvcc, and without one.
-    nvcc.unlink()
-    status, text = configured(folder, tool("nvcc"), "-DT2L_CUDA=AUTO")
-    assert status == 0 and f"({tool('nvcc')})" in text, text
-    status, text = configured(folder, nvcc)
-    assert status == 0 and "without CUDA kernels" in text, text
 
 
 def test_document_shows_the_example():

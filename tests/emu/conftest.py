@@ -9,10 +9,10 @@ from t2l_engine.testing import backends
 
 @pytest.fixture(scope="session")
 def emulator_library(request):
-    """The library that runs this process's ops, with the types of its C functions; built where --emulator is not given."""
+    """The library that runs this process's ops, with the types of its C functions; built where --library is not given."""
     if request.config.getoption("--backend") != "emu":
         pytest.skip("for a process with --backend emu; test_emulated_ops.py starts them")
-    library = ctypes.CDLL(str(request.config.getoption("--emulator") or backends.build_emulator()))
+    library = ctypes.CDLL(str(request.config.getoption("--library") or backends.build_emulator()))
     library.t2l_emu_counter.restype = library.t2l_emu_last_launch.restype = ctypes.c_int64
     library.t2l_emu_set_stream.argtypes = (ctypes.c_void_p,)
     return library

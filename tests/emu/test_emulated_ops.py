@@ -86,7 +86,7 @@ def start(run: Run, library: Path) -> subprocess.CompletedProcess:
     # Sanitizers write to the file of standard error, which pytest would capture and show for failed tests alone.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", "-m", run.tests.marked]
     command += ["-k", " and ".join(f"not {word}" for word in run.tests.without)] if run.tests.without else []
-    command += ["--backend", "emu", "--emulator", str(library), *map(str, run.files)]
+    command += ["--backend", "emu", "--library", str(library), *map(str, run.files)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
 
 
