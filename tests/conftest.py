@@ -121,7 +121,7 @@ def stack_for(make_stack):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model():
     """Factory of random causal language models in eval mode: ``tiny_model("Llama", head_dim=32)``."""
     import transformers

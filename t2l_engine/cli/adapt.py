@@ -43,9 +43,9 @@ def adapt(
 ) -> None:
     """Generate an adapter from a description, tune it on examples and write it as a PEFT folder.
 
-    One example in four is held out, at most 64.  They decide which step is kept and when to stop, and say what was gained:
-    the loss and the number of right answers with the adapter as generated, which is kept in start/, and as tuned: an
-    optimistic estimate, as the step is chosen by the same examples.
+    One example in four, at most 64, is held out.  These examples choose the step that is kept and stop the run.  Their loss
+    and number of right answers are printed for the generated adapter (kept in start/) and for the tuned one.  This estimate
+    is optimistic, as the same examples choose the step.
     """
     began = time.perf_counter()
     from t2l_engine.text.examples import read_examples

@@ -5,114 +5,114 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from t2l_engine.cli.common import check_kernels, console, keep_freed_memory, need_packages, say, split_names
+from t2l_engine.cli.options import takes
 
 app = typer.Typer(no_args_is_help=True, help="Train hypernetworks and adapters; interrupted runs are resumed.")
 
-
-def _print_fields(kind_name: str) -> Callable[[bool], None]:
-    """The callback of ``--fields`` for one kind of settings."""
-
-    def show(wanted: bool) -> None:
-        if not wanted:
-            return
-        from rich.table import Table
-
-        need_packages()
-        from t2l_engine.research.training import settings
-
-        table = Table("field", "default", "meaning")
-        for row in settings.fields(getattr(settings, kind_name)):
-            table.add_row(*row)
-        console().print(table)
-        raise typer.Exit
-
-    return show
+#: Command -> its settings.
+KINDS = {"sft": "SFTSettings", "lora": "LoRASettings", "reconstruction": "ReconstructionSettings"}
 
 
-def _fields_option(kind_name: str) -> Any:
-    callback = _print_fields(kind_name)
-    return typer.Option("--fields", help="List the fields of the settings and exit.", callback=callback, is_eager=True)
+def _show_fields(context: typer.Context, wanted: bool) -> None:
+    """List the fields of the settings of the command in ``context``."""
+    if not wanted:
+        return
+    from rich.table import Table
+
+    need_packages()
+    from t2l_engine.research.training import settings
+
+    table = Table("field", "default", "meaning")
+    for row in settings.fields(getattr(settings, KINDS[context.info_name or ""])):
+        table.add_row(*row)
+    console().print(table)
+    raise typer.Exit
 
 
-Config = Annotated[Path | None, typer.Option(help='YAML file of settings, or packaged ones ("mini-sft").')]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="name=value, overrides the file; may be repeated.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an interrupted run in it is resumed.")]
-Tasks = Annotated[Path, typer.Option(help='Task folder with splits "train" and "val".')]
-Names = Annotated[str, typer.Option(help="Comma-separated tasks to train on; default: all.")]
-Manifest = Annotated[
-    str, typer.Option(help='Packaged manifest ("skills", "specs") or a file of one, that the examples must match.')
-]
-Tier = Annotated[str, typer.Option(help="Tier of the manifest to train on; default: train.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda; for several processes use accelerate launch.")]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's default.")]
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What every run has."""
+
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an interrupted run in it is resumed.")]
+    config: Annotated[Path | None, typer.Option(help='YAML file of settings, or packaged ones ("mini-sft").')] = None
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="name=value, overrides the file; may be repeated.")
+    ] = None
+    names: Annotated[str, typer.Option(help="Comma-separated tasks to train on; default: all.")] = ""
+    device: Annotated[str, typer.Option(help="cpu or cuda; for several processes use accelerate launch.")] = "cpu"
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's default.")] = 0
+    fields: Annotated[
+        bool,
+        typer.Option("--fields", help="List the fields of the settings and exit.", callback=_show_fields, is_eager=True),
+    ] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+    """What a run on tasks reads."""
+
+    tasks: Annotated[Path, typer.Option(help='Task folder with splits "train" and "val".')]
+    manifest: Annotated[
+        str, typer.Option(help='Packaged manifest ("skills", "specs"), or a file, that the examples must match.')
+    ] = ""
+    tier: Annotated[str, typer.Option(help="Split of the manifest's tasks to train on; default: train.")] = ""
+
+    def chosen(self, names: str) -> list[str] | None:
+        """Names of the tasks to train on (None: all); ConfigError if their examples differ from the manifest's."""
+        wanted = split_names(names)
+        if not self.manifest:
+            if self.tier:
+                raise ValueError("--tier: expected --manifest beside it, whose tasks it selects")
+            return wanted or None
+        from t2l_engine.files.errors import ConfigError
+        from t2l_engine.research.tasks import manifest as manifests
+        from t2l_engine.research.tasks.folder import read_descriptions
+
+        tier, listed = self.tier or "train", manifests.read(self.manifest)
+        chosen = manifests.select(read_descriptions(self.tasks, wanted or None), listed, tier)
+        if others := sorted(set(wanted) - set(chosen)):
+            raise ConfigError(f"--names: expected tasks that {self.manifest} lists as {tier!r}, got {others[0]!r}")
+        if not chosen:
+            raise ConfigError(f"--tier: {self.tasks} has no task that {self.manifest} lists as {tier!r}")
+        if found := [d for d in manifests.check(self.tasks, listed, tier) if d.task in chosen]:
+            expected = f"{self.tasks}: expected the examples of {self.manifest}"
+            raise ConfigError(f"{expected}, got {len(found)} differences: {found[0]}")
+        return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """What a reconstruction reads."""
+
+    adapters: Annotated[Path, typer.Option(help="Folder of PEFT adapter folders and descriptions.json.")]
 
 
 @app.command()
-def sft(
-    tasks: Tasks,
-    output: Output,
-    config: Config = None,
-    overrides: Overrides = None,
-    names: Names = "",
-    manifest: Manifest = "",
-    tier: Tier = "",
-    device: Device = "cpu",
-    threads: Threads = 0,
-    fields: Annotated[bool, _fields_option("SFTSettings")] = False,
-) -> None:
+@takes(Tasks, Run)
+def sft(tasks: Tasks, run: Run) -> None:
     """Train a hypernetwork end to end through the frozen base model."""
-    accelerator, settings = _start("SFTSettings", config, overrides, device, threads)
-    from t2l_engine.research.training import sft as training
-
-    training.train(settings, tasks, output, names=_chosen(tasks, names, manifest, tier), accelerator=accelerator)
-    _finish(accelerator, output, [output])
+    _train("sft", run, tasks.tasks, tasks.chosen(run.names))
 
 
 @app.command()
-def lora(
-    tasks: Tasks,
-    output: Output,
-    config: Config = None,
-    overrides: Overrides = None,
-    names: Names = "",
-    manifest: Manifest = "",
-    tier: Tier = "",
-    device: Device = "cpu",
-    threads: Threads = 0,
-    fields: Annotated[bool, _fields_option("LoRASettings")] = False,
-) -> None:
+@takes(Tasks, Run)
+def lora(tasks: Tasks, run: Run) -> None:
     """Train one adapter per task, or one for all tasks; writes PEFT folders to OUTPUT/adapters."""
-    accelerator, settings = _start("LoRASettings", config, overrides, device, threads)
-    from t2l_engine.research.training import lora as training
-
-    training.train(settings, tasks, output, names=_chosen(tasks, names, manifest, tier), accelerator=accelerator)
-    _finish(accelerator, output, sorted((output / training.WAVES).iterdir()))
+    _train("lora", run, tasks.tasks, tasks.chosen(run.names))
 
 
 @app.command()
-def reconstruction(
-    adapters: Annotated[Path, typer.Option(help="Folder of PEFT adapter folders and descriptions.json.")],
-    output: Output,
-    config: Config = None,
-    overrides: Overrides = None,
-    names: Names = "",
-    device: Device = "cpu",
-    threads: Threads = 0,
-    fields: Annotated[bool, _fields_option("ReconstructionSettings")] = False,
-) -> None:
-    """Train a hypernetwork to reproduce a library of adapters, without the base model unless the encoder is a reader."""
-    accelerator, settings = _start("ReconstructionSettings", config, overrides, device, threads)
-    from t2l_engine.research.training import reconstruction as training
-
-    training.train(settings, adapters, output, names=split_names(names) or None, accelerator=accelerator)
-    _finish(accelerator, output, [output])
+@takes(Library, Run)
+def reconstruction(library: Library, run: Run) -> None:
+    """Train a hypernetwork to reproduce a library of adapters; only encoder llm loads the base model."""
+    _train("reconstruction", run, library.adapters, split_names(run.names) or None)
 
 
 @app.command()
@@ -124,8 +124,10 @@ def plot(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> No
     typer.echo(str(draw(folder)))
 
 
-def _start(kind_name: str, config: Path | None, overrides: list[str] | None, device: str, threads: int) -> tuple[Any, Any]:
-    """Print the settings; returns (accelerator, settings)."""
+def _train(kind: str, run: Run, source: Path, names: list[str] | None) -> None:
+    """Print the settings, train on the tasks or adapters ``names`` in ``source``, plot the log."""
+    import importlib
+
     import torch
     from rich.table import Table
     from transformers.utils import logging
@@ -133,57 +135,26 @@ def _start(kind_name: str, config: Path | None, overrides: list[str] | None, dev
     keep_freed_memory()
     need_packages()
     check_kernels()
-    from t2l_engine.research.training import loop
-    from t2l_engine.research.training import settings as kinds
-
-    logging.disable_progress_bar()
-    settings = kinds.read(getattr(kinds, kind_name), config, overrides or [])
-    accelerator = loop.accelerator(device)
-    if threads:
-        torch.set_num_threads(threads)
-    if accelerator.is_main_process:
-        table = Table(
-            "field", "value", "", "meaning", title=f"{kind_name}, {accelerator.num_processes} x {accelerator.device}"
-        )
-        for row in kinds.rows(settings):
-            table.add_row(*row)
-        console(stderr=True).print(table)
-    return accelerator, settings
-
-
-def _chosen(tasks: Path, names: str, manifest: str, tier: str) -> list[str] | None:
-    """Names of the tasks to train on (None: all); ConfigError if their examples differ from the manifest's."""
-    wanted = split_names(names)
-    if not manifest:
-        if tier:
-            raise ValueError("--tier: expected --manifest beside it, which has the tiers")
-        return wanted or None
-    tier = tier or "train"
-    from t2l_engine.files.errors import ConfigError
-    from t2l_engine.research.tasks import manifest as manifests
-    from t2l_engine.research.tasks.folder import read_descriptions
-
-    listed = manifests.read(manifest)
-    chosen = manifests.select(read_descriptions(tasks, wanted or None), listed, tier)
-    if others := sorted(set(wanted) - set(chosen)):
-        raise ConfigError(f"--names: expected tasks that {manifest} lists as {tier!r}, got {others[0]!r}")
-    if not chosen:
-        raise ConfigError(f"--tier: {tasks} has no task that {manifest} lists as {tier!r}")
-    differences = [d for d in manifests.check(tasks, listed, tier) if d.task in chosen]
-    if differences:
-        raise ConfigError(
-            f"{tasks}: expected the examples of {manifest}, got {len(differences)} differences: {differences[0]}"
-        )
-    return chosen
-
-
-def _finish(accelerator: Any, output: Path, runs: list[Path]) -> None:
-    if not accelerator.is_main_process:
-        return
+    from t2l_engine.research.training import loop, settings
     from t2l_engine.research.training.log import plot as draw
     from t2l_engine.research.training.log import speed
+    from t2l_engine.research.training.runs import WAVES
 
-    for folder in runs:
-        draw(folder)
-        say(f"{folder}: {speed(folder)}")
-    typer.echo(f"{output}: done")
+    logging.disable_progress_bar()
+    chosen = settings.read(getattr(settings, KINDS[kind]), run.config, run.overrides or [])
+    accelerator = loop.accelerator(run.device)
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    if accelerator.is_main_process:
+        title = f"{KINDS[kind]}, {accelerator.num_processes} x {accelerator.device}"
+        table = Table("field", "value", "", "meaning", title=title)
+        for row in settings.rows(chosen):
+            table.add_row(*row)
+        console(stderr=True).print(table)
+    training = importlib.import_module(f"t2l_engine.research.training.{kind}")
+    training.train(chosen, source, run.output, names=names, accelerator=accelerator)
+    if accelerator.is_main_process:
+        for folder in sorted((run.output / WAVES).glob("*")) or [run.output]:
+            draw(folder)
+            say(f"{folder}: {speed(folder)}")
+        typer.echo(f"{run.output}: done")

@@ -55,10 +55,13 @@ def save_model(tiny_model, tmp_path):
     return save
 
 
-@pytest.fixture
-def base_model(save_model):
-    """The folder of a saved tiny Llama."""
-    return save_model("Llama")
+@pytest.fixture(scope="session")
+def base_model(tiny_model, tmp_path_factory):
+    """The folder of a saved tiny Llama, which no test changes."""
+    folder = tmp_path_factory.mktemp("models") / "base-Llama"
+    tiny_model("Llama").save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

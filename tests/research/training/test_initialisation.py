@@ -16,7 +16,7 @@ from t2l_engine.research.training.objective import Objective, collate
 from t2l_engine.research.training.sampling import Group, Sample
 from t2l_engine.testing.numerics import STANDARD_ERRORS
 
-EXAMPLES = settings(max_examples=50)
+EXAMPLES = settings(max_examples=20)
 sizes = st.integers(1, 40)
 NAMES = ("q_proj", "v_proj", "down_proj")
 

@@ -254,3 +254,57 @@ def test_a_record_of_thousands_of_tasks(tmp_path):
     path.write_text(json.dumps({"settings": {"prompt_form": "raw"}, "adapters": ["multi-task"], "data": data}))
     assert path.stat().st_size > 1 << 20
     assert training_runs.settings_of(tmp_path) == {"prompt_form": "raw"}
+
+
+# --- starts ----------------------------------------------------------------------------------------
+
+
+def test_adapters_start_from_folders(base_model, tasks, tmp_path):
+    """One folder for all tasks, or one of each name; a step of no length leaves them as they are."""
+    first = lora.train(runs.lora(base_model, steps=4, validate_every=0), tasks, tmp_path / "first")
+    still = {"steps": 1, "learning_rate": 1e-12, "weight_decay": 0.0, "validate_every": 0}
+    own = lora.train(runs.lora(base_model, initial=str(first / "adapters"), **still), tasks, tmp_path / "own")
+    one = lora.train(runs.lora(base_model, initial=str(first / "adapters" / "last"), **still), tasks, tmp_path / "one")
+    for name in ("first", "last"):
+        for folder, start in ((own, name), (one, "last")):
+            got, wanted = (tensors(read(run / "adapters", of)) for run, of in ((folder, name), (first, start)))
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
+    stack = read(first / "adapters", "last")
+    stack.lora_B["q_proj"][0, 0, 0, 0] += 1
+    stack.save_pretrained(first / "adapters" / "last", adapter=0, base_model_name_or_path=str(base_model))
+    with pytest.raises(ConfigError, match=r"other settings or data \(initial\); choose another"):
+        lora.train(runs.lora(base_model, initial=str(first / "adapters"), **still), tasks, tmp_path / "own")
+
+
+def test_starts_that_do_not_fit(base_model, tasks, tmp_path):
+    first = lora.train(runs.lora(base_model, steps=1, validate_every=0), tasks, tmp_path / "first") / "adapters"
+    for change, match in (
+        (
+            {"rank": 2},
+            r"initial: .*first: q_proj: expected A, B and scaling \(\(2, 2, 64\), \(2, 64, 2\), 8.0\) of this run, "
+            r"got \(\(2, 4, 64\), \(2, 64, 4\), 4.0\)",
+        ),
+        (
+            {"lora_alpha": 4.0},
+            r"initial: .*: q_proj: expected A, B and scaling \(.*, 1.0\) of this run, got \(.*, 4.0\)",
+        ),
+        ({"target_modules": ["q_proj"]}, r"initial: .*: expected the modules \['q_proj'\], got .*v_proj.* too"),
+        ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, r"initial: .*: k_proj: expected A, B and scaling .*, got None"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            lora.train(runs.lora(base_model, initial=str(first), **change), tasks, tmp_path / "second")
+    with pytest.raises(FileNotFoundError, match="adapter_config.json: not found; expected a PEFT folder"):
+        lora.train(runs.lora(base_model, initial=str(tmp_path)), tasks, tmp_path / "second")
+
+
+def test_held_out_descriptions_are_in_no_prompt(base_model, tasks, tmp_path):
+    changes = {"prompt": "description", "mode": "multi-task", "steps": 3, "held_out_descriptions": 1}
+    out = lora.train(runs.lora(base_model, **changes), tasks, tmp_path / "out")
+    about = json.loads((tasks / "descriptions.json").read_text())
+    (tasks / "descriptions.json").write_text(json.dumps({k: [v[0], "Other words."] for k, v in about.items()}))
+    other = lora.train(runs.lora(base_model, **changes), tasks, tmp_path / "other")
+    assert runs.losses(out / "waves" / "000") == runs.losses(other / "waves" / "000")
+    with pytest.raises(
+        ConfigError, match="held_out_descriptions: expected fewer than the 2 descriptions of task first, got 2"
+    ):
+        lora.train(runs.lora(base_model, **changes | {"held_out_descriptions": 2}), tasks, tmp_path / "none")

@@ -21,7 +21,7 @@ from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, STANDARD_ERRORS
 from t2l_engine.text.encoder import EncoderConfig
 from t2l_engine.text.prompts import answer_of, prompt_of, raw_prompt
 
-EXAMPLES = examples(max_examples=50)
+EXAMPLES = examples(max_examples=25)
 
 # --- streams of tasks ----------------------------------------------------------------------------------------------
 

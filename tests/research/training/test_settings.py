@@ -14,7 +14,7 @@ from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.training import settings
 from t2l_engine.research.training.settings import LoRASettings, ReconstructionSettings, Settings, SFTSettings
 
-EXAMPLES = examples(max_examples=50)
+EXAMPLES = examples(max_examples=20)
 KINDS = [SFTSettings, LoRASettings, ReconstructionSettings]
 NEEDED = {"base_model": "x", "target_modules": ["q_proj", "v_proj"]}
 
@@ -205,14 +205,10 @@ def test_differences_name_both_sides():
     older = json.loads(ours.model_dump_json())
     del older["bucket_steps"]
     assert settings.differences(ours, older | {"gone": 1}) == ["gone: 1 then, None now"]  # its run had the default
+    former = older | {"encoder": "reader", "reader_layers": [1, 2], "read_descriptions": 3}
     assert settings.differences(
         SFTSettings(**NEEDED, steps=7, encoder="llm", llm_layers=(1, 2)),
-        older
-        | {
-            "encoder": "reader",
-            "reader_layers": [1, 2],
-            "read_descriptions": 3,
-        },
+        former,
     ) == ["llm_descriptions: 3 then, 0 now"]  # former names
     other = SFTSettings(**NEEDED, steps=7, bucket_steps=4)
     assert settings.differences(other, older) == ["bucket_steps: 8 then, 4 now"]

@@ -28,10 +28,9 @@ def same_adapters(a, b):
     return torch.equal(a.scaling, b.scaling)
 
 
-@pytest.mark.parametrize("prompt, variant", [("input", "L"), ("description", "M")])
-def test_learns_and_is_evaluated(base_model, tasks, tmp_path, prompt, variant):
+def test_learns_and_is_evaluated(base_model, tasks, tmp_path):
     settings = runs.sft(
-        base_model, encoder="minilm", prompt=prompt, variant=variant, steps=40, tasks_per_batch=8, latent_size=32,
+        base_model, encoder="minilm", prompt="description", variant="M", steps=40, tasks_per_batch=8, latent_size=32,
         head_in_size=16, warmup_steps=4, validate_every=20, save_every=20,
     )  # fmt: skip
     out = sft.train(settings, tasks, tmp_path / "out")
@@ -40,8 +39,8 @@ def test_learns_and_is_evaluated(base_model, tasks, tmp_path, prompt, variant):
     assert len(curve) == 40 and sum(curve[-8:]) < 0.8 * sum(curve[:8])
     val = [row["val_loss"] for row in found if "val_loss" in row]
     assert len(val) == 2 and val[1] < val[0]
-    # "<user> red blue <bot> red </s>", with a text of four to six words or without
-    assert all(row["tokens"] == 8 * 6 if prompt == "input" else row["tokens"] >= 8 * 10 for row in found if "loss" in row)
+    # "<user> red blue <bot> red </s>", with a text of four to six words
+    assert all(row["tokens"] >= 8 * 10 for row in found if "loss" in row)
 
     engine = t2l.TextToLoRA.from_pretrained(out)
     texts = [task.descriptions[0] for task in load_tasks(tasks, None)]
@@ -53,30 +52,17 @@ def test_learns_and_is_evaluated(base_model, tasks, tmp_path, prompt, variant):
         assert same_adapters(t2l.TextToLoRA.from_pretrained(tmp_path / folder).generate(texts), first), folder
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads((out / "config.json").read_text())
 
-    result = evaluated(out, tasks, tmp_path / "result.json")
+    file = tmp_path / "result.json"
+    command = ["evaluate", "--checkpoint", out, "--tasks", tasks, "--json", file, "--max-new-tokens", 2]
+    run = CliRunner().invoke(app, list(map(str, command)))
+    assert run.exit_code == 0, (run.output, run.exception)
+    result = json.loads(file.read_text())
     assert set(result["tasks"]) == set(BOTH) == set(result["trained_tasks"]) and result["items"] == {"first": 5, "last": 5}
     assert list(result["details"]) == [
         "t2l", "t2l-shuffled", "t2l-junk", "t2l-constant", "base", "base-description", "icl",
     ]  # fmt: skip
     tokens = {method: of["tasks"]["last"]["prompt_tokens"] for method, of in result["details"].items()}
-    assert tokens["t2l-junk"] == tokens["t2l"] and (tokens["t2l"] == 4 if prompt == "input" else tokens["t2l"] >= 8)
-
-
-def test_a_checkpoint_of_inputs_is_evaluated_by_inputs(base_model, tasks, tmp_path):
-    settings = runs.sft(base_model, encoder="base-model", condition="input", steps=2, validate_every=0)
-    result = evaluated(
-        sft.train(settings, tasks, tmp_path / "out"), tasks, tmp_path / "result.json", "--methods", "t2l,base"
-    )
-    assert list(result["details"]) == ["t2l", "base"]
-    assert len(result["details"]["t2l"]["tasks"]["first"]["by_repeat"]) == 1  # no description that a repeat could draw
-
-
-def evaluated(checkpoint, tasks, file, *options):
-    """What ``t2l evaluate`` says of ``checkpoint``."""
-    command = ["evaluate", "--checkpoint", checkpoint, "--tasks", tasks, "--json", file, "--max-new-tokens", 2, *options]
-    run = CliRunner().invoke(app, list(map(str, command)))
-    assert run.exit_code == 0, (run.output, run.exception)
-    return json.loads(file.read_text())
+    assert tokens["t2l-junk"] == tokens["t2l"] >= 8
 
 
 def test_what_the_checkpoint_says_of_its_training(base_model, tasks, tmp_path):
@@ -162,6 +148,7 @@ def test_settings_and_tasks_that_do_not_fit(base_model, tasks, tmp_path, changes
         sft.train(runs.sft(base_model, steps=1), tasks, tmp_path / "out", names=["first"])
 
 
+@pytest.mark.slow
 def test_norms_and_mlps_may_be_compiled(base_model, tasks, tmp_path, monkeypatch):
     """The curve of a compiled run is that of another, and layers share what is compiled."""
     compile_module = torch.nn.Module.compile
