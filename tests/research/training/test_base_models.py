@@ -12,10 +12,10 @@ from torch import nn
 
 import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
-from t2l_engine.research.training import context, lora, sft
+from t2l_engine.research.training import context, sft
 from t2l_engine.research.training.log import read_log
 from t2l_engine.research.training.sampling import Shard
-from t2l_engine.research.training.settings import LoRASettings, SFTSettings
+from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.text import base_model as base_models
 
 #: Family -> (what its tiny configuration needs, linears, where these are, their features).
@@ -169,16 +169,6 @@ def test_steps_of_sft(save_model, tasks, tmp_path, family, dtype):
             logits = model(ids).logits
     assert torch.equal(logits[2], base[2])
     assert not torch.equal(logits[0], base[0]) and not torch.equal(logits[1], logits[0])
-
-
-@pytest.mark.parametrize("family", ["GPT2", "Phi3"])
-def test_steps_of_a_bank(save_model, tasks, tmp_path, family):
-    changes, names, paths, _ = LINEARS[family]
-    folder = save_model(family, **changes)
-    output = lora.train(settings(LoRASettings, folder, names[:2], dtype="float32"), tasks, tmp_path / "out")
-    stack = t2l.AdapterStack.from_peft([output / "adapters" / name for name in ("first", "last")])
-    assert set(stack.paths.values()) == set(paths[:2])
-    assert all(B.any() and not torch.equal(B[0], B[1]) for B in stack.lora_B.values())
 
 
 def test_a_run_starts_from_its_seed(base_model, tasks):

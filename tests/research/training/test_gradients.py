@@ -7,7 +7,6 @@ import torch
 
 import t2l_engine as t2l
 from t2l_engine.research.training import context
-from t2l_engine.research.training.lora import LoRABank
 from t2l_engine.research.training.objective import Objective, collate, generated_l2, token_weights
 from t2l_engine.research.training.sampling import Group, Sample
 from t2l_engine.testing.numerics import (
@@ -96,27 +95,6 @@ def test_gradients_of_a_step(tiny_model, variant, targets):
     leaves, made = plain.adapters(net, task_emb)
     plain_loss(exact, step, made, stack.paths, net.scaling, [0, 1, 2]).backward()
     check(net.named_parameters(), leaves)
-
-
-@pytest.mark.parametrize("ids", [[0, 1, 2], [0, 0, 0]], ids=["per-task", "multi-task"])
-def test_gradients_of_a_bank(tiny_model, ids):
-    """Adapters without a hypernetwork, one a group and one for all; B is no longer zero."""
-    model, step = tiny_llama(tiny_model), groups()
-    bank = LoRABank(context.locate(model, TARGETS["all"]), max(ids) + 1, 3, 2.0, seed=1)
-    with torch.no_grad():
-        for B in bank.lora_B.values():
-            B.normal_(0, 0.1, generator=torch.Generator().manual_seed(4))
-    exact = copy.deepcopy(model).double()
-
-    stack = bank()
-    with torch.no_grad():
-        handle = t2l.attach(model, bank()[0])
-    own_loss(model, handle, step, stack, ids).backward()
-
-    leaves = {name: parameter.detach().double().requires_grad_() for name, parameter in bank.named_parameters()}
-    made = {name: (leaves[f"lora_A.{name}"], leaves[f"lora_B.{name}"]) for name in stack.paths}
-    plain_loss(exact, step, made, stack.paths, 2.0, ids).backward()
-    check(bank.named_parameters(), leaves)
 
 
 def test_gradients_through_a_bfloat16_model(tiny_model):

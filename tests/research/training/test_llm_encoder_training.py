@@ -222,16 +222,6 @@ def test_states_of_other_texts_that_were_half_read_are_not_taken(base_model, tas
     assert torch.equal(conditions.read_states(encoder, texts, tmp_path / "states")[0], expected)
 
 
-def test_the_initialisation_is_made_where_the_pooling_is(made):
-    """On the CPU, whatever device states are for."""
-    job = made(task_init="discriminant")
-    pooling = job._conditions.pooling()
-    linear = torch.nn.Linear(job._conditions.embed_dim, 16)
-    job._conditions._device = torch.device("meta")
-    job._conditions.initialise(linear, pooling)
-    assert linear.weight.isfinite().all()
-
-
 # --- settings --------------------------------------------------------------------------------------------------------
 
 

@@ -64,16 +64,6 @@ def test_every_task_equally_often(sizes):
     assert sorted(visits) == sorted((task, visit) for task, count in counts.items() for visit in range(count))
 
 
-def test_steps_without_bucketing():
-    """Distinct tasks where they go into whole steps; another seed gives another order."""
-    stream, other = (Stream(12, 4, seed, drawn) for seed in (0, 1))
-    steps = [stream.step(step) for step in range(30)]
-    assert all(len({task for task, _ in groups}) == 4 for groups in steps)
-    assert steps != [other.step(step) for step in range(30)]
-    orders = {tuple(task for step in steps[i : i + 3] for task, _ in step) for i in range(0, 30, 3)}
-    assert len(orders) == 10  # an order of their own for every cycle
-
-
 def test_bucketing_cuts_by_length():
     """Groups of a step are alike in length, and steps do not come in order of length."""
 
@@ -220,15 +210,6 @@ def test_a_group_is_a_function_of_seed_task_and_visit(tokenizer):
         assert {g.description for g in ours} == {0, 1}
         draws.append(ours)
     assert draws[0] != draws[1]
-
-
-def test_descriptions_are_drawn_from_those_given(tokenizer):
-    texts = [f"Say word {i}" for i in range(5)]
-    made = Examples([task("a", ["red cat"], texts)], tokenizer, 99, with_description=False)
-    counts = Counter(made.group(0, visit, 1, 0, lambda index: range(1, 4)).description for visit in range(300))
-    assert set(counts) == {1, 2, 3}
-    error = (300 * 1 / 3 * 2 / 3) ** 0.5  # of a count of 300 draws
-    assert all(abs(count - 100) <= STANDARD_ERRORS * error for count in counts.values())
 
 
 def test_all_groups(tokenizer):
