@@ -127,11 +127,17 @@ def test_per_task_loras(tmp_path):
     """Of the tasks that have one, asked as their run was trained."""
     made = Candidates(ASKED, {})
     made.add_per_task([folder_of(tmp_path / "run", ["last", "first", "x"], prompt_form="raw", prompt="description")])
-    assert shown(made) == {"oracle": (("raw",), True, 0, True)} and keys(made.methods[0], ASKED, 2) == [
+    assert shown(made) == {"oracle": (("raw",), True, 0, True)}
+    assert keys(made.methods[0], ASKED, 2) == [
         None,
         "first",
         "last",
     ]
+    others = folder_of(tmp_path / "other", ["again"])
+    with pytest.raises(
+        ValueError, match="^oracle: expected adapters trained with one .*/other/adapters chat, .*/run/adapters raw"
+    ):
+        made.add_per_task([others, tmp_path / "run" / "adapters"])
 
 
 def test_a_library(loaded, tmp_path):

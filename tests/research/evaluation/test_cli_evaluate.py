@@ -236,14 +236,6 @@ def test_other_measures_and_the_plot(evaluate, tmp_path, measure, title):
     assert (tmp_path / "means.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "result.json").is_file()
 
 
-def test_one_task_has_no_shuffled_baseline(evaluate, by_input):
-    result, _, err = evaluate("--names", "first", "--repeats", 1, "--max-items", 1, "--also", f"inputs={by_input}")
-    assert [line for line in err.splitlines() if line.startswith("t2l: ")] == [
-        "t2l: t2l-shuffled left out: it needs at least two tasks",
-    ]
-    assert list(result["details"]) == ["t2l", "t2l-junk", "t2l-constant", "inputs", *BASE]
-
-
 def test_a_base_model_that_has_moved(evaluate, base_model, tmp_path):
     """Reads the descriptions of a checkpoint that does so with its base model, too."""
     moved = save_checkpoint(tmp_path / "moved", "models/tiny", prompt="input")
@@ -271,30 +263,6 @@ def test_methods_that_there_are_not(refuse, one_hot, tmp_path):
     assert refuse("--names", "again", checkpoint=one_hot).startswith(f"{one_hot}: ")
 
 
-@pytest.fixture
-def raw_adapters(adapters, tmp_path):
-    """``adapters`` in the folder of a run with raw prompts."""
-    raw = tmp_path / "run" / "adapters"
-    shutil.copytree(adapters, raw)
-    wave = raw.parent / "waves" / "000"
-    wave.mkdir(parents=True)
-    (wave / "done.json").write_text(json.dumps({"settings": {"prompt_form": "raw"}}))
-    return raw
-
-
-def test_adapters_are_asked_as_their_run_was_trained(evaluate, raw_adapters):
-    """In the template of the run around them, with the description where its prompts had it."""
-    options = ("--oracle", raw_adapters, "--library", raw_adapters, "--max-items", 1, "--methods")
-    without, _, _ = evaluate(*options, "oracle,average,arrow")
-    assert {of["form"] for of in without["forms"].values()} == {"raw"}
-    done = raw_adapters.parent / "waves" / "000" / "done.json"
-    done.write_text(json.dumps({"settings": {"prompt_form": "raw", "prompt": "description"}}))
-    described, _, _ = evaluate(*options, "oracle")
-    of, before = (found["details"]["oracle"]["tasks"] for found in (described, without))
-    assert all(of[task]["prompt_tokens"] > before[task]["prompt_tokens"] for task in before)
-    assert {len(task["by_repeat"]) for task in of.values()} == {3}  # descriptions differ
-
-
 def test_adapters_of_another_base_model_are_told(evaluate, adapters, tmp_path):
     _, _, quiet = evaluate("--oracle", adapters, "--methods", "oracle")
     others = tmp_path / "others"
@@ -319,12 +287,6 @@ def test_a_tokenizer_without_chat_template(run, base_model, tasks, tmp_path):
     assert set(forms) == {*OURS, *BASE} and all(of == {"form": "raw", "validation": None} for of in forms.values())
     code, _, err = found["chat"]
     assert code == 1 and "t2l: prompt_form: expected 'raw'" in err
-
-
-def test_per_task_loras_of_two_prompt_forms(refuse, adapters, raw_adapters):
-    (raw_adapters / "first").rename(raw_adapters / "elsewhere")  # or they would all take the place of the others
-    told = refuse("--oracle", adapters, "--oracle", raw_adapters)
-    assert told.startswith("--oracle: ") and f"{adapters} chat, {raw_adapters} raw" in told
 
 
 def test_a_run_that_was_stopped_goes_on_beside_its_result(evaluate, tmp_path, monkeypatch):
