@@ -123,19 +123,18 @@ def column(row: Row, name: str) -> Any:
     return duration(us.get(name))
 
 
-def row_grid(rows: Sequence[Row], columns: Sequence[str] | Mapping[str, str]) -> str:
-    """A Markdown table of ``rows``; a mapping gives the column under each heading."""
-    heads = dict(columns) if isinstance(columns, Mapping) else {name: name for name in columns}
-    return grid(list(heads), [[column(row, name) for name in heads.values()] for row in rows])
+#: Names of columns, or heading -> name.
+Columns = Sequence[str] | Mapping[str, str]
 
 
-def line_grid(
-    lines: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str], decimals: int | None = None
-) -> str:
-    """A Markdown table of the lines of a table; a mapping gives the column under each heading.
+def row_grid(rows: Sequence[Row], columns: Columns) -> str:
+    """A Markdown table of ``rows``, each column by its name; see :func:`column`."""
+    names = list(columns.values() if isinstance(columns, Mapping) else columns)
+    return grid(list(columns), [[column(row, name) for name in names] for row in rows])
 
-    ``decimals``: of numbers; None: three significant digits.
-    """
-    heads = dict(columns) if isinstance(columns, Mapping) else {name: name for name in columns}
+
+def line_grid(lines: Sequence[Mapping[str, Any]], columns: Columns, decimals: int | None = None) -> str:
+    """A Markdown table of the lines of a table; ``decimals``: of numbers, None: three significant digits."""
+    names = list(columns.values() if isinstance(columns, Mapping) else columns)
     fixed = lambda value: f"{value:.{decimals}f}" if isinstance(value, float) and decimals is not None else value  # noqa: E731
-    return grid(list(heads), [[fixed(line[head]) for head in heads.values()] for line in lines])
+    return grid(list(columns), [[fixed(line[name]) for name in names] for line in lines])

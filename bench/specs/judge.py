@@ -22,9 +22,6 @@ from t2l_engine.research.tasks.folder import read_descriptions
 from t2l_engine.research.tasks.specs import suite
 from t2l_engine.research.training import lora
 
-#: What is kept of each group of tasks, beside scores.
-MEASURES = ("score", "prompt_tokens")
-
 
 def records(work: Path) -> Iterator[Record]:
     """Every record of the result file but the run line; evaluations that were made before are read."""
@@ -82,15 +79,11 @@ def evaluate(
 
 
 def part_records(part: str, result: Mapping[str, Any]) -> Iterator[Record]:
-    """Scores by task; by method its prompt form, and means of MEASURES by group of tasks."""
+    """Scores by task; by method its prompt form and mean number of prompt tokens."""
     for task, scores in result["tasks"].items():
-        groups = [group for group, names in result["groups"].items() if task in names]
         scores = {method: round(score, 2) for method, score in scores.items()}
-        yield record("scores", part=part, task=task, items=result["items"][task], groups=groups, scores=scores)
+        yield record("scores", part=part, task=task, items=result["items"][task], scores=scores)
     for method, details in result["details"].items():
-        groups = {}
-        for group, names in result["groups"].items():
-            if of := [details["tasks"][name] for name in names if name in details["tasks"]]:
-                means = {measure: [task[measure] for task in of if measure in task] for measure in MEASURES}
-                groups[group] = {m: round(statistics.fmean(values), 2) for m, values in means.items() if values}
+        tokens = round(statistics.fmean(task["prompt_tokens"] for task in details["tasks"].values()), 2)
+        groups = {"all": {"prompt_tokens": tokens}}
         yield record("arm", part=part, arm=method, form=result["forms"][method]["form"], groups=groups)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
-import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -159,26 +158,9 @@ def rounded(name: str, work: Path) -> Path:
 
 
 def trained(work: Path) -> Iterator[Record]:
-    """``training`` records: settings, tokens and seconds of every run, and its curve.
-
-    Curve: million tokens so far and mean loss of a twentieth of the steps; a run in waves of tasks has none.
-    """
+    """``training`` records: settings, steps, tokens and seconds of every run."""
     for name, run in RUNS.items():
-        waves = logged(work / name)
-        steps = [row for wave in waves for row in wave if "loss" in row]
-        bounds = [round(i * len(steps) / 20) for i in range(21)] if len(waves) == 1 else []
-        curve, tokens = [], 0
-        for start, end in zip(bounds, bounds[1:], strict=False):
-            tokens += sum(row["tokens"] for row in steps[start:end])
-            curve.append([round(tokens / 1e6, 3), round(statistics.fmean(row["loss"] for row in steps[start:end]), 4)])
-        yield record(
-            "training",
-            run=name,
-            settings=run.settings.model_dump(mode="json"),
-            **({"initial": run.initial} if run.initial else {}),
-            tasks=len(learnt(run, work)[1]) if run.other else None,
-            steps=len(steps),
-            tokens=sum(row["tokens"] for row in steps),
-            seconds=round(sum(row["seconds"] for row in steps)),
-            curve=curve,
-        )
+        steps = [row for wave in logged(work / name) for row in wave if "loss" in row]
+        about = {"settings": run.settings.model_dump(mode="json"), "tasks": len(learnt(run, work)[1]), "steps": len(steps)}
+        sums = {"tokens": sum(row["tokens"] for row in steps), "seconds": round(sum(row["seconds"] for row in steps))}
+        yield record("training", run=name, **({"initial": run.initial} if run.initial else {}), **about, **sums)

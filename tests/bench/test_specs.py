@@ -162,11 +162,10 @@ def test_evaluations_are_commands(monkeypatch, tmp_path):
 
 def test_records_of_an_evaluation():
     details = {"t2l": {"tasks": {"a": {"score": 50.0, "prompt_tokens": 14.0}}}}
-    groups, forms = {"all": ["a"], "sibling": []}, {"t2l": {"form": "raw"}}
-    found = {"tasks": {"a": {"t2l": 50.004}}, "items": {"a": 4}, "groups": groups, "details": details, "forms": forms}
+    found = {"tasks": {"a": {"t2l": 50.004}}, "items": {"a": 4}, "details": details, "forms": {"t2l": {"form": "raw"}}}
     of_task, of_method = judge.part_records("novel", found)
-    assert (of_task["record"], of_task["groups"], of_task["scores"]) == ("scores", ["all"], {"t2l": 50.0})
-    assert of_method["groups"] == {"all": {"score": 50.0, "prompt_tokens": 14.0}} and of_method["form"] == "raw"
+    assert (of_task["record"], of_task["items"], of_task["scores"]) == ("scores", 4, {"t2l": 50.0})
+    assert of_method["groups"] == {"all": {"prompt_tokens": 14.0}} and of_method["form"] == "raw"
 
 
 @pytest.mark.slow
