@@ -2,50 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from t2l_engine.cli.common import Json, print_json, split_names
-from t2l_engine.cli.cost_tables import document, render
+from t2l_engine.cli.common import Json, console, print_json, split_names
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import from_json, to_json
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
 from t2l_engine.hypernetwork.folder import CONFIG_NAME, format_of, native_blocks, resolve_checkpoint, stated_encoder
 from t2l_engine.research import costs
-from t2l_engine.research.costs import decoder as decoders
-from t2l_engine.research.costs import encoder as encoders
-from t2l_engine.research.costs import known
+from t2l_engine.research.costs.known import SIZES
 from t2l_engine.text.config import LLMEncoderConfig, OneHotConfig
 
 DEFAULT_MODEL, DEFAULT_ENCODER, LANGUAGE_MODEL = "mistral-7b", "gte-large", "model"
+ENCODERS, MODELS = (", ".join(costs.known_entries(kind)) for kind in ("encoders", "models"))
+ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8": 1, "int4": 0.5}
 ADAPTER, ENCODER = 2, 2  # bytes per value
-MAX_TOKENS, MAX_USERS, MAX_QUESTIONS = 1 << 20, 1 << 16, 10**12
-
-
-class ValueType(str, enum.Enum):
-    """Storage types of weights, keys and values; int4 without its scales."""
-
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
-    float8 = "float8"
-    int4 = "int4"
-
-    @property
-    def itemsize(self) -> float:
-        return {"float32": 4, "float8": 1, "int4": 0.5}.get(self.value, 2)
+MAX_TOKENS, MAX_USERS, MAX_QUESTIONS, MAX_SHOTS = 1 << 20, 1 << 16, 10**12, 1024
+RIVALS = ("icl", "icl-cold", "icl-warm")
+#: Pairs (way, rival) with a stated break-even number of questions.
+PAIRS = (
+    *(("t2l-task", rival) for rival in RIVALS),
+    *(("t2l-request", rival) for rival in ("icl", "icl-warm")),
+    ("t2l-merged", "t2l-task"),
+)
+ValueType = enum.Enum("ValueType", {name: name for name in ITEMSIZES}, type=str)
 
 
 def _tokens(text: str, low: int = 0) -> Any:
     return Annotated[int, typer.Option(min=low, max=MAX_TOKENS, help=text)]
 
 
-def _size(text: str, default: str) -> Any:
+def _size(text: str, field: str) -> Any:
+    default = f"the known model's, else {SIZES[field]}" if field.endswith("size") else SIZES[field]
     return Annotated[int | None, typer.Option(min=1, help=f"{text}, without --checkpoint; default: {default}.")]
 
 
@@ -53,37 +49,34 @@ def _rate(text: str) -> Any:
     return Annotated[float | None, typer.Option(min=1e-9, max=1e9, help=f"{text}; adds roofline times at these rates.")]
 
 
+def _number(text: str, high: int) -> Any:
+    return Annotated[int, typer.Option(min=1, max=high, help=text)]
+
+
+def _text(text: str, *names: str) -> Any:
+    return Annotated[str, typer.Option(*names, help=text)]
+
+
+def _dtype(text: str) -> Any:
+    return Annotated[ValueType | None, typer.Option(help=text)]
+
+
 def cost(
-    model: Annotated[
-        str,
-        typer.Option(
-            help=f"Language model: {', '.join(known.known_setups())}, a local transformers folder or its config.json; "
-            f"default: the checkpoint's base model, else {DEFAULT_MODEL}."
-        ),
-    ] = "",
-    checkpoint: Annotated[
-        str,
-        typer.Option("--checkpoint", "-c", help="Bundled checkpoint name or native folder, for hypernetwork and encoder."),
-    ] = "",
-    encoder: Annotated[
-        str,
-        typer.Option(
-            help=f"Text encoder: {', '.join(known.known_encoders())}, a local folder, its config.json, or "
-            f"'{LANGUAGE_MODEL}' (the language model's last token); default: the checkpoint's or the known model's, "
-            f"else {DEFAULT_ENCODER}."
-        ),
-    ] = "",
-    variant: Annotated[
-        str,
-        typer.Option(help=f"Hypernetwork variant, without --checkpoint: L, M, S-learnable ...; default: {known.VARIANT}."),
-    ] = "",
-    rank: _size("Rank of the adapters", str(known.RANK)) = None,
-    modules: Annotated[
-        str, typer.Option(help=f"Adapted linears, without --checkpoint; default: {','.join(known.MODULES)}.")
-    ] = "",
-    latent_size: _size("Latent size", f"the known model's, else {known.LATENT_SIZE}") = None,
-    head_in_size: _size("Width before the heads", f"the known model's, else {known.HEAD_IN_SIZE}") = None,
-    questions: Annotated[int, typer.Option(min=1, max=MAX_QUESTIONS, help="Questions of one task.")] = 100,
+    model: _text(
+        f"Language model: {MODELS}, a local transformers folder or its config.json; default: the checkpoint's base model, "
+        f"else {DEFAULT_MODEL}."
+    ) = "",
+    checkpoint: _text("Bundled checkpoint name or folder, for hypernetwork and encoder.", "--checkpoint", "-c") = "",
+    encoder: _text(
+        f"Text encoder: {ENCODERS}, a local folder, its config.json, or '{LANGUAGE_MODEL}' (the language model's last "
+        f"token); default: the checkpoint's or the known model's, else {DEFAULT_ENCODER}."
+    ) = "",
+    variant: _text(f"Hypernetwork variant, without --checkpoint: L, M, S-learnable ...; default: {SIZES['variant']}.") = "",
+    rank: _size("Rank of the adapters", "rank") = None,
+    modules: _text(f"Adapted linears, without --checkpoint; default: {','.join(SIZES['modules'])}.") = "",
+    latent_size: _size("Latent size", "latent_size") = None,
+    head_in_size: _size("Width before the heads", "head_in_size") = None,
+    questions: _number("Questions of one task.", MAX_QUESTIONS) = 100,
     shots: _tokens("Few-shot examples in the prompt of in-context learning.") = 3,
     shot: _tokens("Tokens of one few-shot example.") = 80,
     question: _tokens("Tokens of a question with its chat template.", 1) = 59,
@@ -91,15 +84,10 @@ def cost(
     description: _tokens("Tokens of the task's description, in the text encoder's tokenizer.", 1) = 35,
     instruction: _tokens("Tokens of a description in the prompt of in-context learning.") = 0,
     system: _tokens("Tokens of a system prompt, the same for all tasks.") = 0,
-    users: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="Concurrent sequences, for memory and decode step.")] = 1,
-    tasks: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="Different tasks among the users.")] = 1,
-    dtype: Annotated[
-        ValueType | None,
-        typer.Option(help="Dtype of the model's weights; int4: without scales; default: the config's, else bfloat16."),
-    ] = None,
-    cache_dtype: Annotated[
-        ValueType | None, typer.Option(help="Dtype of keys and values; default: that of the weights, at least 16 bits.")
-    ] = None,
+    users: _number("Concurrent sequences, for memory and decode step.", MAX_USERS) = 1,
+    tasks: _number("Different tasks among the users.", MAX_USERS) = 1,
+    dtype: _dtype("Dtype of the model's weights; int4: without scales; default: the config's, else bfloat16.") = None,
+    cache_dtype: _dtype("Dtype of keys and values; default: that of the weights, at least 16 bits.") = None,
     tflops: _rate("TFLOP/s of your device") = None,
     gbps: _rate("Memory bandwidth of your device in GB/s") = None,
     as_json: Json = False,
@@ -109,24 +97,17 @@ def cost(
     FLOPs, memory traffic and memory of six ways to serve a task, with break-even points.  Computed from configurations: no
     weights are read, nothing is downloaded or measured, and answer quality is not considered.
     """
-    if (tflops is None) != (gbps is None):
-        raise typer.BadParameter("expected both --tflops and --gbps, or neither")
-    if not all(math.isfinite(rate) for rate in (tflops or 0, gbps or 0)):
-        raise typer.BadParameter("expected finite --tflops and --gbps")
+    if (tflops is None) != (gbps is None) or not math.isfinite((tflops or 0) + (gbps or 0)):
+        raise typer.BadParameter("expected both --tflops and --gbps, finite, or neither")
     if tasks > users:
         raise typer.BadParameter(f"--tasks: expected at most as many as --users, {users}, got {tasks}")
-    sizes = {
-        "variant": variant, "rank": rank, "modules": tuple(split_names(modules)), "latent_size": latent_size,
-        "head_in_size": head_in_size,
-    }  # fmt: skip
-    given = {name: value for name, value in sizes.items() if value}
-    if checkpoint and given:
-        raise typer.BadParameter(f"--{next(iter(given)).replace('_', '-')}: --checkpoint gives the hypernetwork")
-    load = costs.Workload(
-        question=question, answer=answer, shots=shots, shot=shot, description=description, instruction=instruction,
-        system=system,
-    )  # fmt: skip
-    setup, about = _setup(model, checkpoint, encoder, given, dtype, cache_dtype)
+    names = tuple(split_names(modules))
+    sizes = dict(zip(SIZES, (variant, names, rank, latent_size, head_in_size), strict=True))
+    sizes = {name: value for name, value in sizes.items() if value}
+    if checkpoint and sizes:
+        raise typer.BadParameter(f"--{next(iter(sizes)).replace('_', '-')}: --checkpoint gives the hypernetwork")
+    load = costs.Workload(question, answer, shots, shot, description, instruction, system)
+    setup, about = _setup(model, checkpoint, encoder, sizes, dtype and dtype.value, cache_dtype and cache_dtype.value)
     rates = None if tflops is None or gbps is None else (tflops * 1e12, gbps * 1e9)
     result = about | document(setup, load, questions, users, tasks, rates)
     if as_json:
@@ -135,115 +116,84 @@ def cost(
         render(result)
 
 
-# --- models and checkpoints by option ------------------------------------------------------------------------------------
+# --- models and checkpoints by option --------------------------------------------------------------------------------
 
 
 def _setup(
-    model: str,
-    checkpoint: str,
-    encoder: str,
-    given: Mapping[str, Any],
-    dtype: ValueType | None,
-    cache_dtype: ValueType | None,
+    model: str, checkpoint: str, encoder: str, sizes: Mapping[str, Any], dtype: str | None, cache_dtype: str | None
 ) -> tuple[costs.Setup, dict[str, Any]]:
     """(setup, JSON description of its parts) for the options."""
-    path, blocks = _native(checkpoint) if checkpoint else (None, {})
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # keeps stderr for our own messages
+    blocks, path = {}, Path(CONFIG_NAME)
+    if checkpoint:
+        folder = resolve_checkpoint(checkpoint)
+        if format_of(folder) != "native":
+            raise ConfigError(f"{folder}: a checkpoint in Sakana format; convert it to the native one with 't2l convert'")
+        path, blocks = folder / CONFIG_NAME, native_blocks(folder)
     model = model or blocks.get("base_model") or ("" if checkpoint else DEFAULT_MODEL)
     if not model:
         raise ValueError("--model: the checkpoint does not name one; give it here")
-    name = _known("models", model)
-    if name:
-        decoder, stated = costs.known_setup(name).decoder, None
-    else:
-        decoder, stated = _decoder(model, dtype)
-    weights = dtype or stated or ValueType.bfloat16
-    cache = cache_dtype or (weights if weights.itemsize >= 2 else ValueType.bfloat16)
-    entry = known.known_entries("models").get(name, {})
+    name, entry, config = _config("models", "--model", model, MODELS)
+    counted = costs.count(config)
+    dtype = dtype or ("bfloat16" if entry else _stated_dtype(config)) or "bfloat16"
+    cache_dtype = cache_dtype or (dtype if ITEMSIZES[dtype] >= 2 else "bfloat16")
     encoder = encoder or (_encoder_of(path, blocks) if checkpoint else entry.get("encoder", DEFAULT_ENCODER))
-    texts = decoder if encoder == LANGUAGE_MODEL else _encoder(encoder)
+    itself = encoder == LANGUAGE_MODEL
+    choices = f"{ENCODERS}, {LANGUAGE_MODEL}"
+    texts = counted if itself else costs.count(_config("encoders", "--encoder", encoder, choices)[2], head=False)
     if checkpoint:
         hypernet = from_json(HyperNetworkConfig, blocks["hypernetwork"], f"{path}: hypernetwork")
-        _check(hypernet, decoder, texts, f"{path}: hypernetwork")
+        _check(hypernet, counted, texts, f"{path}: hypernetwork")
     else:
-        hypernet = known.hypernetwork_for(decoder, texts, **(entry.get("hypernetwork", {}) | given))
-    setup = costs.Setup(
-        decoder, texts, hypernet, itemsize=weights.itemsize, cache_itemsize=cache.itemsize, adapter_itemsize=ADAPTER,
-        encoder_itemsize=0 if encoder == LANGUAGE_MODEL else ENCODER,
-    )  # fmt: skip
+        hypernet = costs.hypernetwork_for(counted, texts, **(entry.get("hypernetwork", {}) | sizes))
+    itemsizes = ITEMSIZES[dtype], ITEMSIZES[cache_dtype], ADAPTER, 0 if itself else ENCODER
+    setup = costs.Setup(counted, texts, hypernet, *itemsizes)
     about = {
         "model": {
-            "name": name or model, "type": decoder.model_type, "parameters": decoder.num_parameters, "dtype": weights.value,
-            "bytes": round(decoder.num_parameters * weights.itemsize), "cache_dtype": cache.value,
-            "cache_bytes_per_token": setup.kv(1), "window": min(filter(None, decoder.windows), default=None),
+            "name": name, "type": counted.model_type, "parameters": counted.parameters, "dtype": dtype,
+            "bytes": round(counted.parameters * setup.itemsize), "cache_dtype": cache_dtype,
+            "cache_bytes_per_token": setup.kv(1),
+            "window": min((layer.window for layer in counted.attention if layer.window), default=None),
         },
         "hypernetwork": to_json(hypernet) | {"checkpoint": checkpoint or None, "parameters": hypernet.num_parameters},
         "encoder": {
-            "name": encoder, "type": texts.model_type, "parameters": texts.num_parameters,
+            "name": encoder, "type": texts.model_type, "parameters": texts.parameters,
             "bytes_per_value": setup.encoder_itemsize,
         },
-        "adapter": {"values": costs.adapter_values(hypernet), "bytes": setup.adapter_bytes, "bytes_per_value": ADAPTER},
+        "adapter": {
+            "values": costs.adapter_values(hypernet), "bytes": setup.adapter_bytes, "bytes_per_value": ADAPTER,
+        },
         "generator_bytes": setup.generator_bytes,
     }  # fmt: skip
     return setup, about
 
 
-def _known(kind: str, name: str) -> str | None:
-    """``name`` if it is known, or the known name of the Hub repository ``name``; None otherwise or for a local path."""
-    entries = known.known_entries(kind)
-    if name in entries or Path(name).exists():
-        return name if name in entries else None
-    return next((key for key, entry in entries.items() if entry["from"] == name), None)
-
-
-def _local(option: str, name: str, others: list[str]) -> Path:
-    path = Path(name)
+def _config(kind: str, option: str, name: str, choices: str) -> tuple[str, dict[str, Any], Any]:
+    """(name, entry if it is known by its name or its name on the Hub, configuration)."""
+    path, entries = Path(name), costs.known_entries(kind)
+    known = name if name in entries else next((key for key in entries if entries[key]["from"] == name), None)
+    if name in entries or (known and not path.exists()):
+        return known, entries[known], entries[known]["config"]
     if not path.exists():
         raise FileNotFoundError(
-            f"{option}: {short_repr(name)}: no such folder or file, and nothing is downloaded; "
-            "expected a local folder with a "
-            f"config.json, the config.json, or one of {', '.join(others)}"
+            f"{option}: {short_repr(name)}: no such folder or file, and nothing is downloaded; expected a local folder with "
+            f"a config.json, the config.json, or one of {choices}"
         )
-    return path
+    return name, {}, path
 
 
-def _decoder(model: str, dtype: ValueType | None) -> tuple[costs.Decoder, ValueType | None]:
-    """(model of a local configuration, its stated dtype); ConfigError if ``dtype`` is needed but None."""
-    path = _local("--model", model, known.known_setups())
-    decoder = costs.Decoder.from_config(path)
-    values, where = decoders.config_values(path)
-    text = values.get("text_config")
-    blocks = [values, text] if isinstance(text, dict) else [values]
-    if dtype is not None:
-        return decoder, None
-    if any(block.get("quantization_config") is not None for block in blocks):
+def _stated_dtype(config: Path) -> str | None:
+    """ConfigError if the configuration states a dtype that is not one of :data:`ITEMSIZES`, or is of quantized weights."""
+    values, where = costs.config_values(config)
+    if values.get("quantization_config") is not None:
         raise ConfigError(f"{where}: quantization_config: its weights may be of any size; give --dtype")
-    stated = [block[key] for block in blocks for key in ("dtype", "torch_dtype") if block.get(key) is not None]
-    if not stated:
-        return decoder, None
-    names = [item.value for item in ValueType if item.itemsize >= 2]
-    if stated[0] not in names:
-        raise ConfigError(f"{where}: dtype: expected one of {', '.join(names)}, got {short_repr(stated[0])}; give --dtype")
-    return decoder, ValueType(stated[0])
-
-
-def _encoder(name: str) -> costs.Encoder | costs.Decoder:
-    found = _known("encoders", name)
-    if found:
-        return known.encoder_named(found)
-    path = _local("--encoder", name, [*known.known_encoders(), LANGUAGE_MODEL])
-    values, where = decoders.config_values(path)
-    kind, kinds = values.get("model_type"), [*encoders.FAMILIES, *decoders.FAMILIES]
-    if kind not in kinds:
-        raise ConfigError(f"{where}: model_type: expected one of {', '.join(kinds)}, got {short_repr(kind)}")
-    return (costs.Encoder if kind in encoders.FAMILIES else costs.Decoder).from_config(path)
-
-
-def _native(name: str) -> tuple[Path, dict[str, Any]]:
-    """Path and blocks of the ``config.json`` of a checkpoint in native format."""
-    folder = resolve_checkpoint(name)
-    if format_of(folder) == "sakana":
-        raise ConfigError(f"{folder}: a checkpoint in Sakana format; convert it to the native one with 't2l convert'")
-    return folder / CONFIG_NAME, native_blocks(folder)
+    stated = values.get("dtype") or values.get("torch_dtype")
+    names = [name for name, size in ITEMSIZES.items() if size >= 2]
+    if stated is not None and stated not in names:
+        raise ConfigError(f"{where}: dtype: expected one of {', '.join(names)}, got {short_repr(stated)}; give --dtype")
+    return stated
 
 
 def _encoder_of(path: Path, blocks: dict[str, Any]) -> str:
@@ -254,22 +204,154 @@ def _encoder_of(path: Path, blocks: dict[str, Any]) -> str:
     if isinstance(config, OneHotConfig):
         raise ConfigError(f"{path}: encoder: it knows tasks by their names (one-hot), no description is read")
     if isinstance(config, LLMEncoderConfig):
-        raise ConfigError(f"{path}: encoder: expected one vector a text, got a reader, which is not counted")
-    if config.pooling == "last" and config.name == (blocks.get("base_model") or "").rstrip("/"):
-        return LANGUAGE_MODEL
-    return config.name
+        raise ConfigError(f"{path}: encoder: an LLM encoder with attention pooling is not counted; give --encoder")
+    itself = config.pooling == "last" and config.name == (blocks.get("base_model") or "").rstrip("/")
+    return LANGUAGE_MODEL if itself else config.name
 
 
-def _check(hypernet: HyperNetworkConfig, decoder: costs.Decoder, encoder: costs.Encoder | costs.Decoder, where: str) -> None:
+def _check(hypernet: HyperNetworkConfig, model: costs.Model, encoder: costs.Model, where: str) -> None:
     """ConfigError if ``hypernet`` does not fit model or encoder."""
-    shapes, sizes = decoder.module_shapes, zip(hypernet.in_features, hypernet.out_features, strict=True)
-    for module, shape in zip(hypernet.modules, sizes, strict=True):
-        if shapes.get(module) != shape:
-            of_model = f"{shapes[module][0]} to {shapes[module][1]}" if module in shapes else "no such linear"
-            raise ConfigError(
-                f"{where}: {module}: the model has {of_model}, the hypernetwork is for {shape[0]} to {shape[1]}"
-            )
-    if hypernet.num_layers != decoder.layers:
-        raise ConfigError(f"{where}: num_layers: expected {decoder.layers} as the model has, got {hypernet.num_layers}")
-    if hypernet.embed_dim != encoder.hidden:
-        raise ConfigError(f"{where}: embed_dim: expected {encoder.hidden} as the encoder gives, got {hypernet.embed_dim}")
+    for module, *shape in zip(hypernet.modules, hypernet.in_features, hypernet.out_features, strict=True):
+        found = model.linears.get(module)
+        if found != tuple(shape):
+            of_model = f"{found[0]} to {found[1]}" if found else "no such linear in every layer"
+            raise ConfigError(f"{where}: {module}: the model has {of_model}, the hypernetwork is for {shape[0]} to {shape[1]}")
+    for field, expected, of in (("num_layers", model.layers, "model"), ("embed_dim", encoder.hidden, "encoder")):
+        if getattr(hypernet, field) != expected:
+            got = getattr(hypernet, field)
+            raise ConfigError(f"{where}: {field}: expected {expected} as the {of} has, got {got}")
+
+
+# --- the result ------------------------------------------------------------------------------------------------------
+
+
+def document(
+    setup: costs.Setup, load: costs.Workload, questions: int, users: int, tasks: int, rates: tuple[float, float] | None
+) -> dict[str, Any]:
+    """All results as JSON values; ``rates``: FLOP/s and bytes/s; None: no times."""
+    made = costs.ways(setup, load)
+    kept = made["t2l-task"]
+
+    def seconds(request: costs.Request) -> float:
+        return request.seconds(*rates)
+
+    def won(measure: Callable[[costs.Request], float]) -> list[dict[str, Any]]:
+        pairs = {(a, b): costs.questions_won(made[a], made[b], measure) for a, b in PAIRS}
+        return [{"way": a, "rival": b, "questions": found and list(found)} for (a, b), found in pairs.items()]
+
+    def way(w: costs.Way) -> dict[str, Any]:
+        times = rates and {
+            "first_token": w.first.seconds(*rates, first_token=True), "first_question": seconds(w.first),
+            "later_question": seconds(w.later), "questions": w.total(questions, seconds),
+        }  # fmt: skip
+        return {
+            "what": costs.WAYS[w.name],
+            "flop_to_first_token": w.first.flops(first_token=True),
+            "flop_first_question": w.first.flops(),
+            "flop_later_question": w.later.flops(),
+            "flop_questions": w.total(questions),
+            "ratio": w.total(questions) / kept.total(questions),
+            "decode_step_bytes": w.step_bytes(setup, users, tasks),
+            "memory_bytes": w.memory(users, tasks),
+            "least_seconds": times,
+            "first": [dataclasses.asdict(phase) for phase in w.first.phases],
+            "later": [dataclasses.asdict(phase) for phase in w.later.phases],
+        }
+
+    shots = {r: costs.shots_to_win(setup, load, "t2l-task", r, questions=questions, limit=MAX_SHOTS) for r in RIVALS}
+    return {
+        "workload": dataclasses.asdict(load), "questions": questions, "users": users, "tasks": tasks,
+        "rates": rates and {"flops_per_second": rates[0], "bytes_per_second": rates[1]},
+        "ways": {name: way(w) for name, w in made.items()},
+        "questions_won": won(costs.Request.flops),
+        "questions_won_in_least_time": rates and won(seconds),
+        "shots_to_win": shots,
+        "tasks_to_win": {r: costs.tasks_to_win(kept, made[r], Fraction(users, tasks)) for r in RIVALS},
+        "tokens_of_adapter": costs.tokens_of_adapter(setup),
+    }  # fmt: skip
+
+
+def amount(value: float, unit: str) -> str:
+    """``value`` with three significant digits and a prefix of its unit.
+
+    >>> amount(6815744, "B"), amount(999.9e6, "B"), amount(0.0457, "s"), amount(12, "B")
+    ('6.82 MB', '1.00 GB', '45.7 ms', '12.0 B')
+    """
+    exponent = min(6, max(-3, math.floor(math.log10(float(f"{value:.3g}")) / 3))) if value else 0
+    return f"{float(f'{value / 1000**exponent:.3g}'):#.3g} {'num kMGTPE'[exponent + 3].strip()}{unit}"
+
+
+def render(about: Mapping[str, Any]) -> None:
+    """Print the setup, a table of the ways, and break-even points."""
+    from rich.table import Table
+
+    screen, ways, timed = console(), about["ways"].values(), bool(about["rates"])
+    facts = Table.grid(padding=(0, 2))
+    for fact in _facts(about):
+        facts.add_row(*fact)
+    number = f"{about['questions']:,}\nquestions"
+    heads = ["to the\nfirst token", "later\nquestion", number, "beside T2L\nper task", "decode\nstep reads"]
+    table = Table("FLOP", *heads, "memory beside\nthe weights")
+    times = Table("roofline time", heads[0], "first\nquestion", heads[1], number)
+    for label, way in zip(costs.LABELS.values(), ways, strict=True):
+        flops = (amount(way[f"flop_{of}"], "") for of in ("to_first_token", "later_question", "questions"))
+        held = (amount(way[of], "B") for of in ("decode_step_bytes", "memory_bytes"))
+        table.add_row(label, *flops, f"{way['ratio']:.3g}", *held)
+        times.add_row(label, *(amount(of, "s") for of in (way["least_seconds"] or {}).values()))
+    for column in (*table.columns[1:], *times.columns[1:]):
+        column.justify = "right"
+    screen.print(facts, "", table)
+    screen.print(
+        "First token: of a task's first question; filling a warm cache before it is not counted.\n"
+        "Later question, questions: prompts and answers.\n"
+        f"Decode step and memory: at {about['users']:,} users with {about['tasks']:,} tasks.\n"
+    )
+    if timed:
+        screen.print(times, "One question at a time, computed from the rates, not measured.\n")
+    even = Table("break-even", "FLOP", *["roofline time"] * timed)
+    for name, *found in _break_even(about):
+        even.add_row(name, *found)
+    screen.print(even, "Computed from configurations; answer quality is not considered.")
+
+
+def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    model, net, encoder, load = about["model"], about["hypernetwork"], about["encoder"], about["workload"]
+    window = f", windows of {model['window']:,} tokens" if model["window"] else ""
+    origin = f" of {_printable(net['checkpoint'])}" if net["checkpoint"] else ""
+    yield "language model", f"{_printable(model['name'])}, {amount(model['parameters'], '')} parameters, {model['dtype']}"
+    yield "keys and values", f"{model['cache_dtype']}, {amount(model['cache_bytes_per_token'], 'B')} a token{window}"
+    yield "hypernetwork", f"{net['variant']}{origin}, {amount(net['parameters'], '')} parameters"
+    yield "adapter", f"rank {net['rank']} on {', '.join(net['modules'])}, {amount(about['adapter']['bytes'], 'B')}"
+    own = encoder["bytes_per_value"]
+    name = f"{_printable(encoder['name'])}, {amount(encoder['parameters'], '')} parameters"
+    yield "text encoder", name if own else "the language model itself"
+    yield "tokens", ", ".join(f"{name} {length:,}" for name, length in load.items() if length)
+
+
+def _printable(name: str) -> str:
+    """A name from an option or a file, made printable and bounded in length."""
+    return name if name.isprintable() and len(name) <= 120 else short_repr(name)
+
+
+def _break_even(about: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Rows (what, by FLOPs, by roofline time if there are rates)."""
+    labels = costs.LABELS
+    for flops, time in zip(about["questions_won"], about["questions_won_in_least_time"] or about["questions_won"], strict=True):
+        found = (_range(of["questions"]) for of in ((flops, time) if about["rates"] else (flops,)))
+        yield f"{labels[flops['way']]} costs less than {labels[flops['rival']]}", *found
+    for rival, least in about["shots_to_win"].items():
+        what = f"T2L per task costs less than {labels[rival]}, by shots of {about['workload']['shot']:,} tokens"
+        yield what, f"never up to {MAX_SHOTS:,}" if least is None else f"from {least:,} shots"
+    for rival, least in about["tasks_to_win"].items():
+        what = f"T2L per task holds less memory than {labels[rival]}, at {about['users'] / about['tasks']:.3g} users a task"
+        yield what, "never" if least is None else f"from {least:,} tasks"
+    yield "An adapter is smaller than keys and values", f"from {about['tokens_of_adapter']:,} tokens"
+
+
+def _range(questions: tuple[int, int | None] | None) -> str:
+    if questions is None:
+        return "never"
+    first, last = questions
+    if last is not None:
+        return f"up to {last:,} questions"
+    return "always" if first == 1 else f"from {first:,} questions"

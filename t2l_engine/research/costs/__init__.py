@@ -1,24 +1,9 @@
-"""FLOPs and bytes of encoders, hypernetworks, language models and adapters, computed from configurations (docs/icl.md).
+"""FLOPs and bytes of answering by in-context examples and by generated adapters, from configurations alone (docs/icl.md).
 
-May be imported: the names below, and ``decoder``, ``encoder``, ``known``, ``serving``.  Imports ``files`` and
-``hypernetwork.config``.
+May be imported: the names below.  Imports ``files``, ``hypernetwork``, torch and transformers.
 """
 
-from t2l_engine.research.costs.counts import (
-    adapter_values,
-    cache_bytes,
-    decoder_flops,
-    encoder_flops,
-    hypernet_flops,
-    lora_flops,
-    merge_flops,
-    merged_values,
-    pass_bytes,
-    steps_bytes,
-)
-from t2l_engine.research.costs.decoder import Decoder, Experts
-from t2l_engine.research.costs.encoder import Encoder
-from t2l_engine.research.costs.known import known_setup, known_setups
+from t2l_engine.research.costs.model import Model, Parts, config_values, count
 from t2l_engine.research.costs.serving import (
     LABELS,
     WAYS,
@@ -27,41 +12,37 @@ from t2l_engine.research.costs.serving import (
     Setup,
     Way,
     Workload,
+    adapter_values,
+    hypernet_flops,
     questions_won,
     shots_to_win,
     tasks_to_win,
     tokens_of_adapter,
     ways,
 )
-from t2l_engine.research.costs.terms import Cost, Term
+from t2l_engine.research.costs.known import PAPER, hypernetwork_for, known_encoder, known_entries, known_setup
 
 __all__ = [
     "LABELS",
+    "PAPER",
     "WAYS",
-    "Cost",
-    "Decoder",
-    "Encoder",
-    "Experts",
+    "Model",
+    "Parts",
     "Phase",
     "Request",
     "Setup",
-    "Term",
     "Way",
     "Workload",
     "adapter_values",
-    "cache_bytes",
-    "decoder_flops",
-    "encoder_flops",
+    "config_values",
+    "count",
     "hypernet_flops",
+    "hypernetwork_for",
+    "known_encoder",
+    "known_entries",
     "known_setup",
-    "known_setups",
-    "lora_flops",
-    "merge_flops",
-    "merged_values",
-    "pass_bytes",
     "questions_won",
     "shots_to_win",
-    "steps_bytes",
     "tasks_to_win",
     "tokens_of_adapter",
     "ways",

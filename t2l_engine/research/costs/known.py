@@ -1,4 +1,4 @@
-"""Setups by name: base models of released and bundled T2L checkpoints, their text encoders and hypernetworks."""
+"""Base models of released and bundled T2L checkpoints by name, with their text encoders and hypernetworks."""
 
 from __future__ import annotations
 
@@ -9,21 +9,18 @@ from typing import Any
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import read_json
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
-from t2l_engine.research.costs.decoder import Decoder
-from t2l_engine.research.costs.encoder import Encoder
+from t2l_engine.research.costs.model import Model, count
 from t2l_engine.research.costs.serving import Setup, Workload
 
-FILE = Path(__file__).with_name("known.json")
-#: Adapted modules, rank and variant of released checkpoints (arXiv 2506.06105, appendix).
-MODULES, RANK, VARIANT = ("q_proj", "v_proj"), 8, "L"
-LATENT_SIZE, HEAD_IN_SIZE = 128, 512
+#: Sizes of released checkpoints for Mistral-7B (arXiv 2506.06105, appendix).
+SIZES = {"variant": "L", "modules": ("q_proj", "v_proj"), "rank": 8, "latent_size": 128, "head_in_size": 512}
 #: Lengths implied by the paper's appendix I: a question 59, with three shots 299, a description 35 tokens.
 PAPER = Workload(question=59, answer=1, shots=3, shot=80, description=35)
 
 
 @functools.cache
 def _file() -> dict[str, Any]:
-    return read_json(FILE)
+    return read_json(Path(__file__).with_name("known.json"))
 
 
 def known_entries(kind: str) -> dict[str, Any]:
@@ -31,70 +28,45 @@ def known_entries(kind: str) -> dict[str, Any]:
     return _file()[kind]
 
 
-def known_setups() -> list[str]:
-    """The names of :func:`known_setup`."""
-    return list(known_entries("models"))
-
-
-def known_encoders() -> list[str]:
-    """The names of :func:`encoder_named`."""
-    return list(known_entries("encoders"))
-
-
-def encoder_named(name: str) -> Encoder:
-    """The text encoder ``name`` of :func:`known_encoders`; ConfigError for another name."""
-    return Encoder.from_config(_entry("encoders", name)["config"])
-
-
-def hypernetwork_for(
-    decoder: Decoder,
-    encoder: Encoder | Decoder,
-    *,
-    modules: tuple[str, ...] = MODULES,
-    rank: int = RANK,
-    variant: str = VARIANT,
-    latent_size: int = LATENT_SIZE,
-    head_in_size: int = HEAD_IN_SIZE,
-) -> HyperNetworkConfig:
-    """A hypernetwork that adapts ``modules`` in every layer of ``decoder``; sizes default to those for Mistral-7B.
-
-    Raises ConfigError for a module that is missing in a layer of the model.
-    """
-    shapes = decoder.module_shapes
-    for name in modules:
-        if name not in shapes:
-            raise ConfigError(
-                f"modules: expected some of {', '.join(shapes)} for {decoder.model_type}, got {short_repr(name)}"
-            )
-    return HyperNetworkConfig(
-        variant=variant,
-        modules=modules,
-        in_features=tuple(shapes[name][0] for name in modules),
-        out_features=tuple(shapes[name][1] for name in modules),
-        num_layers=decoder.layers,
-        rank=rank,
-        embed_dim=encoder.hidden,
-        latent_size=latent_size,
-        head_in_size=head_in_size,
-        lora_alpha=2.0 * rank,
-    )
-
-
-def known_setup(name: str) -> Setup:
-    """Language model ``name`` with its text encoder and hypernetwork, all with two bytes per value.
-
-    Raises ConfigError for a name not in :func:`known_setups`.
-
-    >>> known_setup("mistral-7b").hypernet.num_parameters
-    55424000
-    """
-    entry = _entry("models", name)
-    decoder, encoder = Decoder.from_config(entry["config"]), encoder_named(entry["encoder"])
-    return Setup(decoder, encoder, hypernetwork_for(decoder, encoder, **entry["hypernetwork"]))
-
-
 def _entry(kind: str, name: str) -> dict[str, Any]:
     known = known_entries(kind)
     if name not in known:
         raise ConfigError(f"{kind.removesuffix('s')}: expected one of {', '.join(known)}, got {short_repr(name)}")
     return known[name]
+
+
+@functools.cache
+def known_encoder(name: str) -> Model:
+    return count(_entry("encoders", name)["config"], head=False)
+
+
+def hypernetwork_for(model: Model, encoder: Model, **sizes: Any) -> HyperNetworkConfig:
+    """A hypernetwork for every layer of ``model``; ``sizes``: of :data:`SIZES`, whose values are the defaults.
+
+    Raises ConfigError for a module that is missing in a layer of the model.
+    """
+    sizes = SIZES | sizes
+    for name in sizes["modules"]:
+        if name not in model.linears:
+            found = ", ".join(model.linears)
+            raise ConfigError(f"modules: expected some of {found} for {model.model_type}, got {short_repr(name)}")
+    features = zip(*(model.linears[name] for name in sizes["modules"]), strict=True)
+    return HyperNetworkConfig(
+        **sizes,
+        **dict(zip(("in_features", "out_features"), features, strict=True)),
+        num_layers=model.layers,
+        embed_dim=encoder.hidden,
+        lora_alpha=2.0 * sizes["rank"],
+    )
+
+
+@functools.cache
+def known_setup(name: str) -> Setup:
+    """Language model ``name`` with its text encoder and hypernetwork, all with two bytes per value; ConfigError otherwise.
+
+    >>> known_setup("mistral-7b").hypernet.num_parameters
+    55424000
+    """
+    entry = _entry("models", name)
+    model, encoder = count(entry["config"]), known_encoder(entry["encoder"])
+    return Setup(model, encoder, hypernetwork_for(model, encoder, **entry["hypernetwork"]))

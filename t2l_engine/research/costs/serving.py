@@ -1,30 +1,47 @@
 """Cost of answering questions of a task by each way of serving: few-shot examples in the prompt, or generated adapters.
 
 A way has a cost for the first question of a task and one for each later question; totals are linear in the number of
-questions and break-even points have closed forms.
+questions and break-even points have closed forms.  Bytes: every weight once per pass, keys and values read and written,
+adapters; activations are assumed to stay in cache.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
-from t2l_engine.research.costs.counts import (
-    adapter_values,
-    cache_bytes,
-    decoder_flops,
-    encoder_flops,
-    hypernet_flops,
-    lora_flops,
-    merge_flops,
-    merged_values,
-    pass_bytes,
-    steps_bytes,
-)
-from t2l_engine.research.costs.decoder import Decoder
-from t2l_engine.research.costs.encoder import Encoder
-from t2l_engine.research.costs.terms import Cost, byte
+from t2l_engine.research.costs.model import Model, Parts
+
+
+@functools.cache
+def hypernet_flops(config: HyperNetworkConfig) -> Parts:
+    """FLOPs of generating one adapter, by the formulas that are registered for this package's ops, as trunk and heads."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from t2l_engine.hypernetwork.network import HyperNetwork
+
+    with torch.device("meta"), torch.no_grad():
+        network, task_emb = HyperNetwork(config), torch.empty(1, config.embed_dim)
+        network.generate(task_emb)  # folds what does not depend on the task
+        with FlopCounterMode(display=False) as counter:
+            network.generate(task_emb)
+    heads = counter.get_flop_counts()["Global"][torch.ops.t2l_engine.hypernet_heads]
+    return {"trunk": counter.get_total_flops() - heads, "heads": heads}
+
+
+def adapter_values(config: HyperNetworkConfig) -> int:
+    """Number of entries of A and B of one adapter; applying it to a token takes two FLOPs each."""
+    return config.num_layers * config.rank * sum(config.in_features + config.out_features)
+
+
+def merged_values(config: HyperNetworkConfig) -> int:
+    """Number of weights that merging an adapter changes; the products B A take ``2 * rank`` FLOPs each."""
+    products = (n_in * n_out for n_in, n_out in zip(config.in_features, config.out_features, strict=True))
+    return config.num_layers * sum(products)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +52,8 @@ class Setup:
     hypernetwork and its adapters; ``encoder_itemsize``: of the text encoder, 0 if it is the language model itself.
     """
 
-    decoder: Decoder
-    encoder: Encoder | Decoder
+    model: Model
+    encoder: Model
     hypernet: HyperNetworkConfig
     itemsize: float = 2
     cache_itemsize: float = 2
@@ -50,11 +67,12 @@ class Setup:
     @property
     def generator_bytes(self) -> int:
         """Bytes of text encoder and hypernetwork."""
-        encoder = round(self.encoder.num_parameters * self.encoder_itemsize)
+        encoder = round(self.encoder.parameters * self.encoder_itemsize)
         return encoder + round(self.hypernet.num_parameters * self.adapter_itemsize)
 
     def kv(self, tokens: int) -> int:
-        return cache_bytes(self.decoder, tokens, self.cache_itemsize)
+        """Bytes of the KV cache of a sequence."""
+        return round(self.model.kept(tokens) * self.cache_itemsize)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +93,10 @@ class Workload:
     system: int = 0
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, low = getattr(self, field.name), 1 if field.name in ("question", "answer", "description") else 0
+        for name, value in vars(self).items():
+            low = int(name in ("question", "answer", "description"))
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"{field.name}: expected a number of tokens of at least {low}, got {value!r}")
+                raise ValueError(f"{name}: expected a number of tokens of at least {low}, got {value!r}")
 
     @property
     def prefix(self) -> int:
@@ -88,15 +106,15 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One phase of a request: FLOPs and memory traffic."""
+    """One phase of a request: FLOPs and memory traffic by part."""
 
     name: str
-    flops: Cost
-    bytes: Cost
+    flops: Parts
+    bytes: Parts
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
         """Roofline time: the larger of compute time and memory time at these rates."""
-        return max(self.flops.total / flops_per_second, self.bytes.total / bytes_per_second)
+        return max(sum(self.flops.values()) / flops_per_second, sum(self.bytes.values()) / bytes_per_second)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,24 +123,14 @@ class Request:
 
     phases: tuple[Phase, ...]
 
-    @property
-    def to_first_token(self) -> tuple[Phase, ...]:
-        return tuple(phase for phase in self.phases if phase.name != "answer")
+    def until(self, first_token: bool) -> tuple[Phase, ...]:
+        return tuple(phase for phase in self.phases if not (first_token and phase.name == "answer"))
 
     def flops(self, *, first_token: bool = False) -> int:
-        return sum(p.flops.total for p in (self.to_first_token if first_token else self.phases))
+        return sum(sum(phase.flops.values()) for phase in self.until(first_token))
 
     def seconds(self, flops_per_second: float, bytes_per_second: float, *, first_token: bool = False) -> float:
-        phases = self.to_first_token if first_token else self.phases
-        return sum(p.seconds(flops_per_second, bytes_per_second) for p in phases)
-
-
-#: A measure of a request that is summed over questions, such as FLOPs or seconds.
-Measure = Callable[[Request], float]
-
-
-def all_flops(request: Request) -> float:
-    return request.flops()
+        return sum(phase.seconds(flops_per_second, bytes_per_second) for phase in self.until(first_token))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +153,7 @@ class Way:
     read_per_task: int
     not_read: int = 0
 
-    def total(self, questions: int, measure: Measure = all_flops) -> float:
+    def total(self, questions: int, measure: Callable[[Request], float] = Request.flops) -> float:
         """Sum of ``measure`` over the first ``questions`` questions of a task."""
         return measure(self.first) + (questions - 1) * measure(self.later)
 
@@ -155,27 +163,21 @@ class Way:
 
     def step_bytes(self, setup: Setup, users: int, tasks: int) -> int:
         """Bytes that a decode step of ``users`` rows of ``tasks`` tasks reads: weights, keys and values, adapters."""
-        weights = pass_bytes(setup.decoder, [0], users, itemsize=setup.itemsize)["weights"]
+        weights = round(setup.model.weights(users) * setup.itemsize)
         return weights - self.not_read + users * self.read_per_user + tasks * self.read_per_task
 
 
-#: Way -> its label in tables (LABELS) and its description (WAYS).
-LABELS = {
-    "icl": "ICL, no cache",
-    "icl-cold": "ICL, cold cache",
-    "icl-warm": "ICL, warm cache",
-    "t2l-request": "T2L per request",
-    "t2l-task": "T2L per task",
-    "t2l-merged": "T2L merged",
+#: Way -> (its label in tables, its description).
+_WAYS = {
+    "icl": ("ICL, no cache", "examples in every prompt, nothing cached"),
+    "icl-cold": ("ICL, cold cache", "examples cached from a task's first question on"),
+    "icl-warm": ("ICL, warm cache", "examples cached before the first question"),
+    "t2l-request": ("T2L per request", "an adapter generated for every question"),
+    "t2l-task": ("T2L per task", "an adapter generated at a task's first question, then kept"),
+    "t2l-merged": ("T2L merged", "the same, added to the weights (one task at a time, or a copy of the weights for each)"),
 }
-WAYS = {
-    "icl": "examples in every prompt, nothing cached",
-    "icl-cold": "examples cached from a task's first question on",
-    "icl-warm": "examples cached before the first question",
-    "t2l-request": "an adapter generated for every question",
-    "t2l-task": "an adapter generated at a task's first question, then kept",
-    "t2l-merged": "the same, added to the weights (one task at a time, or a copy of the weights for each)",
-}
+LABELS = {name: label for name, (label, _) in _WAYS.items()}
+WAYS = {name: text for name, (_, text) in _WAYS.items()}
 
 
 def ways(setup: Setup, load: Workload) -> dict[str, Way]:
@@ -185,7 +187,7 @@ def ways(setup: Setup, load: Workload) -> dict[str, Way]:
     learning; of the system prompt for adapters, where they depend on the adapter and are computed per task.
     """
     head, before = load.system, load.system + load.prefix
-    plain, adapted = (_Requests(setup, load, adapted) for adapted in (False, True))
+    plain, adapted = (functools.partial(_ask, setup, load, with_adapter) for with_adapter in (False, True))
     describe = _describe(setup, load)
     # Bytes of keys and values: of a whole sequence (with and without examples), and of its parts.  Parts are no differences:
     # a shared prefix stays in memory for other sequences even when the sliding window of this one has passed it.
@@ -194,9 +196,14 @@ def ways(setup: Setup, load: Workload) -> dict[str, Way]:
     rest, examples, system = setup.kv(own), setup.kv(load.prefix), setup.kv(head)
     adapter, generator = setup.adapter_bytes, setup.generator_bytes
     weights = round(merged_values(setup.hypernet) * setup.itemsize)
-    every, cold, warm = plain.ask(0, before), plain.ask(head, before), plain.ask(before, before)
-    new, kept, bare = adapted.ask(0, head, describe), adapted.ask(head, head), plain.ask(head, head)
-    merged = plain.ask(0, head, (*describe, _merge(setup)))
+    merge = Phase(
+        "merge",
+        {"products": 2 * setup.hypernet.rank * merged_values(setup.hypernet)},
+        {"merged weights, read and written": 2 * weights, "adapter": adapter},
+    )
+    every, cold, warm = plain(0, before), plain(head, before), plain(before, before)
+    new, kept, bare = adapted(0, head, describe), adapted(head, head), plain(head, head)
+    merged = plain(0, head, (*describe, merge))
     made = [
         Way("icl", every, every, whole, 0, 0, whole, 0),
         Way("icl-cold", cold, warm, rest, examples, system, whole, 0),
@@ -208,53 +215,47 @@ def ways(setup: Setup, load: Workload) -> dict[str, Way]:
     return {way.name: way for way in made}
 
 
-class _Requests:
-    """Requests of one model and workload, with or without an unmerged adapter."""
+def _ask(setup: Setup, load: Workload, adapted: bool, cached: int, before: int, extra: Sequence[Phase] = ()) -> Request:
+    """The request of a question after ``before`` tokens, of which ``cached`` are in the KV cache."""
+    model, context = setup.model, before + load.question
+    read, steps = context - cached, load.answer - 1  # the prompt gives the first token
 
-    def __init__(self, setup: Setup, load: Workload, adapted: bool):
-        self.setup, self.load, self.adapted = setup, load, adapted
-
-    def ask(self, cached: int, before: int, extra: Sequence[Phase] = ()) -> Request:
-        """The request of a question after ``before`` tokens, of which ``cached`` are in the KV cache."""
-        decoder, context = self.setup.decoder, before + self.load.question
-        sizes = {"itemsize": self.setup.itemsize, "cache_itemsize": self.setup.cache_itemsize}
-        read, steps = context - cached, self.load.answer - 1  # the prompt gives the first token
-        prompt = decoder_flops(decoder, read, cached=cached), pass_bytes(decoder, [cached], read, **sizes)
-        answer = decoder_flops(decoder, steps, cached=context, logits=steps), steps_bytes(decoder, steps, context, **sizes)
-        return Request((*extra, self._phase("prompt", read, 1, *prompt), self._phase("answer", steps, steps, *answer)))
-
-    def _phase(self, name: str, tokens: int, passes: int, flops: Cost, moved: Cost) -> Phase:
-        if self.adapted:
-            flops += lora_flops(self.setup.hypernet, tokens)
-            moved += byte("adapter", self.setup.adapter_bytes * passes, "A and B once per pass")
+    def phase(name: str, flops: Parts, tokens: int, passes: int, weights: int, cache_read: int, cache_written: int) -> Phase:
+        cache = {"KV cache read": cache_read, "KV cache written": cache_written}
+        moved = {"weights": round(weights * setup.itemsize)}
+        moved |= {name: round(values * setup.cache_itemsize) for name, values in cache.items()}
+        if adapted:
+            flops = flops | {"LoRA": 2 * tokens * adapter_values(setup.hypernet)}
+            moved["adapter"] = passes * setup.adapter_bytes
         return Phase(name, flops, moved)
+
+    prompt = model.weights(read), model.kept(cached), model.kept(read)
+    answer = steps * model.weights(1), model.read_by_steps(steps, context), steps * model.kept(1)
+    prompt_flops, answer_flops = model.flops(read, cached), model.flops(steps, context, logits=steps)
+    phases = phase("prompt", prompt_flops, read, 1, *prompt), phase("answer", answer_flops, steps, steps, *answer)
+    return Request((*extra, *phases))
 
 
 def _describe(setup: Setup, load: Workload) -> tuple[Phase, Phase]:
-    model = setup.encoder
-    if isinstance(model, Decoder):
-        itemsize = setup.encoder_itemsize or setup.itemsize
-        encoder = pass_bytes(model, [0], load.description, itemsize=itemsize, cache_itemsize=0, logits=False)
-    else:  # embedding tables are read by rows, which are not counted
-        read = model.num_parameters - model.embeddings * model.hidden
-        encoder = byte("encoder weights", round(read * setup.encoder_itemsize), "every weight once per text")
-    weights = byte("hypernetwork weights", round(setup.hypernet.num_parameters * setup.adapter_itemsize), "read once")
-    written = byte("adapter", setup.adapter_bytes, "A and B written once")
+    tokens, encoder = load.description, setup.encoder
+    weights = round(encoder.weights(tokens, logits=False) * (setup.encoder_itemsize or setup.itemsize))
+    network = round(setup.hypernet.num_parameters * setup.adapter_itemsize)
     return (
-        Phase("describe", encoder_flops(setup.encoder, load.description), encoder),
-        Phase("generate", hypernet_flops(setup.hypernet), weights + written),
+        Phase("describe", encoder.flops(tokens, logits=0), {"encoder weights": weights}),
+        Phase(
+            "generate",
+            hypernet_flops(setup.hypernet),
+            {"hypernetwork weights": network, "adapter, written": setup.adapter_bytes},
+        ),
     )
-
-
-def _merge(setup: Setup) -> Phase:
-    changed = byte("merged weights", 2 * round(merged_values(setup.hypernet) * setup.itemsize), "read and written once")
-    return Phase("merge", merge_flops(setup.hypernet), changed + byte("adapter", setup.adapter_bytes, "A and B read once"))
 
 
 # --- break-even points -----------------------------------------------------------------------------------------------
 
 
-def questions_won(way: Way, rival: Way, measure: Measure = all_flops) -> tuple[int, int | None] | None:
+def questions_won(
+    way: Way, rival: Way, measure: Callable[[Request], float] = Request.flops
+) -> tuple[int, int | None] | None:
     """The range (first, last) of numbers of questions of one task for which ``way`` costs less in total than ``rival``.
 
     last None: unbounded.  None: never.  Both totals are linear, so the range has no gaps.
@@ -269,13 +270,7 @@ def questions_won(way: Way, rival: Way, measure: Measure = all_flops) -> tuple[i
 
 
 def shots_to_win(
-    setup: Setup,
-    load: Workload,
-    way: str,
-    rival: str,
-    *,
-    questions: int = 1,
-    limit: int = 1024,
+    setup: Setup, load: Workload, way: str, rival: str, *, questions: int = 1, limit: int = 1024
 ) -> int | None:
     """The fewest shots with which ``rival`` costs more than ``way`` over ``questions`` questions; None: over ``limit``."""
 
@@ -283,21 +278,17 @@ def shots_to_win(
         both = ways(setup, dataclasses.replace(load, shots=shots))
         return both[way].total(questions) < both[rival].total(questions)
 
-    low, high = 0, limit  # the rival's cost grows with every shot, that of way does not change
-    if not wins(high):
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if wins(middle) else (middle + 1, high)
-    return low
+    # The rival's cost grows with every shot, that of way does not change.
+    found = bisect.bisect_left(range(limit + 1), True, key=wins)
+    return found if found <= limit else None
 
 
-def tasks_to_win(way: Way, rival: Way, users_per_task: int = 1) -> int | None:
+def tasks_to_win(way: Way, rival: Way, users_per_task: float = 1) -> int | None:
     """The fewest concurrent tasks, each with ``users_per_task`` users, from which ``way`` needs less memory; None: never."""
     saved = users_per_task * (rival.per_user - way.per_user) + rival.per_task - way.per_task
     if saved == 0:
         return 1 if way.fixed < rival.fixed else None
-    return None if saved < 0 else max(1, (way.fixed - rival.fixed) // saved + 1)
+    return None if saved < 0 else max(1, int((way.fixed - rival.fixed) // saved) + 1)
 
 
 def tokens_of_adapter(setup: Setup) -> int:
