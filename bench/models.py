@@ -19,8 +19,7 @@ from bench import baselines
 from bench.harness import Context, Error, worst
 from t2l_engine.lora.layer import LoRALinear
 from t2l_engine.ops import reference
-from t2l_engine.research import costs
-from t2l_engine.research.costs import known_setup
+from t2l_engine.research.costs import known_entries
 from t2l_engine.testing import numerics
 from t2l_engine.testing.models import cache_argument
 from t2l_engine.text import packaged
@@ -28,11 +27,17 @@ from t2l_engine.text import packaged
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 #: Name of a set of adapters -> its modules.
 MODULES = {"q,v": ("q_proj", "v_proj"), "all linears": LINEARS}
-#: Llama-8B's, too, but for the vocabulary.
-MISTRAL = known_setup("mistral-7b").decoder
-_HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-_WIDTHS = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48}
-TINY = costs.Decoder.from_config({"model_type": "llama", **_HEADS, **_WIDTHS})
+#: Configurations: of a 7B model (Llama-8B's, too, but for the vocabulary), of its text encoder, and of tiny ones.
+MISTRAL, GTE = known_entries("models")["mistral-7b"]["config"], known_entries("encoders")["gte-large"]["config"]
+TINY = {
+    "model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 61,
+    "hidden_size": 32, "intermediate_size": 48,
+}  # fmt: skip
+TINY_TEXT = {
+    "model_type": "new", "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 61, "hidden_size": 24,
+    "intermediate_size": 32,
+}  # fmt: skip
+_SIZES = TINY.keys() - {"model_type"}
 Forward = Callable[..., Any]
 
 
@@ -52,41 +57,24 @@ def load(context: Context, dtype: torch.dtype) -> tuple[str, nn.Module]:
     return "tiny Llama", model
 
 
-def decoder(shape: costs.Decoder, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A Llama of this shape, random weights."""
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=False,
-        initializer_range=shape.hidden**-0.5,
-    )
-    return _drawn(AutoModelForCausalLM, config, device, dtype)
+def decoder(values: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A Llama of the sizes of this configuration, random weights."""
+    return _drawn(AutoModelForCausalLM, LlamaConfig, values, device, dtype)
 
 
-def encoder(shape: costs.Encoder, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def encoder(values: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Task embeddings ``[N, hidden]`` of the first of tokens ``[N, n]``, of norm sqrt(hidden), by random weights.
 
     The layers are those of gte-large-en-v1.5 (its own code is not in transformers): rotary positions, gated MLPs, norms
     after what they follow.
     """
-    config = NomicBertConfig(
-        vocab_size=shape.embeddings,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        initializer_range=shape.hidden**-0.5,
-    )
-    model = _drawn(AutoModel, config, device, dtype)
-    return lambda tokens: nn.functional.normalize(model(tokens)[0][:, 0].float(), dim=-1) * shape.hidden**0.5
+    model, width = _drawn(AutoModel, NomicBertConfig, values, device, dtype), values["hidden_size"]
+    return lambda tokens: nn.functional.normalize(model(tokens)[0][:, 0].float(), dim=-1) * width**0.5
 
 
-def _drawn(kind: Any, config: Any, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def _drawn(kind: Any, of: Any, values: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
+    sizes = {name: value for name, value in values.items() if name in _SIZES}
+    config = of(**sizes, tie_word_embeddings=False, initializer_range=sizes["hidden_size"] ** -0.5)
     torch.manual_seed(0)
     with torch.device(device):
         return kind.from_config(config, dtype=dtype, attn_implementation="sdpa").requires_grad_(False).eval()

@@ -1,7 +1,7 @@
 """Closed forms for the models of released checkpoints, at the token statistics of the ten benchmarks and at the paper's.
 
 Beside the paper's own table (arXiv 2506.06105, appendix I), which gives no token counts.  Each cell is a number printed with
-so many digits, so it stands for an interval.  Of the counts of ``research.costs.known.PAPER``, 59 and 299 fit best where a
+so many digits, so it stands for an interval.  Of the counts of ``research.costs.PAPER``, 59 and 299 fit best where a
 token costs two operations a weight and no more; with attention and logits, which are counted here, the cells imply fractions
 of tokens beside them.
 """
@@ -19,8 +19,7 @@ from bench.icl.names import MEAN
 from bench.records import read
 from bench.source import ROOT
 from t2l_engine.research import costs
-from t2l_engine.research.costs import Setup, Way, Workload
-from t2l_engine.research.costs.known import PAPER, hypernetwork_for
+from t2l_engine.research.costs import PAPER, Setup, Way, Workload, hypernetwork_for
 
 LENGTHS = ROOT / "bench" / "results" / "lengths.jsonl"
 SHOTS = (0, 1, 2, 3, 4, 6, 8, 12, 16)
@@ -55,8 +54,7 @@ def workloads(model: str) -> dict[str, tuple[Workload, int]]:
 
 
 def entries() -> Iterator[Record]:
-    yield from terms()
-    for model in costs.known_setups():
+    for model in costs.known_entries("models"):
         setup = costs.known_setup(model)
         loads = {"paper": (PAPER, PAPER.description), **workloads(model)}
         for name, (load, instruction) in loads.items():
@@ -73,16 +71,6 @@ def entries() -> Iterator[Record]:
         yield record("by_context", model=model, tokens=tokens, **held)
 
 
-def terms() -> Iterator[Record]:
-    """Every named term of a cost with its unit and source, and its value for Mistral-7B at the paper's lengths."""
-    made, seen = costs.ways(costs.known_setup("mistral-7b"), PAPER), {}
-    for way in ("icl", "t2l-task", "t2l-merged"):
-        for phase in made[way].first.phases:
-            for term in (*phase.flops.terms, *phase.bytes.terms):
-                seen.setdefault((phase.name, term.name, term.unit), {"way": way, "phase": phase.name, **vars(term)})
-    yield from (record("terms", **entry) for entry in seen.values())
-
-
 def cost(setup: Setup, load: Workload) -> dict[str, Any]:
     made = costs.ways(setup, load)
 
@@ -90,7 +78,7 @@ def cost(setup: Setup, load: Workload) -> dict[str, Any]:
         return {way: {rival: of(way, rival) for rival in RIVALS} for way in OURS}
 
     return {
-        "parameters": setup.decoder.num_parameters,
+        "parameters": setup.model.parameters,
         "adapter_bytes": setup.adapter_bytes,
         "generator_bytes": setup.generator_bytes,
         "adapter_tokens": costs.tokens_of_adapter(setup),
@@ -104,7 +92,9 @@ def cost(setup: Setup, load: Workload) -> dict[str, Any]:
 def _way(setup: Setup, way: Way) -> dict[str, Any]:
     flops = {"first": way.first.flops(), "later": way.later.flops()}
     flops |= {f"{name}_token": getattr(way, name).flops(first_token=True) for name in ("first", "later")}
-    phases = {phase.name: {"flops": phase.flops.total, "bytes": phase.bytes.total} for phase in way.first.phases}
+    phases = {
+        phase.name: {"flops": sum(phase.flops.values()), "bytes": sum(phase.bytes.values())} for phase in way.first.phases
+    }
     held = {name: getattr(way, name) for name in ("per_user", "per_task", "fixed")}
     return {**flops, "phases": phases, "step_bytes": way.step_bytes(setup, 1, 1), **held}
 
@@ -135,20 +125,21 @@ def implied(tflop: float, cost: Callable[[int], int]) -> float:
 def paper() -> Iterator[Record]:
     """Every cell beside the closed form at the stated counts, with the tokens that meet it exactly."""
     setup, prompt = costs.known_setup("mistral-7b"), PAPER.question + PAPER.prefix
-    config = hypernetwork_for(setup.decoder, setup.encoder, variant="M")  # heads shared by all layers
+    config = hypernetwork_for(setup.model, setup.encoder, variant="M")  # heads shared by all layers
 
     def decoder(tokens: int) -> int:
-        return costs.decoder_flops(setup.decoder, tokens).total
+        return sum(setup.model.flops(tokens).values())
 
     def encoder(tokens: int) -> int:
-        return costs.encoder_flops(setup.encoder, tokens).total
+        return sum(setup.encoder.flops(tokens, logits=0).values())
 
-    base, described, hypernet = decoder(PAPER.question), encoder(PAPER.description), costs.hypernet_flops(config)
-    ours, icl = base + described + hypernet.total + costs.lora_flops(config, PAPER.question).total, decoder(prompt)
+    base, described, parts = decoder(PAPER.question), encoder(PAPER.description), costs.hypernet_flops(config)
+    hypernet, applied = sum(parts.values()), 2 * PAPER.question * costs.adapter_values(config)
+    ours, icl = base + described + hypernet + applied, decoder(prompt)
     cells = (  # TFLOP as printed, and the unit of the last digit; what is counted here, of how many tokens
         ("language model, question alone", 0.827, 1e-3, base, decoder, PAPER.question),
         ("text encoder (gte-large)", 0.029, 1e-3, described, encoder, PAPER.description),
-        ("hypernetwork (variant M)", HYPERNET, 1e-6, hypernet.total, None, None),
+        ("hypernetwork (variant M)", HYPERNET, 1e-6, hypernet, None, None),
         ("T2L in all", T2L, 1e-3, ours, None, None),
         ("3-shot in-context learning", ICL, 1e-3, icl, decoder, prompt),
     )
@@ -158,17 +149,17 @@ def paper() -> Iterator[Record]:
         counts |= {"off_percent": off, "rounding_percent": rounding}
         yield record("paper", cell=name, printed_tflop=printed, ours_tflop=value / TERA, **counts)
     # What the hypernetwork's cell may have left out.
-    trunk, one_layer = hypernet.total - hypernet["heads"], costs.hypernet_flops(dataclasses.replace(config, num_layers=1))
+    one_layer = costs.hypernet_flops(dataclasses.replace(config, num_layers=1))
     padded = sum(map(max, config.in_features, config.out_features)) * len(config.modules)
-    executed = hypernet["heads"] * padded // sum(config.in_features + config.out_features)
+    executed = parts["heads"] * padded // sum(config.in_features + config.out_features)
     yield record(
         "hypernetwork",
-        ours_tflop=hypernet.total / TERA,
-        with_padded_columns_tflop=(trunk + executed) / TERA,
-        heads_percent=round(100 * hypernet["heads"] / hypernet.total, 2),
-        times_printed=round(hypernet.total / TERA / HYPERNET, 1),
-        trunk_of_one_layer_tflop=(one_layer.total - one_layer["heads"]) / TERA,
+        ours_tflop=hypernet / TERA,
+        with_padded_columns_tflop=(parts["trunk"] + executed) / TERA,
+        heads_percent=round(100 * parts["heads"] / hypernet, 2),
+        times_printed=round(hypernet / TERA / HYPERNET, 1),
+        trunk_of_one_layer_tflop=one_layer["trunk"] / TERA,
     )
-    corrected = ICL * TERA / (T2L * TERA + hypernet.total)
+    corrected = ICL * TERA / (T2L * TERA + hypernet)
     ratios = {"printed": ICL / T2L, "corrected": corrected, "ours": icl / ours}
     yield record("ratio", **{name: round(value, 4) for name, value in ratios.items()})

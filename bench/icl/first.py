@@ -22,21 +22,24 @@ from bench.harness import OURS, Context, Error, Record, Target, logits_error, re
 from bench.icl.names import ALONE, DESCRIBE, GENERATE, ICL, KEPT, MERGED, WARM
 from bench.models import MODULES, Step, layer_error, random_adapters, shared
 from bench.records import BASE
-from bench.suites import decode
 from bench.suites.generate import CUDA_TINY, cuda_errors, one_net
 from bench.timing import Timing
 from t2l_engine.research import costs
-from t2l_engine.research.costs import Decoder, Encoder, Request, Setup, Workload
-from t2l_engine.research.costs.known import PAPER, hypernetwork_for
+from t2l_engine.research.costs import PAPER, Request, Setup, Workload, hypernetwork_for
 
 TINY = Workload(question=12, answer=1, shots=3, shot=8, description=12)
-#: What a card's way is tried with elsewhere.
-TINY_SETUP = Setup(decode.TINY, Encoder("new", 24, 32, 1, 2, gated=True, embeddings=61), CUDA_TINY.config())
 #: Three shots without a prefix cache take at least three times what a new task by description does; stated for a CPU.
 TARGET = Target(round(1 / 3, 4), of=ICL)
 RIVALS = (ICL, WARM, KEPT, MERGED, ALONE)
 #: Rows of the decode step on a card, and tokens of each one's answer so far.
 ROWS, ANSWERED = 64, 16
+
+
+def setup_of(context: Context) -> Setup:
+    """Mistral-7B with gte-large and a hypernetwork of variant L; at size tiny a small one of the same kind."""
+    if context.full:
+        return costs.known_setup("mistral-7b")
+    return Setup(costs.count(models.TINY), costs.count(models.TINY_TEXT, head=False), CUDA_TINY.config())
 
 
 class Served:
@@ -49,7 +52,7 @@ class Served:
         (self._small if context.on_cpu else self._large)(context, dtype)
         self.setup = dataclasses.replace(self.setup, itemsize=dtype.itemsize, cache_itemsize=dtype.itemsize)
         most = self.load.question + self.load.shot * max(self.shots)
-        self.tokens = _random(self.setup.decoder.vocabulary, most, device, seed=3)
+        self.tokens = _random(self.setup.model.vocabulary, most, device, seed=3)
         self.question = self.prompt(0)
         self.stack = self.net.generate(self.describe()).to(dtype=dtype)
         self.net.generate(self.describe(), out=self.stack)  # rounded once, as in the slot
@@ -66,7 +69,7 @@ class Served:
         self.name, self.model = models.load(context, dtype)
         engine = t2l.TextToLoRA.from_pretrained("smollm2-135m")
         encoder, self.net = engine.encoder, engine.hypernetwork
-        sizes = Decoder.from_config(self.model.config), Encoder.from_config(encoder.model.config)
+        sizes = costs.count(self.model.config), costs.count(encoder.model.config, head=False)
         if not context.full:
             torch.manual_seed(4)
             self.net = t2l.HyperNetwork(hypernetwork_for(*sizes, latent_size=32, head_in_size=40))
@@ -77,11 +80,12 @@ class Served:
 
     def _large(self, context: Context, dtype: torch.dtype) -> None:
         """Mistral-7B's shape, gte-large's and a hypernetwork of variant L, random weights."""
-        self.setup, device = costs.known_setup("mistral-7b") if context.full else TINY_SETUP, context.device.torch
-        self.name, self.model = "7B-shaped, random", models.decoder(self.setup.decoder, device, dtype)
-        encoder = models.encoder(self.setup.encoder, device, dtype)
+        self.setup, device = setup_of(context), context.device.torch
+        values = (models.MISTRAL, models.GTE) if context.full else (models.TINY, models.TINY_TEXT)
+        self.name, self.model = "7B-shaped, random", models.decoder(values[0], device, dtype)
+        encoder = models.encoder(values[1], device, dtype)
         _, self.net = one_net(context, "mistral-7b", str(dtype).removeprefix("torch."))
-        text = _random(self.setup.encoder.embeddings, self.load.description, device, seed=4)
+        text = _random(self.setup.encoder.vocabulary, self.load.description, device, seed=4)
         self.describe = functools.partial(encoder, text)
 
     # --- the steps of a request ---------------------------------------------------------------------------------------
@@ -202,7 +206,7 @@ def first(context: Context, make: Callable[[], Served]) -> Iterator[Record]:
     verified, skipped = verify(case, calls, found)
     timings = context.time(verified | served.parts(), factor=30, skipped=skipped)
     flops = {name: request.flops(first_token=True) for name, request in requests.items()}
-    num_bytes = sum(phase.bytes.total for phase in requests[OURS].to_first_token)
+    num_bytes = sum(sum(phase.bytes.values()) for phase in requests[OURS].until(first_token=True))
     least = context.roofline(flops[OURS], num_bytes, dtype)
     lengths = {field: getattr(load, field) for field in ("question", "shots", "shot", "description")}
     shape = {"model": served.name, "dtype": dtype, **lengths}
@@ -218,7 +222,7 @@ def first(context: Context, make: Callable[[], Served]) -> Iterator[Record]:
         measured[name] = spread(timings[name], timings[OURS])
         over = {"flops": flops[name] / flops[OURS], "roofline": seconds[name] / seconds[OURS]}
         predicted[name] = {by: round(ratio, 4) for by, ratio in over.items()}
-    phases = {phase.name: phase.flops.total for phase in requests[OURS].phases}
+    phases = {phase.name: sum(phase.flops.values()) for phase in requests[OURS].phases}
     flops |= {DESCRIBE: phases["describe"], GENERATE: phases["generate"]}
     parts = {
         name: {**timing.to_json(), "flops": flops[name], "gflops": round(flops[name] / timing.median_us / 1e3, 3)}
@@ -276,18 +280,18 @@ def joules(make: Callable[[], Served], name: str) -> energy.Work:
 @torch.inference_mode()
 def decoding(context: Context) -> Iterator[Record]:
     """A step of many rows in the middle of their answers: an adapter each, or the examples in the cache of each."""
-    setup, load = (costs.known_setup("mistral-7b"), PAPER) if context.full else (TINY_SETUP, TINY)
+    setup, load = setup_of(context), PAPER if context.full else TINY
     rows, device = ROWS if context.full else 3, context.device.torch
     tokens = load.question + ANSWERED
-    model = models.decoder(setup.decoder, device, torch.bfloat16)
+    model = models.decoder(models.MISTRAL if context.full else models.TINY, device, torch.bfloat16)
     base, longer = Step.of(model, rows, tokens), Step.of(model, rows, tokens + load.prefix)
     adapted = base.on(models.ours(model, random_adapters(model, MODULES["q,v"], rows, 8), range(rows)))
-    token = torch.randint(setup.decoder.vocabulary, (rows, 1), device=device)
+    token = torch.randint(setup.model.vocabulary, (rows, 1), device=device)
     error, case = layer_error(adapted, token), f"decode step, {rows} rows, an adapter or three examples each"
     verify(case, {OURS: adapted}, {OURS: error})
     steps, skipped = {OURS: adapted, BASE: base, ICL: longer}, {}
     timings = context.time({n: functools.partial(s, token) for n, s in steps.items()}, factor=5, skipped=skipped)
-    count = costs.decoder_flops(setup.decoder, 1, cached=tokens - 1).total + costs.lora_flops(setup.hypernet, 1).total
+    count = sum(setup.model.flops(1, tokens - 1).values()) + 2 * costs.adapter_values(setup.hypernet)
     ways = costs.ways(setup, dataclasses.replace(load, answer=ANSWERED))
     least = context.roofline(rows * count, ways["t2l-task"].step_bytes(setup, rows, rows), "bfloat16")
     shape = {"model": "7B-shaped, random", "rows": rows, "tokens": tokens, "in_context": tokens + load.prefix}

@@ -149,7 +149,7 @@ def cuda(context: Context, modules: str, rows: int, counts: Sequence[int]) -> It
     device, dtype = context.device.torch, torch.bfloat16
     shape = models.MISTRAL if context.full else TINY
     base = Step.of(models.decoder(shape, device, dtype), rows, CONTEXT if context.full else 6)
-    tokens = torch.randint(shape.vocabulary, (rows, 1), device=device)
+    tokens = torch.randint(shape["vocab_size"], (rows, 1), device=device)
     stack = models.random_adapters(base.model, MODULES[modules], max(counts), RANK).to(dtype=dtype)
     adapted, errors = {}, {}
     for count in counts:

@@ -180,7 +180,7 @@ def generation(context: Context, shape: HyperShape, dtype: str, counts: Sequence
             case, fields = described(shape, dtype, n)
             emit = functools.partial(row, context, group="generate", shape=fields, error=error, count=threads)
             gbps = context.ceilings.bandwidth_at(moved(net, n), threads)
-            given = {"least": roofline(hypernet_flops(net.config, n).total, moved(net, n), gflops, gbps)}
+            given = {"least": roofline(n * sum(hypernet_flops(net.config).values()), moved(net, n), gflops, gbps)}
             given["target"] = {1: Target(ONE[shape.variant][DTYPES.index(dtype)]), 64: MANY}.get(n) if targeted else None
             given["peak_gflops"] = context.ceilings.fma_at(dtype, threads)
             yield emit(case, timings={name: timings[name] for name in calls}, skipped=skipped, **given)
@@ -334,7 +334,7 @@ def cuda(context: Context, name: str, dtype: str, counts: Sequence[int]) -> Iter
                 skipped["eager, captured"] = f"one description at a time: timed up to {CAPTURED}"
         timings = baselines.with_best_copy(context.time(candidates, factor=2, skipped=skipped))
         given = {"cache": "cold", "skipped": skipped | wrong}
-        given["least"] = context.roofline(hypernet_flops(net.config, count).total, moved(net, count), dtype)
+        given["least"] = context.roofline(count * sum(hypernet_flops(net.config).values()), moved(net, count), dtype)
         if count == 1:
             heads = sum(p.nbytes for p in net.heads.parameters()) / context.ceilings.bandwidth_at() / 1e3
             given |= {"target": CUDA_ONE.get(name, CUDA_OTHERS), "unit_us": heads}

@@ -99,8 +99,8 @@ def encoder(context: Context, engine: t2l.TextToLoRA, count: int) -> Record:
     errors = {name: Error(numerics.relative_frobenius(f(), exact), bound) for name, f in functions.items()}
     tokens = sum(len(ids) for ids in ours.tokenizer(ours.prepare(texts))["input_ids"])
     num_bytes = sum(p.nbytes for p in ours.model.encoder.layer.parameters())  # of a table, few rows are read
-    one = costs.encoder_flops(costs.Encoder.from_config(ours.model.config), tokens // count)
-    least = context.roofline(count * one.total, num_bytes, dtype)
+    one = costs.count(ours.model.config, head=False).flops(tokens // count, logits=0)
+    least = context.roofline(count * sum(one.values()), num_bytes, dtype)
     named = str(engine.hypernetwork.dtype).removeprefix("torch.")  # the request's, beside its other parts
     return _row(context, "smollm2-135m", named, count, "encoder", functions, errors, least)
 
@@ -166,7 +166,7 @@ class _Request:
         drawn = torch.randn(count, net.config.embed_dim, generator=torch.Generator().manual_seed(6))
         self.task_emb = nn.functional.normalize(drawn, dim=-1) * net.config.embed_dim**0.5
         self.folded = net.folded()
-        self.flops = costs.hypernet_flops(net.config, count)
+        self.flops = {part: count * flops for part, flops in costs.hypernet_flops(net.config).items()}
         self.head_bytes = sum(p.nbytes for p in net.heads.parameters())
 
     def rows(self) -> Iterator[Record]:
@@ -200,8 +200,7 @@ class _Request:
         listed = {name: lambda f=f: [f()] for name, f in functions.items()}
         errors = self._errors(listed, [self._trunk(reference, exact, exact.folded())], [self._trunk(reference)])
         weights = sum(p.nbytes for p in self.net.parameters()) - self.head_bytes
-        operations = self.flops.total - self.flops["heads"]
-        return functions, errors, self.context.roofline(operations, weights + latent.nbytes, self.dtype)
+        return functions, errors, self.context.roofline(self.flops["trunk"], weights + latent.nbytes, self.dtype)
 
     def head(self, latent: Tensor):
         """The heads of all modules."""
@@ -253,7 +252,7 @@ class _Request:
                 arguments["y"].zero_()
         adapters = sum(t.nbytes for side in (stack.lora_A, stack.lora_B) for t in side.values())
         tokens = sum(a["x"].nbytes + 2 * a["y"].nbytes for a in work)
-        operations = costs.lora_flops(self.net.config, self.count).total
+        operations = 2 * self.count * costs.adapter_values(self.net.config)
         return functions, errors, self.context.roofline(operations, adapters + tokens, self.dtype)
 
     def _tokens(self, stack: t2l.AdapterStack) -> dict[tuple[str, int], dict[str, Any]]:

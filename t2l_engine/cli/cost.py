@@ -215,7 +215,9 @@ def _check(hypernet: HyperNetworkConfig, model: costs.Model, encoder: costs.Mode
         found = model.linears.get(module)
         if found != tuple(shape):
             of_model = f"{found[0]} to {found[1]}" if found else "no such linear in every layer"
-            raise ConfigError(f"{where}: {module}: the model has {of_model}, the hypernetwork is for {shape[0]} to {shape[1]}")
+            raise ConfigError(
+                f"{where}: {module}: the model has {of_model}, the hypernetwork is for {shape[0]} to {shape[1]}"
+            )
     for field, expected, of in (("num_layers", model.layers, "model"), ("embed_dim", encoder.hidden, "encoder")):
         if getattr(hypernet, field) != expected:
             got = getattr(hypernet, field)
@@ -278,7 +280,8 @@ def amount(value: float, unit: str) -> str:
     ('6.82 MB', '1.00 GB', '45.7 ms', '12.0 B')
     """
     exponent = min(6, max(-3, math.floor(math.log10(float(f"{value:.3g}")) / 3))) if value else 0
-    return f"{float(f'{value / 1000**exponent:.3g}'):#.3g} {'num kMGTPE'[exponent + 3].strip()}{unit}"
+    digits = f"{float(f'{value / 1000**exponent:.3g}'):#.3g}".rstrip(".")
+    return f"{digits} {'num kMGTPE'[exponent + 3].strip()}{unit}"
 
 
 def render(about: Mapping[str, Any]) -> None:
@@ -336,7 +339,9 @@ def _printable(name: str) -> str:
 def _break_even(about: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """Rows (what, by FLOPs, by roofline time if there are rates)."""
     labels = costs.LABELS
-    for flops, time in zip(about["questions_won"], about["questions_won_in_least_time"] or about["questions_won"], strict=True):
+    for flops, time in zip(
+        about["questions_won"], about["questions_won_in_least_time"] or about["questions_won"], strict=True
+    ):
         found = (_range(of["questions"]) for of in ((flops, time) if about["rates"] else (flops,)))
         yield f"{labels[flops['way']]} costs less than {labels[flops['rival']]}", *found
     for rival, least in about["shots_to_win"].items():

@@ -81,7 +81,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         },
         "dtype": str(net.dtype).removeprefix("torch."),
         "file_bytes": (folder / weights).stat().st_size,
-        "gflop_per_adapter": hypernet_flops(c).total / 1e9,
+        "gflop_per_adapter": sum(hypernet_flops(c).values()) / 1e9,
         "values_per_adapter": c.num_layers * c.rank * (sum(c.in_features) + sum(c.out_features)),
         "encoder": blocks.get("encoder") or _named_encoder(blocks),
         "base_model": blocks.get("base_model"),

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
 from t2l_engine.hypernetwork.modules import NormedEmbedding
 from t2l_engine.hypernetwork.network import HyperNetwork
-from t2l_engine.research.costs import known_setup, known_setups
 
 #: Makes entries of A and B a few hundredths, as in trained adapters.
 HEAD_SCALE = 0.1
@@ -85,13 +84,13 @@ def fill(net: HyperNetwork, generator: torch.Generator) -> None:
             module.weight.normal_(generator=generator)
 
 
-def _known(name: str) -> HyperShape:
-    c = known_setup(name).hypernet
-    sizes = {field: getattr(c, field) for field in ("embed_dim", "latent_size", "head_in_size", "rank", "variant")}
-    return HyperShape(name, c.num_layers, c.in_features[0], *c.out_features, **sizes)
-
-
 #: SakanaAI's released variant-L checkpoints (the first three) and the bundled checkpoint.
-SHAPES = {name: _known(name) for name in known_setups()}
+_ALL = (
+    HyperShape("mistral-7b", 32, 4096, 4096, 1024, latent_size=128, head_in_size=512),
+    HyperShape("llama-3.1-8b", 32, 4096, 4096, 1024),
+    HyperShape("gemma-2-2b", 26, 2304, 2048, 1024),
+    HyperShape("smollm2-135m", 30, 576, 576, 192, embed_dim=384, latent_size=128, head_in_size=112),
+)
+SHAPES = {shape.name: shape for shape in _ALL}
 #: Variants that benchmarks compare.
 VARIANTS = ("L", "M", "S-learnable")

@@ -3,6 +3,7 @@
 May be imported: the names below.  Imports ``files``, ``hypernetwork``, torch and transformers.
 """
 
+from t2l_engine.research.costs.known import PAPER, hypernetwork_for, known_encoder, known_entries, known_setup
 from t2l_engine.research.costs.model import Model, Parts, config_values, count
 from t2l_engine.research.costs.serving import (
     LABELS,
@@ -20,7 +21,6 @@ from t2l_engine.research.costs.serving import (
     tokens_of_adapter,
     ways,
 )
-from t2l_engine.research.costs.known import PAPER, hypernetwork_for, known_encoder, known_entries, known_setup
 
 __all__ = [
     "LABELS",

@@ -9,7 +9,7 @@ own mask and sliding window, whatever the length.
 from __future__ import annotations
 
 import dataclasses
-import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 Parts = dict[str, int]  #: Name of a part -> FLOPs or bytes.
 #: Model types of remote code -> the same model in transformers.
 ALIASES = {"new": "gte"}
-LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-MAX_COUNTED_LAYERS, MAX_COUNT = 512, 4096
+#: Fields that hold a size, and those of them that may be 0; the largest value by the beginning of a name.
+SIZES = re.compile(r"(num|n)_\w+|\w+_(size|dim|window|step)|max_position_embeddings")
+ZERO = ("shared_expert_intermediate_size", "type_vocab_size")
+LARGEST = {"num_hidden_layers": 512, "n_layer": 512, "num_layers": 512, "num_": 4096, "": MAX_SIZE}
 TOKENS = 2
 
 
@@ -155,11 +157,13 @@ def config_values(config: Any) -> tuple[dict[str, Any], str]:
 
 
 def _check_sizes(values: Mapping[str, Any], where: str) -> None:
-    """ConfigError for a number that would make building the module slow."""
+    """ConfigError for a size that is none, or that would make building the module slow."""
     for name, value in values.items():
-        most = MAX_COUNTED_LAYERS if name in LAYERS else MAX_COUNT if name.startswith("num_") else MAX_SIZE
-        if isinstance(value, int) and value > most:
-            raise ConfigError(f"{where}: {name}: expected at most {most}, got {short_repr(value)}")
+        if not SIZES.fullmatch(name) or value is None:
+            continue
+        low, high = int(name not in ZERO), next(most for start, most in LARGEST.items() if name.startswith(start))
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ConfigError(f"{where}: {name}: expected an integer from {low} to {high}, got {short_repr(value)}")
 
 
 def _counted(values: dict[str, Any], head: bool) -> Model:
@@ -172,10 +176,13 @@ def _counted(values: dict[str, Any], head: bool) -> Model:
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"model_type: expected one that transformers knows, got {short_repr(values.get('model_type'))}")
     read = {name: value for name, value in values.items() if name not in ("model_type", "quantization_config", "auto_map")}
-    config = CONFIG_MAPPING[kind].from_dict(json.loads(json.dumps(read)))
+    config = CONFIG_MAPPING[kind].from_dict(read)
     seen: list[Attention] = []
 
     def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **given: Any) -> Any:
+        if query.shape[1] % key.shape[1]:
+            heads = f"{query.shape[1]} attention heads, got {key.shape[1]}"
+            raise ValueError(f"num_key_value_heads: expected a divisor of {heads}")
         widths = query.shape[-1] + value.shape[-1]
         cached = key.shape[1] * (key.shape[-1] + value.shape[-1])
         causal = module.is_causal if given.get("is_causal") is None else given["is_causal"]

@@ -269,9 +269,7 @@ def questions_won(
     return 1, None if saved == 0 else -int(-ahead // -saved)
 
 
-def shots_to_win(
-    setup: Setup, load: Workload, way: str, rival: str, *, questions: int = 1, limit: int = 1024
-) -> int | None:
+def shots_to_win(setup: Setup, load: Workload, way: str, rival: str, *, questions: int = 1, limit: int = 1024) -> int | None:
     """The fewest shots with which ``rival`` costs more than ``way`` over ``questions`` questions; None: over ``limit``."""
 
     def wins(shots: int) -> bool:

@@ -1,17 +1,28 @@
-"""Setups known by name, the modules that a hypernetwork can adapt, and the examples in docstrings."""
+"""Setups known by name, counts of hypernetworks and adapters, and the cells of the paper's table."""
 
 import doctest
 import importlib
-import pkgutil
 
 import pytest
 import torch
 
-from t2l_engine import ConfigError, TextToLoRA
-from t2l_engine.research import costs
-from t2l_engine.research.costs import Decoder, known_setup, known_setups
-from t2l_engine.research.costs.known import hypernetwork_for
+from t2l_engine import ConfigError, HyperNetwork, HyperNetworkConfig, TextToLoRA, attach
+from t2l_engine.hypernetwork.config import TASK_ENCODERS, VARIANTS
+from t2l_engine.research.costs import (
+    PAPER,
+    adapter_values,
+    count,
+    hypernet_flops,
+    hypernetwork_for,
+    known_encoder,
+    known_entries,
+    known_setup,
+    ways,
+)
+from t2l_engine.research.costs.serving import merged_values
+from t2l_engine.testing.counter import counted
 from t2l_engine.testing.models import SHAPES
+from tests.hypernetwork.oracle import MODULES
 from tests.research.costs import tiny_decoders
 
 KNOWN = {  # parameters of the language model, and of its hypernetwork
@@ -23,41 +34,71 @@ KNOWN = {  # parameters of the language model, and of its hypernetwork
 
 
 def test_known_setups():
-    assert known_setups() == list(KNOWN)
+    assert list(known_entries("models")) == list(KNOWN)
     for name, counts in KNOWN.items():
-        setup, shape = known_setup(name), SHAPES[name].config()
-        assert (setup.decoder.num_parameters, setup.hypernet.num_parameters) == counts, name
-        assert setup.hypernet == shape, name  # as the benchmarks have it
+        setup = known_setup(name)
+        assert (setup.model.parameters, setup.hypernet.num_parameters) == counts, name
+        assert setup.hypernet == SHAPES[name].config(), name  # as the benchmarks have it
+    assert (known_encoder("gte-large").parameters, known_encoder("minilm").parameters) == (434_139_136, 22_565_376)
     with pytest.raises(ConfigError, match="model: expected one of mistral-7b, .*, got 'gpt-2'"):
         known_setup("gpt-2")
+    with pytest.raises(ConfigError, match="encoder: expected one of gte-large, minilm, got 'e5'"):
+        known_encoder("e5")
+    setup = known_setup("mistral-7b")
+    assert hypernetwork_for(setup.model, setup.encoder, modules=("up_proj",)).out_features == (14336,)
+    with pytest.raises(ConfigError, match="modules: expected some of q_proj, .* for mistral, got 'c_attn'"):
+        hypernetwork_for(setup.model, setup.encoder, modules=("c_attn",))
 
 
 def test_the_bundled_checkpoint_is_known():
     """All that sizes depend on; alpha and scaling are numbers."""
-    ours, config = known_setup("smollm2-135m").hypernet, TextToLoRA.from_pretrained("smollm2-135m").hypernetwork.config
+    ours, engine = known_setup("smollm2-135m"), TextToLoRA.from_pretrained("smollm2-135m")
     for field in ("variant", "modules", "in_features", "out_features", "num_layers", "rank", "embed_dim", "latent_size",
                   "head_in_size", "head_bias", "task_encoder", "num_parameters"):  # fmt: skip
-        assert getattr(ours, field) == getattr(config, field), field
+        assert getattr(ours.hypernet, field) == getattr(engine.hypernetwork.config, field), field
+    assert count(engine.encoder.model.config, head=False) == ours.encoder
 
 
-def test_modules_that_hypernetworks_can_adapt():
-    """Shapes of the linears of a real model, by name; a mixture has no MLP in every layer."""
-    for family in ("llama", "gemma2", "qwen3_moe"):
-        model = tiny_decoders.model(family)
-        shapes = Decoder.from_config(model.config).module_shapes
-        found = {name.split(".")[-1]: (m.in_features, m.out_features) for name, m in model.model.named_modules()
-                 if isinstance(m, torch.nn.Linear)}  # fmt: skip
-        assert shapes.items() <= found.items() and len(shapes) == (4 if family == "qwen3_moe" else 7)
-    setup = known_setup("mistral-7b")
-    assert hypernetwork_for(setup.decoder, setup.encoder, modules=("up_proj",)).out_features == (14336,)
-    with pytest.raises(ConfigError, match="modules: expected some of q_proj, .* for mistral, got 'c_attn'"):
-        hypernetwork_for(setup.decoder, setup.encoder, modules=("c_attn",))
+def test_the_papers_cells():
+    """TFLOP of the first question on Mistral-7B (arXiv 2506.06105, appendix I): 0.856 by an adapter, 4.177 by examples."""
+    made = ways(known_setup("mistral-7b"), PAPER)
+    for way, tflop in (("t2l-task", 0.856), ("icl", 4.177)):
+        assert made[way].first.flops(first_token=True) / 1e12 == pytest.approx(tflop, rel=0.005)
+
+
+@pytest.mark.parametrize("encoder", TASK_ENCODERS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_hypernetworks(variant, encoder):
+    """Of every variant and task encoder, as ``generate`` runs on the CPU, in new memory and in memory used before."""
+    config = HyperNetworkConfig(
+        variant=variant, task_encoder=encoder, modules=tuple(MODULES), in_features=(24, 24, 41), out_features=(41, 24, 19),
+        num_layers=3, rank=4, embed_dim=14, latent_size=128 if encoder == "discrete" else 20, head_in_size=18,
+        lora_alpha=8.0,
+    )  # fmt: skip
+    net, task_emb = HyperNetwork(config), torch.randn(5, 14)
+    stack = net.generate(task_emb)  # folds what does not depend on the task
+    one = sum(hypernet_flops(config).values())
+    assert counted(lambda: net.generate(task_emb)) == counted(lambda: net.generate(task_emb, out=stack)) == 5 * one
+    assert hypernet_flops(config)["heads"] == 2 * 18 * adapter_values(config)
+
+
+def test_applying_and_merging_adapters():
+    """Beside the base model, a row at a time: rows of adapter -1 cost what the base model does."""
+    model = tiny_decoders.model("llama")
+    sizes, ids = count(model.config), torch.full((4, 9), 5)
+    config = hypernetwork_for(sizes, known_encoder("minilm"), modules=("q_proj", "down_proj"), rank=4)
+    lora = attach(model, HyperNetwork(config).generate(torch.randn(2, 384)))
+    base = sum(sizes.flops(9).values())
+    for rows in ([0, 1, 1, 0], [-1, 0, -1, -1], [-1] * 4):
+        with lora.use(rows):
+            got = counted(lambda: model(input_ids=ids, logits_to_keep=1))
+        assert got == 4 * base + 2 * 9 * adapter_values(config) * sum(row >= 0 for row in rows)
+    assert counted(lambda: lora.merge(1)) == 2 * 4 * merged_values(config)
+    assert counted(lambda: model(input_ids=ids[:1], logits_to_keep=1)) == base
 
 
 @pytest.mark.parametrize(
-    "name",
-    [f"t2l_engine.research.costs.{module.name}" for module in pkgutil.iter_modules(costs.__path__)]
-    + ["t2l_engine.ops.flops", "t2l_engine.testing.counter"],
+    "name", ["research.costs.model", "research.costs.known", "cli.cost", "ops.flops", "testing.counter"]
 )
 def test_examples(name):
-    assert doctest.testmod(importlib.import_module(name)).failed == 0
+    assert doctest.testmod(importlib.import_module(f"t2l_engine.{name}")).failed == 0

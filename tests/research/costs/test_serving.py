@@ -10,24 +10,20 @@ from hypothesis import strategies as st
 
 from t2l_engine.research.costs import (
     WAYS,
-    Cost,
-    Decoder,
-    Encoder,
     Phase,
     Request,
     Setup,
     Way,
     Workload,
+    count,
+    hypernetwork_for,
     known_setup,
-    known_setups,
     questions_won,
     shots_to_win,
     tasks_to_win,
     tokens_of_adapter,
     ways,
 )
-from t2l_engine.research.costs.known import hypernetwork_for
-from t2l_engine.research.costs.terms import byte, flop
 
 LOAD = Workload(question=6, answer=5, shots=2, shot=4, description=11, instruction=3, system=2)
 PAPER = Workload(question=59, answer=4, shots=3, shot=80, description=35, system=10)
@@ -35,7 +31,7 @@ costs, few = st.integers(0, 12), st.integers(-6, 6)
 
 
 def way(first: int = 0, later: int = 0, per_user: int = 0, per_task: int = 0, fixed: int = 0) -> Way:
-    requests = [Request((Phase("prompt", flop("x", cost, "test"), Cost()),)) for cost in (first, later)]
+    requests = [Request((Phase("prompt", {"x": cost}, {}),)) for cost in (first, later)]
     return Way("made", *requests, per_user, per_task, fixed, 0, 0)
 
 
@@ -58,18 +54,22 @@ def test_questions_won(first, later, rival_first, rival_later):
 
 def test_questions_won_by_bytes_and_by_time():
     """Other measures, also ones with fractions."""
-    request = lambda flops, moved: Request((Phase("prompt", flop("x", flops, ""), byte("x", moved, "")),))  # noqa: E731
+    request = lambda flops, moved: Request((Phase("prompt", {"x": flops}, {"x": moved}),))  # noqa: E731
     ours = Way("ours", request(10, 40), request(1, 1), 0, 0, 0, 0, 0)
     rival = Way("rival", request(2, 2), request(2, 2), 0, 0, 0, 0, 0)
     assert questions_won(ours, rival) == (10, None)  # 10 + (n - 1) < 2 n
-    assert questions_won(ours, rival, lambda r: sum(p.bytes.total for p in r.phases)) == (40, None)
+    assert questions_won(ours, rival, lambda r: sum(p.bytes["x"] for p in r.phases)) == (40, None)
     assert questions_won(ours, rival, lambda r: r.seconds(4.0, 16.0)) == (10, None)  # 2.5 + (n - 1) / 4 < n / 2
     assert questions_won(ours, rival, lambda r: r.seconds(1e9, 0.5)) == (40, None)
     assert ours.first.seconds(4.0, 16.0) == 2.5 and ours.first.seconds(4.0, 8.0) == 5.0  # whichever takes longer
 
 
-TINY = Decoder("llama", 48, 80, 2, 4, 2, 20, 97, False, (None, 7), (False, False))
-TINY_ENCODER = Encoder("bert", 48, 80, 2, 4, gated=False, embeddings=200)
+SIZES = {
+    "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97,
+}  # fmt: skip
+SLIDING = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 7}
+TINY = count({"model_type": "ministral", "num_key_value_heads": 2, "head_dim": 20, **SIZES, **SLIDING})
+TINY_ENCODER = count({"model_type": "bert", "max_position_embeddings": 101, **SIZES}, head=False)
 HYPERNET = hypernetwork_for(TINY, TINY_ENCODER, rank=2, latent_size=16, head_in_size=12)
 SETUP = Setup(TINY, TINY_ENCODER, HYPERNET)
 
@@ -122,7 +122,7 @@ MERGED = 32 * 4096 * (4096 + 1024) * 2
 
 def test_memory_of_mistral():
     made = ways(MISTRAL, PAPER)
-    generator = 2 * (MISTRAL.encoder.num_parameters + 55_424_000)
+    generator = 2 * (MISTRAL.encoder.parameters + 55_424_000)
     assert (MISTRAL.kv(1), MISTRAL.adapter_bytes, MISTRAL.generator_bytes) == (KV, ADAPTER, generator) == (
         131_072, 6_815_744, generator
     )  # fmt: skip
@@ -157,27 +157,27 @@ def test_bytes_of_a_step():
 def test_bytes_of_a_request():
     made = ways(MISTRAL, PAPER)
     weights = 2 * (7_241_732_096 - 32000 * 4096)
-    moved = {phase.name: phase.bytes for phase in made["t2l-merged"].first.phases}
+    moved = {phase.name: sum(phase.bytes.values()) for phase in made["t2l-merged"].first.phases}
     encoder = MISTRAL.encoder
-    assert moved["describe"].total == 2 * (encoder.num_parameters - encoder.embeddings * 1024)  # rows of the embeddings
-    assert moved["generate"].total == 2 * 55_424_000 + ADAPTER
-    assert moved["merge"].total == 2 * MERGED + ADAPTER
-    assert moved["prompt"].total == weights + 69 * KV
+    assert moved["describe"] == 2 * (encoder.parameters - encoder.embeddings)  # rows of the embeddings
+    assert moved["generate"] == 2 * 55_424_000 + ADAPTER
+    assert moved["merge"] == 2 * MERGED + ADAPTER
+    assert moved["prompt"] == weights + 69 * KV
     steps = [69, 70, 71]  # tokens in the cache at each; one more is written
-    assert moved["answer"].total == 3 * weights + (sum(steps) + 3) * KV
-    beside = {phase.name: phase.bytes for phase in made["t2l-task"].later.phases}
-    assert beside["prompt"].total == weights + 10 * KV + 59 * KV + ADAPTER
-    assert beside["answer"].total == moved["answer"].total + 3 * ADAPTER
+    assert moved["answer"] == 3 * weights + (sum(steps) + 3) * KV
+    beside = {phase.name: sum(phase.bytes.values()) for phase in made["t2l-task"].later.phases}
+    assert beside["prompt"] == weights + 10 * KV + 59 * KV + ADAPTER
+    assert beside["answer"] == moved["answer"] + 3 * ADAPTER
 
 
 def test_item_sizes():
     """A model of four bits with a cache of eight, an adapter of 32; an encoder that is another language model."""
     setup = dataclasses.replace(MISTRAL, itemsize=0.5, cache_itemsize=1, adapter_itemsize=4, encoder_itemsize=1)
     assert (setup.kv(1), setup.adapter_bytes) == (KV // 2, 2 * ADAPTER)
-    assert setup.generator_bytes == setup.encoder.num_parameters + 4 * 55_424_000
+    assert setup.generator_bytes == setup.encoder.parameters + 4 * 55_424_000
     setup = dataclasses.replace(setup, encoder=TINY)
     describe, *_ = ways(setup, PAPER)["t2l-task"].first.phases
-    assert describe.bytes.total == TINY.num_parameters - 2 * 97 * 48
+    assert describe.bytes == {"encoder weights": TINY.parameters - 2 * 97 * 48}
 
 
 @given(st.integers(0, 60), st.integers(0, 30), st.integers(0, 30))
@@ -194,7 +194,7 @@ def test_what_is_shared_stays_beyond_a_window(prefix, system, own):
 
 def test_requests_of_known_setups():
     """Adapters leave the prompt short and cost a generation; all phases in order."""
-    for name in known_setups():
+    for name in ("mistral-7b", "gemma-2-2b"):
         made = ways(known_setup(name), PAPER)
         assert list(made) == list(WAYS)
         phases = {way: [phase.name for phase in made[way].first.phases] for way in WAYS}

@@ -7,8 +7,7 @@ import torch
 from transformers import BertConfig, BertModel, DynamicCache
 
 from t2l_engine import HyperNetwork, attach
-from t2l_engine.research.costs import Decoder, Encoder, Setup, Workload, ways
-from t2l_engine.research.costs.known import hypernetwork_for
+from t2l_engine.research.costs import Setup, Workload, count, hypernetwork_for, ways
 from t2l_engine.testing.counter import counted
 from t2l_engine.testing.models import cache_argument
 from tests.research.costs import tiny_decoders
@@ -26,7 +25,7 @@ class Server:
             vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4
         )  # fmt: skip
         self.encoder = BertModel(encoder, add_pooling_layer=False).eval()
-        decoder, encoder = Decoder.from_config(self.model.config), Encoder.from_config(self.encoder.config)
+        decoder, encoder = count(self.model.config), count(self.encoder.config, head=False)
         hypernet = hypernetwork_for(decoder, encoder, rank=2, latent_size=16, head_in_size=12)
         self.setup = Setup(decoder, encoder, hypernet)
         self.net = HyperNetwork(hypernet)
@@ -121,12 +120,10 @@ def test_answers_of_one_token(server):
 
 def test_the_language_model_as_encoder(server):
     """Describing costs a pass up to the last hidden state."""
-    decoder = server.setup.decoder
+    decoder = server.setup.model
     setup = dataclasses.replace(server.setup, encoder=decoder, encoder_itemsize=0)
     describe, *_ = ways(setup, LOAD)["t2l-task"].first.phases
     got = counted(lambda: server.model.model(input_ids=prompt(LOAD.description)))
-    assert (describe.name, describe.flops.total) == ("describe", got)
-    parts = decoder.parameters
-    read = decoder.num_parameters - parts["embeddings"] - parts["logits"]
-    assert describe.bytes.total == 2 * read
+    assert (describe.name, sum(describe.flops.values())) == ("describe", got)
+    assert describe.bytes == {"encoder weights": 2 * decoder.weights(LOAD.description, logits=False)}
     assert setup.generator_bytes == 2 * setup.hypernet.num_parameters  # no second copy
