@@ -25,7 +25,7 @@ Parts = dict[str, int]  #: Name of a part -> FLOPs or bytes.
 #: Model types of remote code -> the same model in transformers.
 ALIASES = {"new": "gte"}
 #: Fields that hold a size, and those of them that may be 0; the largest value by the beginning of a name.
-SIZES = re.compile(r"(num|n)_\w+|\w+_(size|dim|window|step)|max_position_embeddings")
+SIZES = re.compile(r"(num|n)_\w+|(?!use_)\w+_(size|dim|window|step)|max_position_embeddings")
 ZERO = ("shared_expert_intermediate_size", "type_vocab_size")
 LARGEST = {"num_hidden_layers": 512, "n_layer": 512, "num_layers": 512, "num_": 4096, "": MAX_SIZE}
 TOKENS = 2
@@ -195,6 +195,7 @@ def _counted(values: dict[str, Any], head: bool) -> Model:
         whole = (AutoModelForCausalLM if head else AutoModel).from_config(config, **given)
         body = whole.base_model
         body.pooler = None
+        experts = _experts(body, config)
         with FlopCounterMode(display=False) as counter:
             hidden = body(input_ids=torch.ones(1, TOKENS, dtype=torch.long), use_cache=False).last_hidden_state
         matrix = whole.get_output_embeddings() if head else None
@@ -214,7 +215,7 @@ def _counted(values: dict[str, Any], head: bool) -> Model:
         embeddings=sum(m.weight.numel() for m in body.modules() if isinstance(m, torch.nn.Embedding)),
         logits=0 if matrix is None else matrix.weight.numel(),
         tied=matrix is not None and matrix.weight is whole.get_input_embeddings().weight,
-        **_experts(body, config),
+        **experts,
         linears=_linears(body, len(seen)),
     )
 
@@ -229,11 +230,11 @@ def _experts(body: torch.nn.Module, config: Any) -> dict[str, int]:
     number = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 0
     modules = [m for name, m in body.named_modules() if name.endswith("experts") and "shared" not in name]
     weights = sum(p.numel() for module in modules for p in module.parameters())
-    return {
-        "expert_weights": weights,
-        "experts": number if weights else 0,
-        "experts_per_token": config.num_experts_per_tok if weights else 0,
-    }
+    if not weights:
+        return {"expert_weights": 0, "experts": 0, "experts_per_token": 0}
+    if config.num_experts_per_tok > number:
+        raise ValueError(f"num_experts_per_tok: expected at most {number}, got {config.num_experts_per_tok}")
+    return {"expert_weights": weights, "experts": number, "experts_per_token": config.num_experts_per_tok}
 
 
 def _linears(body: torch.nn.Module, layers: int) -> dict[str, tuple[int, int]]:

@@ -22,7 +22,7 @@ from t2l_engine.research.costs import (
 from t2l_engine.research.costs.serving import merged_values
 from t2l_engine.testing.counter import counted
 from t2l_engine.testing.models import SHAPES
-from tests.hypernetwork.oracle import MODULES
+from tests.hypernetwork.plain_network import MODULES
 from tests.research.costs import tiny_decoders
 
 KNOWN = {  # parameters of the language model, and of its hypernetwork
