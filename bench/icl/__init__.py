@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 def plan(context: Context, folder: Path | None = None) -> list[Task]:
     """``folder``: of tasks, with splits train (for the examples) and test; required at size full on a CPU.
 
-    At size tiny the tasks are those of the demo, with a question each.  On a card lengths, energy and a decode step alone.
+    At size tiny the tasks are those of the demo, with a question each.  On a card the first question
+    and a decode step alone.
     """
     import torch  # here: tables and figures read names of this package without it
 
-    from bench import energy
-    from bench.harness import OURS, BenchError, Task
-    from bench.icl import costs, first, names, questions
+    from bench.harness import BenchError, Task
+    from bench.icl import costs, first, questions
 
     dtypes = (torch.float32, torch.bfloat16) if context.on_cpu else (torch.bfloat16,)
     made = {dtype: functools.cache(functools.partial(first.Served, context, dtype)) for dtype in dtypes}
@@ -37,7 +37,4 @@ def plan(context: Context, folder: Path | None = None) -> list[Task]:
             raise BenchError("tasks: expected a task folder (--tasks DIR) at size full, got none")
         counted = [Task("costs", costs.entries), Task("paper", costs.paper)]
         return [*counted, *tasks, Task("questions", functools.partial(questions.entries, context, folder))]
-    for name in (OURS, names.ICL) if context.device.timed else ():
-        work = functools.partial(first.joules, made[torch.bfloat16], name)
-        tasks.append(Task(f"energy {name}", functools.partial(energy.measured, context, work), needs=8.0))
     return [*tasks, Task("decode step", functools.partial(first.decoding, context), needs=15.0)]

@@ -22,16 +22,14 @@ from t2l_engine.research import costs
 from t2l_engine.research.costs import PAPER, Setup, Way, Workload, hypernetwork_for
 
 LENGTHS = ROOT / "bench" / "results" / "lengths.jsonl"
-SHOTS = (0, 1, 2, 3, 4, 6, 8, 12, 16)
-QUESTIONS = tuple(round(10 ** (i / 8)) for i in range(33))  # to 10,000
 OURS, RIVALS = ("t2l-request", "t2l-task", "t2l-merged"), ("icl", "icl-cold", "icl-warm")
 TERA = 1e12
 #: TFLOP as the paper prints them.
 HYPERNET, T2L, ICL = 0.000005, 0.856, 4.177
 
 
-def workloads(model: str) -> dict[str, tuple[Workload, int]]:
-    """By benchmark, and at their mean: lengths as ``model``'s tokenizer counts them; with each, a description in the prompt.
+def workloads(model: str) -> dict[str, Workload]:
+    """By benchmark, and at their mean: lengths as ``model``'s tokenizer counts them.
 
     A shot is a third of the text of three examples in T2L's own evaluation, which has none for HumanEval.  An answer has one
     token more than its text: the end of its turn.
@@ -45,30 +43,18 @@ def workloads(model: str) -> dict[str, tuple[Workload, int]]:
             "answer": of["answer"]["mean"] + 1,
             "shot": of["examples"]["mean"] / 3 if of["examples"] else 0,
             "description": about["encoder"]["mean"],
-            "instruction": about[model]["mean"],
         }
     fields = next(iter(means.values()))
     means[MEAN] = {field: statistics.fmean(m[field] for m in means.values()) for field in fields}
     whole = {name: {field: round(value) for field, value in values.items()} for name, values in means.items()}
-    return {name: (Workload(shots=3, **{**of, "instruction": 0}), of["instruction"]) for name, of in whole.items()}
+    return {name: Workload(shots=3, **of) for name, of in whole.items()}
 
 
 def entries() -> Iterator[Record]:
     for model in costs.known_entries("models"):
         setup = costs.known_setup(model)
-        loads = {"paper": (PAPER, PAPER.description), **workloads(model)}
-        for name, (load, instruction) in loads.items():
+        for name, load in {"paper": PAPER, **workloads(model)}.items():
             yield record("costs", model=model, workload=name, lengths=vars(load), **cost(setup, load))
-            yield record("by_shots", model=model, workload=name, shots=list(SHOTS), **by_shots(setup, load, instruction))
-        # Over that of an adapter kept per task; three shots.
-        made = costs.ways(setup, loads[MEAN][0])
-        kept = made.pop("t2l-task")
-        ratios = {way: [round(of.total(n) / kept.total(n), 4) for n in QUESTIONS] for way, of in made.items()}
-        yield record("by_questions", model=model, workload=MEAN, questions=list(QUESTIONS), ratios=ratios)
-        # Bytes that a user holds: keys and values over the length of the context, and one adapter beside them.
-        tokens = [0, *(2**i for i in range(4, 15))]
-        held = {"kv": [setup.kv(n) for n in tokens], "adapter": setup.adapter_bytes, "generator": setup.generator_bytes}
-        yield record("by_context", model=model, tokens=tokens, **held)
 
 
 def cost(setup: Setup, load: Workload) -> dict[str, Any]:
@@ -97,20 +83,6 @@ def _way(setup: Setup, way: Way) -> dict[str, Any]:
     }
     held = {name: getattr(way, name) for name in ("per_user", "per_task", "fixed")}
     return {**flops, "phases": phases, "step_bytes": way.step_bytes(setup, 1, 1), **held}
-
-
-def by_shots(setup: Setup, load: Workload, instruction: int) -> dict[str, Any]:
-    """Cost of in-context learning over that of an adapter kept per task, over the number of shots.
-
-    Without shots the description, of ``instruction`` tokens, is in the prompt: the cheapest rival that knows the task.
-    """
-    none = dataclasses.replace(load, shots=0, instruction=instruction)
-    at = [costs.ways(setup, dataclasses.replace(load, shots=n) if n else none) for n in SHOTS]
-
-    def ratios(rival: str, questions: int) -> list[float]:
-        return [round(ways[rival].total(questions) / ways["t2l-task"].total(questions), 4) for ways in at]
-
-    return {"questions": {str(n): {rival: ratios(rival, n) for rival in RIVALS} for n in (1, 10, 100)}}
 
 
 # --- the paper's table -----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import t2l_engine as t2l
-from bench import energy, models
+from bench import models
 from bench.harness import OURS, Context, Error, Record, Target, logits_error, record, row, verify, worst
 from bench.icl.names import ALONE, DESCRIBE, GENERATE, ICL, KEPT, MERGED, WARM
 from bench.models import MODULES, Step, layer_error, random_adapters, shared
@@ -48,10 +48,9 @@ class Served:
     @torch.inference_mode()
     def __init__(self, context: Context, dtype: torch.dtype):
         self.load, device = PAPER if context.full else TINY, context.device.torch
-        self.shots = (0, 1, 2, 3, 4, 8, 16) if context.full else (0, 3)
         (self._small if context.on_cpu else self._large)(context, dtype)
         self.setup = dataclasses.replace(self.setup, itemsize=dtype.itemsize, cache_itemsize=dtype.itemsize)
-        most = self.load.question + self.load.shot * max(self.shots)
+        most = self.load.question + self.load.prefix
         self.tokens = _random(self.setup.model.vocabulary, most, device, seed=3)
         self.question = self.prompt(0)
         self.stack = self.net.generate(self.describe()).to(dtype=dtype)
@@ -195,7 +194,7 @@ def exact_logits(model: nn.Module, tokens: Tensor, stack: t2l.AdapterStack | Non
 
 @torch.inference_mode()
 def first(context: Context, make: Callable[[], Served]) -> Iterator[Record]:
-    """The row that carries the claim, its parts, and the sweep over shots."""
+    """The row that carries the claim, and its parts."""
     served = make()
     load, dtype = served.load, str(served.model.dtype).removeprefix("torch.")
     calls, requests = served.calls(), served.requests()
@@ -230,7 +229,6 @@ def first(context: Context, make: Callable[[], Served]) -> Iterator[Record]:
     }
     about = {"case": case, "dtype": dtype, "threads": context.threads, "rates": rates}
     yield record("first_question", **about, parts=parts, measured=measured, predicted=predicted)
-    yield from _sweep(context, served, dtype)
 
 
 def quantiles(values: Sequence[float], digits: int) -> dict[str, float]:
@@ -249,32 +247,7 @@ def spread(of: Timing, over: Timing) -> dict[str, float]:
     return quantiles([a / b for a, b in pairs], 4)
 
 
-def _sweep(context: Context, served: Served, dtype: str) -> Iterator[Record]:
-    """First answer tokens over the number of examples, every length in the same rounds."""
-    kept = functools.partial(served.adapted, served.question)
-    calls: dict[tuple[str, int], Callable] = {(OURS, 0): served.new_task, (KEPT, 0): kept}
-    for shots in served.shots:
-        calls |= {(name, shots): call for name, call in served.in_context(shots).items() if shots or name == ICL}
-    timings = context.time(calls, factor=40)
-    ours = timings[OURS, 0]
-    for shots in served.shots:
-        load = dataclasses.replace(served.load, shots=shots)
-        made = {way: of.first.flops(first_token=True) for way, of in costs.ways(served.setup, load).items()}
-        cold, warm = timings[ICL, shots], timings.get((WARM, shots), timings[ICL, shots])  # without examples none is cached
-        about = {"model": served.name, "dtype": dtype, "threads": context.threads, "shots": shots}
-        times = {"new_task_us": ours, "kept_us": timings[KEPT, 0], "icl_us": cold, "icl_warm_us": warm}
-        about |= {"tokens": load.question + load.prefix, **{name: timing.median_us for name, timing in times.items()}}
-        ratios = {"icl": spread(cold, ours), "icl-warm": spread(warm, ours)}
-        predicted = {rival: round(made[rival] / made["t2l-task"], 4) for rival in ratios}
-        yield record("by_examples", **about, ratio=ratios, predicted=predicted)
-
-
 # --- on a card -------------------------------------------------------------------------------------------------------
-
-
-def joules(make: Callable[[], Served], name: str) -> energy.Work:
-    """Of one question."""
-    return energy.Work(f"first question, {name}", "question", 1, [make().calls()[name]])
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import t2l_engine as t2l
-from bench import baselines, cases, energy, sglang_ops, vllm_ops
+from bench import baselines, cases, vllm_ops
 from bench.baselines import COPY, PEFT_ABSENT, gather_bmm, gather_bmm_delta, mm_loop, mm_loop_delta
 from bench.cases import LAYERS, Arguments, Case, Layer, Operands, even, launch, ragged, rows, zipf
 from bench.harness import OURS, Context, Error, Record, Target, Task, roofline, row, verify, worst
@@ -31,8 +31,7 @@ SERVE = [
 ]
 SWEPT = (1, 2, 4, 8, 16, 32, 64)
 #: A prefill reuses its adapters: more operations than bytes, and a wider target.
-WARM, WARM_PREFILL, COLD = Target(1.5, plus_us=3.0), Target(1.8, plus_us=3.0), Target(1.4)
-CUDA_MANY, CUDA_SINGLE = Target(1.35, of=COPY), Target(0.0, of=COPY, plus_us=5.0)
+WARM, WARM_PREFILL, COLD, CUDA_MANY = Target(1.5), Target(1.8), Target(1.4), Target(1.35, of=COPY)
 #: Gathered weights of more bytes are not tried.
 LARGEST_GATHER = 8 << 30
 APART = "ours, a launch a linear"
@@ -87,8 +86,6 @@ def _cuda_plan(context: Context) -> list[Task]:
     sizes = [rows(*range(64)), rows(0), rows(*range(8)), rows(*[0] * 64), even(512, 8)] if full else [rows(0, 1)]
     for case in (Case(one, segments) for segments in sizes):
         tasks.append(Task.of(f"linear {case.name}", around_linear, context, case, needs=5.0))
-    if context.device.timed:
-        tasks.append(Task.of("energy", energy.measured, context, functools.partial(joules, context), needs=8.0))
     return tasks
 
 
@@ -155,10 +152,6 @@ def _builders(context: Context, case: Case) -> tuple[dict[str, Callable[[Operand
         builders[vllm_ops.NAME] = lambda operands: vllm_ops.grouped(operands.groups)
         if why := vllm_ops.absent(case.dtype):
             skipped[vllm_ops.NAME] = why
-        for name, most in sglang_ops.ways(case.tokens).items():
-            builders[name] = lambda operands, most=most: sglang_ops.grouped(operands.groups, most)
-            if why := sglang_ops.absent(case.dtype):
-                skipped[name] = why
     if any(adapter < 0 for _, adapter in case.segments):
         skipped["gather bmm"] = "has no row of the base model"
     elif (gathered := case.layer.weight_bytes(case.tokens, case.rank, case.dtype.itemsize)) > LARGEST_GATHER:
@@ -193,30 +186,20 @@ def _cpu_limits(context: Context, case: Case, group: str, cache: str, count: int
     if cold:  # stated in bytes, whatever the products would need
         least |= {"us": round(case.bytes / gbps / 1e3, 3), "by": "bytes"}
     target = (COLD if cold else WARM_PREFILL if case.tokens > 64 else WARM) if group == "lora" else None
-    return {"least": least, "target": target, "peak_gflops": ceilings.fma_at(case.dtype_name, count)}
+    return {"least": least, "target": target}
 
 
 def _cuda_limits(context: Context, case: Case, cache: str) -> dict[str, Any]:
     """What is warm comes from the cache: the rates of memory make no roofline of it."""
     least = context.roofline(case.flops, case.bytes, case.dtype_name) if cache == "cold" else None
     usual = case.rank in (8, 16) and case.dtype == torch.bfloat16
-    single = case.tokens == 1 and len(case.layer.groups) == 1
-    target = CUDA_SINGLE if single else CUDA_MANY if case.tokens == case.adapters == 64 else None
-    return {"least": least, "target": target if usual else None}
+    return {"least": least, "target": CUDA_MANY if usual and case.tokens == case.adapters == 64 else None}
 
 
 def cold_sets(context: Context, case: Case, count: int | None = None) -> list[Operands]:
     """``count`` sets of operands, by default as many as exceed the caches."""
     sets, shared = count or context.num_sets(case.working_set), cases.routing(case, context.device.torch)
     return [cases.operands(case, context.device.torch, seed, shared) for seed in range(2, 2 + sets)]
-
-
-def joules(context: Context) -> energy.Work:
-    """One layer's 64 adapters on 64 tokens, cold."""
-    case = Case(LAYERS["7b"], rows(*range(64)))
-    calls = [one.grouped() for one in cold_sets(context, case)]
-    name = f"applying, {case.name}, cold (an adapter: one, to one token, in one layer)"
-    return energy.Work(name, "adapter", case.adapters * len(calls), calls)
 
 
 Delta = Callable[[Arguments], Callable[[], Tensor]]
@@ -272,8 +255,8 @@ def backward(context: Context, case: Case) -> Iterator[Record]:
     moved = 3 * (x + A + B) + 2 * grad.nbytes  # forward reads, backward reads and writes; delta written, grad read
     for count in context.thread_counts:
         timings = context.time(functions, count)
-        least, peak = context.roofline(3 * case.flops, moved, "float32", count), context.ceilings.fma_at("float32", count)
-        given = {"count": count, "cache": "warm", "skipped": skipped, "least": least, "peak_gflops": peak}
+        least = context.roofline(3 * case.flops, moved, "float32", count)
+        given = {"count": count, "cache": "warm", "skipped": skipped, "least": least}
         shape = case.shape("forward and backward")
         yield row(context, case.name, "backward", shape, timings, errors[OURS], **given)
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from bench import baselines, energy
+from bench import baselines
 from bench.baselines import Adapters
 from bench.ceilings import gemm_call, peak_memory
-from bench.harness import OURS, Context, Error, Record, Target, Task, VerificationError, record, roofline, row, verify, worst
-from bench.records import FRESH, HOST, PREALLOCATED
+from bench.harness import OURS, Context, Error, Record, Target, Task, record, roofline, row, verify, worst
+from bench.records import HOST
 from bench.suites import request
 from bench.timing import Call, Candidate, tolerant
 from t2l_engine import AdapterStack, ops
@@ -38,9 +37,7 @@ TINY = {"smollm2-135m": (VARIANTS, (1, 8))}
 #: The model that targets are stated for, by variant and dtype at one description; and at many.
 TARGETED = "mistral-7b"
 ONE = {"L": (1.25, 1.35), "M": (1.35, 1.5), "S-learnable": (1.35, 1.5)}
-MANY, AS_ONE, MEMORY = Target(1.2), Target(1.0, of="one description"), Target(1.2, of="weights + adapters")
-#: What is added to the case of 64 beside one, by how it was generated.
-ENDINGS = {"": OURS, f", {PREALLOCATED}": PREALLOCATED}
+MANY, MEMORY = Target(1.2), Target(1.2, of="weights + adapters")
 #: Descriptions that the float64 oracle takes at a time: 64 at once would need gigabytes.
 CHUNK = 8
 #: Compiling takes a minute: the released Mistral form only, at this number of descriptions.
@@ -52,12 +49,12 @@ CUDA_FULL = tuple((name, dtype) for dtype in DTYPES[::-1] for name in ("mistral-
 CUDA_TINY = HyperShape("tiny", 2, 32, 32, 16, embed_dim=24, latent_size=16, head_in_size=24)
 #: Descriptions up to which a graph holds what runs one at a time: more would be tens of thousands of launches.
 CAPTURED = 8
-OPS, HEADS = "ours, ops alone", "head weights"
+OPS = "ours, ops alone"
 #: All rows of variant L at once, in torch's own products: what a careful author writes.
 BATCHED = "batched"
 #: On a card, of one description by model, and of several.
-CUDA_ONE = {"mistral-7b": Target(1.3, of=HEADS)}
-CUDA_OTHERS, CUDA_SEVERAL = Target(1.5, of=HEADS), Target(1.1, of="cuBLAS")
+CUDA_ONE = {"mistral-7b": Target(1.3)}
+CUDA_OTHERS, CUDA_SEVERAL = Target(1.5), Target(1.1, of="cuBLAS")
 
 Generate = Callable[[Tensor], Adapters]
 Way = Callable[[HyperNetwork], Generate | baselines.Eager]
@@ -84,12 +81,6 @@ def plan(context: Context) -> list[Task]:
     counts = (1, 8, 64) if context.full else (1, 2)
     for name, dtype in CUDA_FULL if context.full else (("tiny", "float32"), ("tiny", "bfloat16")):
         tasks.append(Task.of(f"{name} L {dtype}", cuda, context, name, dtype, counts, needs=10.0))
-    if context.device.timed:
-        tasks.append(Task.of("energy idle", energy.idle, context, needs=3.0))
-        for count in counts:
-            work = functools.partial(joules, context, count)
-            tasks.append(Task.of(f"energy {count}", energy.measured, context, work, needs=8.0))
-        tasks.append(Task.of(COMPILED, cuda_compiled, context, needs=30.0))
     return tasks
 
 
@@ -153,58 +144,26 @@ def described(shape: HyperShape, dtype: str, count: int) -> tuple[str, Record]:
 
 
 def generation(context: Context, shape: HyperShape, dtype: str, counts: Sequence[int]) -> Iterator[Record]:
-    """Rows of one hypernetwork at each number of descriptions: its ways in the same rounds, a matrix product among them.
-
-    Of the targeted model also rows into preallocated output, beside the same call into a fresh one as every other candidate
-    gets it.
-    """
-    net = shape.make(seed=1)
-    if dtype == "bfloat16":
-        single, net = net, copy.deepcopy(net).set_dtype(torch.bfloat16)
-        yield _cost_of_bf16(shape, single, net)
-        del single
-    targeted = shape.name == TARGETED
-    also = targeted and context.full
+    """Rows of one hypernetwork at each number of descriptions: its ways in the same rounds, a matrix product among them."""
+    net = shape.make(seed=1).set_dtype(getattr(torch, dtype))
+    targeted = shape.name == TARGETED and context.full
     exact = copy.deepcopy(net).set_dtype(torch.float64)
-    chosen = {n: candidates(net, exact, shape, n, also and shape.variant == "L") for n in counts}
+    chosen = {n: candidates(net, exact, shape, n, targeted and shape.variant == "L") for n in counts}
     del exact
-    again = {n: _preallocated(net, shape, n) for n in counts} if also else {}
-    for threads in context.thread_counts if also else [context.threads]:
+    for threads in context.thread_counts if targeted else [context.threads]:
         gemm, gemm_flops = gemm_call(getattr(torch, dtype), context.ceilings.gemm_size)
         for n in [n for n in counts if threads == context.threads or n == 1]:
             calls, skipped, error = chosen[n]
             # Each number apart: beside seconds of many descriptions one would have few rounds.
-            functions = calls | ({PREALLOCATED: again[n]} if again else {})
-            timings = context.time({**functions, "gemm": gemm}, threads, factor=2)
+            timings = context.time({**calls, "gemm": gemm}, threads, factor=2)
             gflops = gemm_flops / 1e3 / timings["gemm"].median_us
-            case, fields = described(shape, dtype, n)
-            emit = functools.partial(row, context, group="generate", shape=fields, error=error, count=threads)
             gbps = context.ceilings.bandwidth_at(moved(net, n), threads)
-            given = {"least": roofline(n * sum(hypernet_flops(net.config).values()), moved(net, n), gflops, gbps)}
-            given["target"] = {1: Target(ONE[shape.variant][DTYPES.index(dtype)]), 64: MANY}.get(n) if targeted else None
-            given["peak_gflops"] = context.ceilings.fma_at(dtype, threads)
-            yield emit(case, timings={name: timings[name] for name in calls}, skipped=skipped, **given)
-            if again:
-                beside = {OURS: timings[PREALLOCATED], FRESH: timings[OURS]}
-                yield emit(f"{case}, {PREALLOCATED}", timings=beside, **given)
-            if targeted and n == 64:
-                own = {(k, OURS): chosen[k][0][OURS] for k in (1, n)} | {
-                    (k, PREALLOCATED): again[k] for k in (1, n) if again
-                }
-                beside = context.time(own, threads)
-                for suffix, name in ENDINGS.items():
-                    if (n, name) in own:
-                        many, unit = {OURS: beside[n, name]}, 64 * beside[1, name].median_us
-                        yield emit(f"{case}{suffix}, beside one", timings=many, target=AS_ONE, unit_us=unit)
-
-
-def _preallocated(net: HyperNetwork, shape: HyperShape, count: int) -> Callable[[], object]:
-    """A call that generates ``count`` adapters over earlier ones, verified to give the same bits."""
-    task_emb = shape.task_embeddings(count, seed=3)
-    got, fresh = (way(net)(task_emb) for way in (over(preallocated), baselines.of_stack))
-    if not all(torch.equal(a, b) for name in fresh for a, b in zip(got[name], fresh[name], strict=True)):
-        raise VerificationError(f"{shape.name} {shape.variant}, {count}: other bits in preallocated output")
-    return preallocated(net, task_emb)[0]
+            least = roofline(n * sum(hypernet_flops(net.config).values()), moved(net, n), gflops, gbps)
+            target = {1: Target(ONE[shape.variant][DTYPES.index(dtype)]), 64: MANY}.get(n) if targeted else None
+            case, fields = described(shape, dtype, n)
+            timings = {name: timings[name] for name in calls}
+            given = {"count": threads, "skipped": skipped, "least": least, "target": target}
+            yield row(context, case, "generate", fields, timings, error, **given)
 
 
 def candidates(
@@ -222,13 +181,6 @@ def candidates(
     functions = {name: functools.partial(f, timed) for name, f in generators.items()}
     functions, wrong = verify(f"{shape.name} {shape.variant} {net.dtype}, {count}", functions, errors)
     return functions, skipped | wrong, errors[OURS]
-
-
-def _cost_of_bf16(shape: HyperShape, single: HyperNetwork, rounded: HyperNetwork) -> Record:
-    both = (baselines.of_stack(net)(shape.task_embeddings(8, seed=4)).values() for net in (single, rounded))
-    right, got = (torch.cat([side.double().flatten() for sides in found for side in sides]) for found in both)
-    relative = numerics.relative_frobenius(got, right)
-    return record("bf16_weights", model=shape.name, variant=shape.variant, relative_frobenius=relative)
 
 
 def build_and_generate(name: str, dtype: str, count: int) -> tuple[int, int]:
@@ -249,7 +201,7 @@ def memory(context: Context) -> Iterator[Record]:
         peak_mib=round(peak / 2**20, 1),
         weights_mib=round(weights / 2**20, 1),
         adapters_mib=round(adapters / 2**20, 1),
-        target=MEMORY.to_json() if name == TARGETED else None,  # beside a few megabytes, torch's own pages count
+        target=MEMORY._asdict() if name == TARGETED else None,  # beside a few megabytes, torch's own pages count
     )
 
 
@@ -336,37 +288,7 @@ def cuda(context: Context, name: str, dtype: str, counts: Sequence[int]) -> Iter
         given = {"cache": "cold", "skipped": skipped | wrong}
         given["least"] = context.roofline(count * sum(hypernet_flops(net.config).values()), moved(net, count), dtype)
         if count == 1:
-            heads = sum(p.nbytes for p in net.heads.parameters()) / context.ceilings.bandwidth_at() / 1e3
-            given |= {"target": CUDA_ONE.get(name, CUDA_OTHERS), "unit_us": heads}
+            given["target"] = CUDA_ONE.get(name, CUDA_OTHERS)
         elif CUDA_SEVERAL.of in timings:
             given["target"] = CUDA_SEVERAL
         yield row(context, case, "generate", fields, timings, errors[OURS], **given)
-    if device.on_card and importlib.util.find_spec("triton"):
-        from triton.testing import do_bench_cudagraph
-
-        call = preallocated(net, timed)[0]
-        ours, theirs = context.time({OURS: call})[OURS].median_us, 1e3 * do_bench_cudagraph(call, return_mode="median")
-        yield record("cross_check", case=case, cache="warm", ours_us=ours, do_bench_cudagraph_us=theirs)
-
-
-@torch.inference_mode()
-def cuda_compiled(context: Context) -> Iterator[Record]:
-    """The careful author's version through torch.compile, one description of the released Mistral form."""
-    shape, net = one_net(context, TARGETED, "bfloat16")
-    case, fields = described(shape, "bfloat16", 1)
-    skipped: dict[str, str] = {}
-    fresh, timed = (shape.task_embeddings(1, seed).to(context.device.torch) for seed in (2, 3))
-    generate = torch.compile(baselines.careful(net), dynamic=False)
-    errors = cuda_errors(net, fresh, {COMPILED: lambda net: generate}, skipped)
-    calls = {OURS: preallocated(net, timed)[0], COMPILED: functools.partial(generate, timed)}
-    calls, wrong = verify(case, {name: call for name, call in calls.items() if name in errors}, errors)
-    timings = context.time(calls, factor=2, skipped=skipped)
-    yield row(context, case, "compiled", fields, timings, errors[OURS], skipped=skipped | wrong)
-
-
-def joules(context: Context, count: int) -> energy.Work:
-    """Mistral's hypernetwork in bfloat16, cold."""
-    shape, net = one_net(context, TARGETED, "bfloat16")
-    task_emb = shape.task_embeddings(count).to(context.device.torch)
-    calls = [preallocated(one, task_emb)[0] for one in copies(context, net)]
-    return energy.Work(f"generating, {shape.name} L bfloat16, {count} at a time", "adapter", count * len(calls), calls)

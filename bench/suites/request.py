@@ -1,13 +1,9 @@
-"""Where the time of a request goes: text encoder, trunk, heads, putting adapters into a model, applying them to a token.
-
-And from sentences to adapters in the slots of a model in one call.
-"""
+"""Where the time of a request goes: text encoder, trunk, heads, putting adapters into a model, applying them to a token."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,34 +11,22 @@ import torch
 from torch import Tensor, nn
 
 import t2l_engine as t2l
-from bench import baselines
 from bench.cases import ORDER
-from bench.harness import OURS, Context, Error, Record, Target, Task, roofline, row, verify, worst
+from bench.harness import OURS, Context, Error, Record, Task, roofline, row, verify, worst
 from bench.suites.apply import BUILDERS
 from bench.timing import Candidate
 from t2l_engine import ops
 from t2l_engine.ops import reference
 from t2l_engine.research import costs
 from t2l_engine.testing import numerics
-from t2l_engine.testing.models import SHAPES
 from t2l_engine.testing.oracle import in_float64
 
-COUNTS = (1, 8)
-LARGE = "mistral-7b"
-#: From sentences to slots with transformers' forward pass, a stack of adapters, and a copy of each into its slot.
-TODAY = "transformers, generate, put"
-#: Number of sentences -> in how many us their adapters are to be live.
-LIVE = {1: 4_000.0, 64: 60_000.0}
+COUNTS = (1, 8, 64)
 
 
 def plan(context: Context) -> list[Task]:
     """On a CPU alone."""
-    if not context.on_cpu:
-        return []
-    tasks = [Task("split smollm2-135m bundled", functools.partial(bundled, context))]
-    if context.full:
-        tasks += [Task(f"split {LARGE} {d}", functools.partial(shaped, context, LARGE, d)) for d in ("float32", "bfloat16")]
-    return tasks
+    return [Task.of("split smollm2-135m bundled", bundled, context)] if context.on_cpu else []
 
 
 def bundled(context: Context) -> Iterator[Record]:
@@ -50,18 +34,9 @@ def bundled(context: Context) -> Iterator[Record]:
     engine = t2l.TextToLoRA.from_pretrained("smollm2-135m")
     kept = engine.encoder
     engine.encoder = t2l.TextEncoder(kept.model, kept.tokenizer, kept.config, cache_size=0)
-    for count in LIVE:
-        yield live(context, engine, count)
-    for count in sorted({*COUNTS, *LIVE}):
+    for count in COUNTS:
         yield encoder(context, engine, count)
         yield from _Request(context, "smollm2-135m", engine.hypernetwork.requires_grad_(False), count).rows()
-
-
-def shaped(context: Context, name: str, dtype: str) -> Iterator[Record]:
-    """A hypernetwork of random weights, without text encoder."""
-    net = SHAPES[name].make(getattr(torch, dtype), seed=5)
-    for count in COUNTS:
-        yield from _Request(context, name, net, count).rows()
 
 
 def _row(context: Context, model: str, dtype: str, count: int, part: str, functions, errors, least) -> Record:
@@ -103,41 +78,6 @@ def encoder(context: Context, engine: t2l.TextToLoRA, count: int) -> Record:
     least = context.roofline(count * sum(one.values()), num_bytes, dtype)
     named = str(engine.hypernetwork.dtype).removeprefix("torch.")  # the request's, beside its other parts
     return _row(context, "smollm2-135m", named, count, "encoder", functions, errors, least)
-
-
-@torch.no_grad()
-def live(context: Context, engine: t2l.TextToLoRA, count: int) -> Record:
-    """From ``count`` sentences to their adapters in the slots of an attached model, held to a time."""
-    net, texts, model = engine.hypernetwork, sentences(count), skeleton(engine.hypernetwork.config)
-    handle = t2l.attach(model, slots=count)
-
-    def today() -> None:
-        for i, adapter in enumerate(net.generate(by_transformers(engine.encoder, texts))):
-            handle.put(i, adapter)
-
-    functions = {OURS: lambda: engine.generate_into(handle, 0, texts), TODAY: today}
-    task_emb = in_double(engine.encoder).encode(texts)
-    exact = baselines.plain(copy.deepcopy(net).set_dtype(torch.float64))(task_emb.double())
-    rounded, errors = baselines.plain(net)(task_emb), {}
-    today()  # there are slots from now on
-    for name, function in functions.items():
-        members = {module: [layer[module].members[0] for layer in model] for module in exact}
-        slots = {module: [[getattr(m, side) for m in of] for side in ("lora_A", "lora_B")] for module, of in members.items()}
-        for tensor in itertools.chain(*(side for sides in slots.values() for side in sides)):
-            tensor.fill_(float("nan"))
-        function()
-        errors[name] = worst(
-            Error(numerics.relative_frobenius(torch.stack(got, dim=1), right), numerics.trunk_bound(right, low, net.dtype))
-            for module in exact
-            for got, right, low in zip(slots[module], exact[module], rounded[module], strict=True)
-        )
-    dtype = str(net.dtype).removeprefix("torch.")
-    case = f"smollm2-135m {dtype}, {count} sentence{'s' if count > 1 else ''}: into live slots"
-    functions, skipped = verify(case, functions, errors)
-    timings = context.time(functions, factor=4)
-    shape = {"model": "smollm2-135m", "dtype": dtype, "descriptions": count}
-    target = Target(0.0, of=TODAY, plus_us=LIVE[count])
-    return row(context, case, "live", shape, timings, errors[OURS], skipped=skipped, target=target)
 
 
 class _Bare(nn.Module):

@@ -72,7 +72,7 @@ TASKS = (
 )
 WISHES = ("", " as JSON", " in one word", " politely", " and explain why", " for a child", " twice", ", nothing else")
 #: Shares of the tokens per second of others that ours must reach.
-OF_BASE, OF_STOCK, OF_DEFAULT, OF_BASE_UNUSED = 0.93, 1.5, 3.0, 0.97
+OF_BASE, OF_STOCK, OF_BASE_UNUSED = 0.93, 1.5, 0.97
 
 
 def plan(context: Context) -> list[Task]:
@@ -328,8 +328,7 @@ class Measured:
             return {"target": best[0]} if best else {}
         if self.case.name != EIGHT:
             return {}
-        default = [Target(round(1 / OF_DEFAULT, 4), of=STOCK)] if STOCK in timings else []
-        return {"target": Target(round(1 / OF_BASE, 4), of=BASE), "also": [*best, *default]}
+        return {"target": Target(round(1 / OF_BASE, 4), of=BASE)}
 
 
 def _timing(seconds: Sequence[float]) -> Timing:

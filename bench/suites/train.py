@@ -300,7 +300,7 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", 
 def memory(context: Context, case: Case, of: Sequence[str]) -> Iterator[Record]:
     """The peak of a step by each of the ways ``of``, each in a process of its own."""
     found = {way: peak(context, case, way) for way in of}
-    target = MEMORY_TARGET.to_json() if context.full else None
+    target = MEMORY_TARGET._asdict() if context.full else None
     yield record("train_memory", case=case.name, ways=found, skipped=SKIPPED, target=target)
 
 
