@@ -314,7 +314,9 @@ def render(about: Mapping[str, Any]) -> None:
     even = Table("break-even", "FLOP", *["roofline time"] * timed)
     for name, *found in _break_even(about):
         even.add_row(name, *found)
-    screen.print(even, "Computed from configurations; answer quality is not considered.")
+    screen.print(even)
+    users, shot = about["users"] / about["tasks"], about["workload"]["shot"]
+    screen.print(f"Shots of {shot:,} tokens; {users:.3g} users a task; computed, and answer quality is not considered.")
 
 
 def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -345,12 +347,14 @@ def _break_even(about: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         found = (_range(of["questions"]) for of in ((flops, time) if about["rates"] else (flops,)))
         yield f"{labels[flops['way']]} costs less than {labels[flops['rival']]}", *found
     for rival, least in about["shots_to_win"].items():
-        what = f"T2L per task costs less than {labels[rival]}, by shots of {about['workload']['shot']:,} tokens"
-        yield what, f"never up to {MAX_SHOTS:,}" if least is None else f"from {least:,} shots"
+        yield f"{labels[rival]} costs more than T2L per task", _from(least, "shots", f"never up to {MAX_SHOTS:,} shots")
     for rival, least in about["tasks_to_win"].items():
-        what = f"T2L per task holds less memory than {labels[rival]}, at {about['users'] / about['tasks']:.3g} users a task"
-        yield what, "never" if least is None else f"from {least:,} tasks"
-    yield "An adapter is smaller than keys and values", f"from {about['tokens_of_adapter']:,} tokens"
+        yield f"{labels[rival]} holds more memory than T2L per task", _from(least, "tasks")
+    yield "Keys and values take more memory than an adapter", _from(about["tokens_of_adapter"], "tokens")
+
+
+def _from(least: int | None, what: str, never: str = "never") -> str:
+    return never if least is None else f"from {least:,} {what}"
 
 
 def _range(questions: tuple[int, int | None] | None) -> str:
@@ -359,4 +363,4 @@ def _range(questions: tuple[int, int | None] | None) -> str:
     first, last = questions
     if last is not None:
         return f"up to {last:,} questions"
-    return "always" if first == 1 else f"from {first:,} questions"
+    return "always" if first == 1 else _from(first, "questions")

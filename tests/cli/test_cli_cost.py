@@ -261,7 +261,7 @@ def test_tables(run, folder):
     for fact in ("7.24 G parameters", "131 kB a token", "shot 80", "never", "always", "from 53 tokens"):
         assert fact in text
     few = run("cost", "--model", "smollm2-135m", "--questions", 1, "--shot", 0, "--instruction", 1)[1]
-    assert "never up to 1,024" in few
+    assert "never up to 1,024 shots" in few
     text = run("cost", "--model", folder(LLAMA, "[red]\x1b[31mbase"))[1]
     assert "[red]" in text and "\x1b" not in text
 

@@ -28,6 +28,7 @@ ALIASES = {"new": "gte"}
 SIZES = re.compile(r"(num|n)_\w+|(?!use_)\w+_(size|dim|window|step)|max_position_embeddings")
 ZERO = ("shared_expert_intermediate_size", "type_vocab_size")
 LARGEST = {"num_hidden_layers": 512, "n_layer": 512, "num_layers": 512, "num_": 4096, "": MAX_SIZE}
+UNREAD = ("model_type", "quantization_config", "auto_map", "dtype", "torch_dtype")
 TOKENS = 2
 
 
@@ -175,8 +176,8 @@ def _counted(values: dict[str, Any], head: bool) -> Model:
     kind = ALIASES.get(kind, kind) if isinstance(kind, str) else None
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"model_type: expected one that transformers knows, got {short_repr(values.get('model_type'))}")
-    read = {name: value for name, value in values.items() if name not in ("model_type", "quantization_config", "auto_map")}
-    config = CONFIG_MAPPING[kind].from_dict(read)
+    config = CONFIG_MAPPING[kind].from_dict({name: value for name, value in values.items() if name not in UNREAD})
+    kinds = getattr(config, "layer_types", None)
     seen: list[Attention] = []
 
     def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **given: Any) -> Any:
@@ -186,7 +187,9 @@ def _counted(values: dict[str, Any], head: bool) -> Model:
         widths = query.shape[-1] + value.shape[-1]
         cached = key.shape[1] * (key.shape[-1] + value.shape[-1])
         causal = module.is_causal if given.get("is_causal") is None else given["is_causal"]
-        seen.append(Attention(2 * query.shape[1] * widths, cached, given.get("sliding_window"), causal))
+        sliding = kinds is not None and kinds[module.layer_idx] == "sliding_attention"
+        window = config.sliding_window if sliding else given.get("sliding_window")
+        seen.append(Attention(2 * query.shape[1] * widths, cached, window, causal))
         return query.new_empty(1, TOKENS, query.shape[1], value.shape[-1]), None
 
     AttentionInterface.register("counted", attend)
