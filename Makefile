@@ -86,7 +86,6 @@ results: setup
 	$(BIN)/python -m bench generate
 	$(BIN)/python -m bench apply
 	$(BIN)/python -m bench train
-	$(BIN)/python -m bench levels
 	$(BIN)/python -m bench report
 
 # Coverage-guided where atheris has a wheel for this Python, else by seeded mutation.

@@ -1,4 +1,4 @@
-"""Measure (``python -m bench SUITE``: generate, apply, train, serving, levels, icl, ...), compare trees, make pages."""
+"""Measure (``python -m bench SUITE``: generate, apply, train, serving, icl), compare trees, make pages."""
 
 from __future__ import annotations
 
@@ -26,16 +26,12 @@ app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None, pre
 DEFAULT_THREADS = torch.get_num_threads()
 CONSOLE = Console(width=None if sys.stdout.isatty() else 160)
 RESULTS = ROOT / "bench" / "results"
-PLANS = {name: f"bench.suites.{name}" for name in ("generate", "apply", "train", "serving", "levels", "profile")} | {
-    "icl": "bench.icl"
-}
+PLANS = {name: f"bench.suites.{name}" for name in ("generate", "apply", "train", "serving")} | {"icl": "bench.icl"}
 ABOUT = {
     "generate": "Generating adapters: hypernetworks of released shapes, the parts of a request, memory.",
     "apply": "Applying adapters: the op warm and cold, with gradients, around a linear, in a language model.",
     "train": "Training through a frozen model: steps with an adapter a sample, memory, hypernetworks, a library.",
     "serving": "Many adapters in one batch of vLLM on a CPU: its LoRA kernels and ours; needs vLLM in the environment.",
-    "levels": "The instruction sets of this CPU beside each other and torch: generating, and the LoRA op; some minutes.",
-    "profile": "GPU counters of each CUDA kernel: what bounds it; needs Nsight Compute (ncu) and --device cuda.",
     "icl": "Examples in the prompt against generated adapters: closed forms, the paper's table, a model measured.",
 }
 Threads = Annotated[int, typer.Option(min=1, help="threads of torch and of the kernels")]
@@ -74,7 +70,6 @@ def measure(
         "resume": resume,
         "budget": budget,
         "progress": bar,
-        "survey": name not in ("levels", "profile"),
     }
     CONSOLE.print(shown(harness.run(name, plan, context, command=spelled(ctx), **given)))
 
@@ -131,19 +126,6 @@ def write(ctx: typer.Context, out: Path | None, threads: int, records: Iterable[
 
 
 @app.command()
-def learn(
-    ctx: typer.Context,
-    work: Work,
-    library: Annotated[Path | None, typer.Option(help="a larger run of t2l train lora, to report its time")] = None,
-    out: Out = None,
-) -> None:
-    """Adapters for eight tasks made by code, and what reconstruction keeps of their gain (some ten minutes)."""
-    from bench.suites.learn import records
-
-    write(ctx, out, DEFAULT_THREADS, records(work, library))
-
-
-@app.command()
 def specs(
     ctx: typer.Context,
     work: Work,
@@ -179,6 +161,14 @@ def kernels(
 
 
 @app.command()
+def profile(only: Annotated[str, typer.Option(help="only cases whose name contains this")] = "") -> None:
+    """What bounds each CUDA kernel, by the counters of a card: runs NVIDIA's Nsight Compute (ncu), which prints them."""
+    from bench.profile import command
+
+    command(only)
+
+
+@app.command()
 def compare(
     old: Annotated[str, typer.Argument(help="a built checkout, or a git revision, which is exported and built")],
     new: Annotated[str, typer.Argument(help="likewise")] = str(ROOT),
@@ -188,9 +178,11 @@ def compare(
         int, typer.Option(min=1, help="rounds of old, new, new, old, in each of several pairs of processes")
     ] = comparing.ROUNDS,
     threads: Threads = DEFAULT_THREADS,
+    old_isa: Annotated[str, typer.Option(help="T2L_ISA of the old side: compares instruction sets of one tree")] = "",
+    new_isa: Annotated[str, typer.Option(help="T2L_ISA of the new side")] = "",
 ) -> None:
     """Two trees, their samples interleaved: fails where the median ratio of a case is beyond the limit, twice."""
-    found = comparing.trees(old, new, threads, only, rounds, limit)
+    found = comparing.trees((old, old_isa), (new, new_isa), threads, only, rounds, limit)
     failed = comparing.slower(found, limit)
     made = Table(title=f"new over old on {threads} threads, at most {limit:g}")
     for name in ("case", "old, us", "new, us", "ratio", "quartiles"):

@@ -103,11 +103,12 @@ def _run(command: Sequence[str], folder: Path, why: str) -> None:
 
 
 class Worker(Process):
-    """A process that times the engine of ``folder`` on ``threads`` threads."""
+    """A process that times the engine of ``folder`` on ``threads`` threads; ``isa``: its T2L_ISA if it is given."""
 
-    def __init__(self, folder: Path, threads: int):
+    def __init__(self, folder: Path, threads: int, isa: str):
         command = [sys.executable, "-c", Path(worker.__file__).read_text(encoding="utf-8"), str(threads)]
         environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": str(threads)}
+        environment |= {"T2L_ISA": isa} if isa else {}
         super().__init__(str(folder), command, folder, environment)
         about = self.answer()
         if Path(about["package"]).resolve() != (folder / "t2l_engine").resolve() or not about["native"]:
@@ -118,16 +119,20 @@ class Worker(Process):
         return self.ask(case)
 
 
-def trees(old: str, new: str, threads: int, only: str, rounds: int, limit: float) -> dict[str, Compared]:
-    """Two folders or revisions; ``only``: cases whose name contains it.  Arguments else as in :func:`confirmed`."""
+Side = tuple[str, str]  #: A folder or revision, and its T2L_ISA.
+
+
+def trees(old: Side, new: Side, threads: int, only: str, rounds: int, limit: float) -> dict[str, Compared]:
+    """``only``: cases whose name contains it.  Arguments else as in :func:`confirmed`."""
     if not (cases := [case for case in worker.CASES if only in case]):
         raise BenchError(f"only: expected part of one of these names: {', '.join(worker.CASES)}; got {only!r}")
-    with tree(old) as first, tree(new) as second:
+    with tree(old[0]) as first, tree(new[0]) as second:
 
         def measure(cases: Sequence[str]) -> dict[str, Compared]:
             pairs: dict[str, list[tuple[float, float]]] = {case: [] for case in cases}
             for _ in range(STARTS):
-                with contextlib.closing(Worker(first, threads)) as one, contextlib.closing(Worker(second, threads)) as other:
+                sides = (Worker(first, threads, old[1]), Worker(second, threads, new[1]))
+                with contextlib.closing(sides[0]) as one, contextlib.closing(sides[1]) as other:
                     for case, found in compare(one.sample, other.sample, cases, rounds).items():
                         pairs[case] += found
             return {case: Compared.of(found) for case, found in pairs.items()}

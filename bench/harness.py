@@ -263,12 +263,10 @@ def run(
     resume: bool = False,
     budget: float | None = None,
     progress: Callable[[Sequence[Task]], Iterable[Task]] = iter,
-    survey: bool = True,
 ) -> list[Record]:
     """The records of a suite, written to ``out`` task by task; ``only``: tasks whose name contains it.
 
     ``resume``: what the file at ``out`` has is kept and not run again.  ``budget``: seconds after which no task is begun.
-    ``survey``: whether all ceilings are measured before the first task, else those that tasks ask for.
     On a card a task that fails is recorded and the others go on; on a CPU it ends the run.
 
     Raises BenchError where ``only`` leaves nothing, where the file is of another run, where tasks are left, and where this
@@ -292,8 +290,7 @@ def run(
         return log.records
     with threads(context.threads):
         sizes = [256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, context.rotated]
-        if survey:
-            context.ceilings.survey(sizes, context.thread_counts)
+        context.ceilings.survey(sizes, context.thread_counts)
         for task in progress(log.left(tasks)):
             if end - time.monotonic() > task.needs:
                 made = _attempt(context, task)

@@ -13,7 +13,6 @@ import torch
 import t2l_engine as t2l
 from bench.harness import BenchError, Record, record
 from bench.specs.plan import DEVELOPMENT, FURTHER, HELD_OUT, MORE, PLAN, RUNS, TRAINED, Run, drawn, ordered
-from bench.suites.learn import logged
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.yaml import read_yaml
 from t2l_engine.hypernetwork import checkpoint

@@ -51,10 +51,10 @@ def test_trees_that_cannot_be_measured_are_refused(tmp_path):
 @pytest.mark.slow
 def test_a_worker_times_the_tree_it_runs_in(monkeypatch):
     monkeypatch.setattr(compare, "STARTS", 1)
-    (found,) = compare.trees(str(ROOT), str(ROOT), 1, "lora_add_ 8x8", 1, 1.15).values()
+    (found,) = compare.trees((str(ROOT), ""), (str(ROOT), ""), 1, "lora_add_ 8x8", 1, 1.15).values()
     assert found.old_us > 0 and found.new_us > 0
 
 
 def test_a_case_that_there_is_not():
     with pytest.raises(BenchError, match="got 'no such case'"):
-        compare.trees(str(ROOT), str(ROOT), 1, "no such case", 1, 1.15)
+        compare.trees((str(ROOT), ""), (str(ROOT), ""), 1, "no such case", 1, 1.15)
