@@ -18,7 +18,7 @@ from bench.icl.names import MEAN, PAPER
 from bench.records import BASE, OURS
 from bench.report.cells import number
 from bench.report.data import Data
-from bench.serving_arms import EIGHT, MANY
+from bench.serving_methods import EIGHT, MANY
 from t2l_engine.research.costs import LABELS
 
 if TYPE_CHECKING:

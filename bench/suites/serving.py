@@ -42,15 +42,15 @@ from bench.harness import (
     verify,
 )
 from bench.process import Process
-from bench.records import BASE, OURS_ALL
-from bench.serving_arms import ARMS, EIGHT, FULL, HALF, IN_VLLM, MANY, NONE, STOCK, STOCK_QV, TINY, Case, Load
+from bench.records import BASE
+from bench.serving_methods import FULL, IN_VLLM, METHODS, TINY, Case, Load
 from bench.source import ROOT
 from bench.suites import serving_life
 from bench.timing import Timing, tolerant
 from t2l_engine.text import packaged
 
-#: Arms whose processes live at the same time; each group holds what the others are compared with.
-GROUPS = (IN_VLLM, (BASE, *(name for name in ARMS if name not in IN_VLLM)))
+#: Methods whose processes live at the same time; each group holds what the others are compared with.
+GROUPS = (IN_VLLM, (BASE, *(name for name in METHODS if name not in IN_VLLM)))
 #: Rows whose logits are verified, the first ones that have an adapter.
 CHECKED = 8
 MEASURE = "logits against float64, root mean square over rows of error / bound"
@@ -71,8 +71,6 @@ TASKS = (
     "Write the text in capital letters",
 )
 WISHES = ("", " as JSON", " in one word", " politely", " and explain why", " for a child", " twice", ", nothing else")
-#: Shares of the tokens per second of others that ours must reach.
-OF_BASE, OF_STOCK, OF_BASE_UNUSED = 0.93, 1.5, 0.97
 
 
 def plan(context: Context) -> list[Task]:
@@ -86,24 +84,24 @@ def plan(context: Context) -> list[Task]:
 
 
 def measured(context: Context, load: Load, count: int) -> Iterator[Record]:
-    """The rows and arms of all cases with ``count`` adapters in the servers."""
+    """The rows and methods of all cases with ``count`` adapters in the servers."""
     with tempfile.TemporaryDirectory(prefix="t2l-serving-") as scratch:
         inputs = Inputs.of(Path(scratch), load, count)
         cases = [Measured(case, load.new) for case in load.cases[count]]
         skipped: dict[str, str] = {}
         for start, group in itertools.product(range(load.starts[count]), GROUPS):
-            there = {name for one in cases for name in one.case.arms} - skipped.keys()
-            wanted = [name for name in group if name in there and not (start and ARMS[name].once)]
+            there = {name for one in cases for name in one.case.methods} - skipped.keys()
+            wanted = [name for name in group if name in there and not (start and METHODS[name].once)]
             if wanted != [BASE]:
                 skipped |= _started(context, inputs, cases, wanted, verifies=start == 0)
         for one in cases:
-            yield from one.records(context, {n: why for n, why in skipped.items() if n in one.case.arms}, inputs)
+            yield from one.records(context, {n: why for n, why in skipped.items() if n in one.case.methods}, inputs)
 
 
 def _started(
     context: Context, inputs: Inputs, cases: Sequence[Measured], wanted: Sequence[str], verifies: bool
 ) -> dict[str, str]:
-    """Time all cases in new processes of the arms ``wanted``; the baselines among them that failed, and why."""
+    """Time all cases in new processes of the methods ``wanted``; the baselines among them that failed, and why."""
     skipped: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         servers = {}
@@ -113,15 +111,15 @@ def _started(
         if verifies:
             skipped |= _verified(inputs, cases, servers, Oracle(inputs))
         for one in cases:
-            present = {n: servers[n] for n in one.case.arms if n in servers and n not in skipped}
+            present = {n: servers[n] for n in one.case.methods if n in servers and n not in skipped}
             if present.keys() - {BASE}:
                 one.time(present, inputs)
     return skipped
 
 
 def _as(name: str) -> str:
-    """How an arm is judged: ours and what the others are compared with may not fail, baselines are then left out."""
-    return OURS if ARMS[name].own or name == BASE else name
+    """How a method is judged: ours and what the others are compared with may not fail, baselines are then left out."""
+    return OURS if METHODS[name].own or name == BASE else name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,10 +160,10 @@ class Inputs:
 
 
 class Server(Process):
-    """The process of an arm, with its model loaded; BenchError where that fails or vLLM multiplies by other kernels."""
+    """The process of a method, with its model loaded; BenchError where that fails or vLLM multiplies by other kernels."""
 
     def __init__(self, name: str, threads: int, inputs: Inputs):
-        arm = ARMS[name]
+        method = METHODS[name]
         without = ("T2L_VLLM_", "VLLM_PLUGINS", "OMP_NUM_THREADS")  # vLLM counts threads by the CPUs that it is bound to
         environment = {key: value for key, value in os.environ.items() if not key.startswith(without)}
         cpus = sorted(os.sched_getaffinity(0))[:threads]
@@ -175,15 +173,17 @@ class Server(Process):
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cpus)),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-            **({"T2L_VLLM_KERNELS": "1"} if arm.kernels else {}),
+            **({"T2L_VLLM_KERNELS": "1"} if method.kernels else {}),
         }
         super().__init__(name, [sys.executable, "-m", "bench.serving_worker"], ROOT, environment)
         try:
-            model = inputs.merged if arm.merged else packaged.convert()
-            given = {"model": str(model), "folders": inputs.folders, "lora": arm.lora, "modules": arm.modules}
-            about = self._ask(do="load", engine=arm.engine, threads=threads, eager=arm.eager, rank=inputs.rank, **given)
-            if arm.lora and (about["wrapper"] == WRAPPER) != arm.kernels:
-                expected = f"{WRAPPER}, by the plugin of an installed t2l_engine" if arm.kernels else "vLLM's own kernels"
+            model = inputs.merged if method.merged else packaged.convert()
+            given = {"model": str(model), "folders": inputs.folders, "lora": method.lora, "modules": method.modules}
+            about = self._ask(
+                do="load", engine=method.engine, threads=threads, eager=method.eager, rank=inputs.rank, **given
+            )
+            if method.lora and (about["wrapper"] == WRAPPER) != method.kernels:
+                expected = f"{WRAPPER}, by the plugin of an installed t2l_engine" if method.kernels else "vLLM's own kernels"
                 raise BenchError(f"{name}: expected {expected}; got {about['wrapper']}")
         except BaseException:
             self.close()
@@ -238,10 +238,10 @@ class Oracle:
 
 
 def _verified(inputs: Inputs, cases: Iterable[Measured], servers: Mapping[str, Server], oracle: Oracle) -> dict[str, str]:
-    """Fill in the errors of all arms; the baselines that are wrong, and why.  Raises VerificationError where ours is."""
+    """Fill in the errors of all methods; the baselines that are wrong, and why.  Raises VerificationError where ours is."""
     skipped: dict[str, str] = {}
     for one in cases:
-        for name in (name for name in one.case.arms if name in servers):
+        for name in (name for name in one.case.methods if name in servers):
             rows = one.case.rows(name)
             checked = [i for i, adapter in enumerate(rows) if adapter is not None] or list(range(len(rows)))
             checked = checked[:CHECKED]
@@ -259,20 +259,20 @@ def _verified(inputs: Inputs, cases: Iterable[Measured], servers: Mapping[str, S
 
 
 class Measured:
-    """What is known of a case: by arm the error, seconds of calls, seconds a step, memory, and rows as without LoRA."""
+    """What is known of a case: by method the error, seconds of calls, seconds a step, memory, and rows as without LoRA."""
 
     def __init__(self, case: Case, new: int):
         self.case, self.new = case, new
         self.errors: dict[str, Error] = {}
-        self.seconds: dict[str, list[float]] = {name: [] for name in case.arms}
-        self.steps: dict[str, list[float]] = {name: [] for name in case.arms}
-        self.rss_mib: dict[str, list[float]] = {name: [] for name in case.arms}
+        self.seconds: dict[str, list[float]] = {name: [] for name in case.methods}
+        self.steps: dict[str, list[float]] = {name: [] for name in case.methods}
+        self.rss_mib: dict[str, list[float]] = {name: [] for name in case.methods}
         self.alike: dict[str, tuple[int, int]] = {}  # of the rows without an adapter those with the tokens of BASE, and all
 
     def time(self, servers: Mapping[str, Server], inputs: Inputs) -> None:
-        """One start: an untimed call of every arm, whose tokens are compared, then passes in both orders.
+        """One start: an untimed call of every method, whose tokens are compared, then one pass in each order.
 
-        The first order of a pass has calls of half the length too.
+        The first pass has calls of half the length too.
         """
         tokens = {name: server.generate(self.case, inputs, self.new)["tokens"] for name, server in servers.items()}
         for name in servers:
@@ -280,31 +280,27 @@ class Measured:
             alike = sum(tokens[name][i] == tokens[BASE][i] for i in plain)
             before = self.alike.get(name, (0, 0))
             self.alike[name] = before[0] + alike, before[1] + len(plain)
-            if alike < len(plain) and ARMS[name].own:
+            if alike < len(plain) and METHODS[name].own:
                 what = f"{len(plain) - alike} of {len(plain)} rows without an adapter have other tokens than without LoRA"
                 raise VerificationError(f"{self.case.name}, {name}: {what}")
-        for _ in range(self.case.passes):
-            for first, order in ((True, list(servers)), (False, list(servers)[::-1])):
-                for name in order:
-                    half = servers[name].generate(self.case, inputs, self.new // 2) if first else None
-                    whole = servers[name].generate(self.case, inputs, self.new)
-                    self.seconds[name].append(whole["seconds"])
-                    self.rss_mib[name].append(whole["rss_mib"])
-                    if half is not None:
-                        self.steps[name].append((whole["seconds"] - half["seconds"]) / (self.new - self.new // 2))
+        for first, order in ((True, list(servers)), (False, list(servers)[::-1])):
+            for name in order:
+                half = servers[name].generate(self.case, inputs, self.new // 2) if first else None
+                whole = servers[name].generate(self.case, inputs, self.new)
+                self.seconds[name].append(whole["seconds"])
+                self.rss_mib[name].append(whole["rss_mib"])
+                if half is not None:
+                    self.steps[name].append((whole["seconds"] - half["seconds"]) / (self.new - self.new // 2))
 
     def records(self, context: Context, skipped: Mapping[str, str], inputs: Inputs) -> Iterator[Record]:
-        """The row, with ours where vLLM wraps the target modules alone, and what else is known of each arm."""
+        """The row, and what else is known of each method."""
         timings = {name: _timing(seconds) for name, seconds in self.seconds.items() if name not in skipped}
         shape = {"model": "SmolLM2-135M", "dtype": "bfloat16", "requests": self.case.requests}
         shape |= {"adapters": len({i for i in self.case.rows(OURS) if i is not None}), "prompt": inputs.prompts.shape[1]}
         shape |= {"new": self.new, "modules": "q,v", "rank": inputs.rank, "slots": len(inputs.folders)}
-        given = {"skipped": skipped, **self.targets(timings)}
-        yield row(context, self.case.name, "serving", shape, timings, self.errors[OURS], **given)
-        if self.case.name == NONE:
-            mine = {OURS: timings[OURS_ALL]} | {name: timings[name] for name in (BASE, STOCK) if name in timings}
-            name, target = f"{NONE}, every layer wrapped", Target(round(1 / OF_BASE_UNUSED, 4), of=BASE)
-            yield row(context, name, "serving", shape | {"modules": "all"}, mine, self.errors[OURS_ALL], target=target)
+        target = Target(*self.case.target) if self.case.target else None
+        error = self.errors[OURS]
+        yield row(context, self.case.name, "serving", shape, timings, error, skipped=skipped, target=target)
         for name in timings:
             alike, plain = self.alike[name]
             yield record(
@@ -317,18 +313,6 @@ class Measured:
                 plain_rows_alike=alike,
                 error=self.errors[name]._asdict(),
             )
-
-    def targets(self, timings: Mapping[str, Timing]) -> dict[str, Any]:
-        """As times: n times the tokens per second are a time of 1 / n."""
-        if self.case.name == NONE:
-            return {"target": Target(round(1 / OF_BASE_UNUSED, 4), of=BASE)}
-        stock = [name for name in (STOCK_QV, STOCK) if name in timings]
-        best = [Target(round(1 / OF_STOCK, 4), of=min(stock, key=lambda n: timings[n].median_us))] if stock else []
-        if self.case.name in (MANY, HALF):
-            return {"target": best[0]} if best else {}
-        if self.case.name != EIGHT:
-            return {}
-        return {"target": Target(round(1 / OF_BASE, 4), of=BASE)}
 
 
 def _timing(seconds: Sequence[float]) -> Timing:
