@@ -19,7 +19,7 @@ def plan(context: Context, folder: Path | None = None) -> list[Task]:
     """``folder``: of tasks, with splits train (for the examples) and test; required at size full on a CPU.
 
     At size tiny the tasks are those of the demo, with a question each.  On a card the first question
-    and a decode step alone.
+    alone.
     """
     import torch  # here: tables and figures read names of this package without it
 
@@ -37,4 +37,4 @@ def plan(context: Context, folder: Path | None = None) -> list[Task]:
             raise BenchError("tasks: expected a task folder (--tasks DIR) at size full, got none")
         counted = [Task("costs", costs.entries), Task("paper", costs.paper)]
         return [*counted, *tasks, Task("questions", functools.partial(questions.entries, context, folder))]
-    return [*tasks, Task("decode step", functools.partial(first.decoding, context), needs=15.0)]
+    return tasks

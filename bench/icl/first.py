@@ -20,8 +20,7 @@ import t2l_engine as t2l
 from bench import models
 from bench.harness import OURS, Context, Error, Record, Target, logits_error, record, row, verify, worst
 from bench.icl.names import ALONE, DESCRIBE, GENERATE, ICL, KEPT, MERGED, WARM
-from bench.models import MODULES, Step, layer_error, random_adapters, shared
-from bench.records import BASE
+from bench.models import MODULES, Step, layer_error, shared
 from bench.suites.generate import CUDA_TINY, cuda_errors, one_net
 from bench.timing import Timing
 from t2l_engine.research import costs
@@ -31,8 +30,6 @@ TINY = Workload(question=12, answer=1, shots=3, shot=8, description=12)
 #: Three shots without a prefix cache take at least three times what a new task by description does; stated for a CPU.
 TARGET = Target(round(1 / 3, 4), of=ICL)
 RIVALS = (ICL, WARM, KEPT, MERGED, ALONE)
-#: Rows of the decode step on a card, and tokens of each one's answer so far.
-ROWS, ANSWERED = 64, 16
 
 
 def setup_of(context: Context) -> Setup:
@@ -245,29 +242,3 @@ def spread(of: Timing, over: Timing) -> dict[str, float]:
     count = min(len(of.samples), len(over.samples))
     pairs = [[timing.samples[i * len(timing.samples) // count] for timing in (of, over)] for i in range(count)]
     return quantiles([a / b for a, b in pairs], 4)
-
-
-# --- on a card -------------------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def decoding(context: Context) -> Iterator[Record]:
-    """A step of many rows in the middle of their answers: an adapter each, or the examples in the cache of each."""
-    setup, load = setup_of(context), PAPER if context.full else TINY
-    rows, device = ROWS if context.full else 3, context.device.torch
-    tokens = load.question + ANSWERED
-    model = models.decoder(models.MISTRAL if context.full else models.TINY, device, torch.bfloat16)
-    base, longer = Step.of(model, rows, tokens), Step.of(model, rows, tokens + load.prefix)
-    adapted = base.on(models.ours(model, random_adapters(model, MODULES["q,v"], rows, 8), range(rows)))
-    token = torch.randint(setup.model.vocabulary, (rows, 1), device=device)
-    error, case = layer_error(adapted, token), f"decode step, {rows} rows, an adapter or three examples each"
-    verify(case, {OURS: adapted}, {OURS: error})
-    steps, skipped = {OURS: adapted, BASE: base, ICL: longer}, {}
-    timings = context.time({n: functools.partial(s, token) for n, s in steps.items()}, factor=5, skipped=skipped)
-    count = sum(setup.model.flops(1, tokens - 1).values()) + 2 * costs.adapter_values(setup.hypernet)
-    ways = costs.ways(setup, dataclasses.replace(load, answer=ANSWERED))
-    least = context.roofline(rows * count, ways["t2l-task"].step_bytes(setup, rows, rows), "bfloat16")
-    shape = {"model": "7B-shaped, random", "rows": rows, "tokens": tokens, "in_context": tokens + load.prefix}
-    for name, way in (("t2l", ways["t2l-task"]), ("icl", ways["icl"])):
-        shape[f"user_bytes_{name}"] = way.per_user + way.per_task
-    yield row(context, case, "icl", shape, timings, error, skipped=skipped, least=least)

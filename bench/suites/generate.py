@@ -18,7 +18,7 @@ from bench.harness import OURS, Context, Error, Record, Target, Task, record, ro
 from bench.records import HOST
 from bench.suites import request
 from bench.timing import Call, Candidate, tolerant
-from t2l_engine import AdapterStack, ops
+from t2l_engine import AdapterStack
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.research.costs import hypernet_flops
@@ -49,7 +49,6 @@ CUDA_FULL = tuple((name, dtype) for dtype in DTYPES[::-1] for name in ("mistral-
 CUDA_TINY = HyperShape("tiny", 2, 32, 32, 16, embed_dim=24, latent_size=16, head_in_size=24)
 #: Descriptions up to which a graph holds what runs one at a time: more would be tens of thousands of launches.
 CAPTURED = 8
-OPS = "ours, ops alone"
 #: All rows of variant L at once, in torch's own products: what a careful author writes.
 BATCHED = "batched"
 #: On a card, of one description by model, and of several.
@@ -211,20 +210,6 @@ def preallocated(net: HyperNetwork, task_emb: Tensor) -> tuple[Call, AdapterStac
     return functools.partial(net.generate, task_emb, out=out), out
 
 
-def ops_alone(net: HyperNetwork, task_emb: Tensor) -> tuple[Call, AdapterStack]:
-    """Trunk and heads of ours from encoded tasks, without what the public call does around them; where they write."""
-    c, folded, out = net.config, net.folded(), net.generate(task_emb)
-    z, rotary = net.task_encoder(task_emb), c.rank if c.rotary else 0
-    trunk = z, folded["weights"], folded["side_emb"], folded["pos_emb"], rotary
-    stored = list(out.lora_A.values()), list(out.lora_B.values())
-    heads = *folded["heads"], c.rank, c.in_features, c.out_features
-
-    def call() -> None:
-        ops.hypernet_heads_out_(*stored, ops.hypernet_trunk(*trunk), *heads, **folded["offsets"])
-
-    return call, out
-
-
 def one_net(context: Context, name: str, dtype: str) -> tuple[HyperShape, HyperNetwork]:
     """A hypernetwork as :meth:`HyperShape.make` makes it, but for its weights, which are drawn where they stay."""
     shape, device = (SHAPES[name] if context.full else CUDA_TINY), context.device.torch
@@ -234,22 +219,22 @@ def one_net(context: Context, name: str, dtype: str) -> tuple[HyperShape, HyperN
     return shape, net.requires_grad_(False).eval().set_dtype(getattr(torch, dtype))
 
 
-def over(make: Callable[[HyperNetwork, Tensor], tuple[Call, AdapterStack]]) -> Way:
-    """Generating as ``make`` does, into outputs that hold NaN before."""
+def into_used_memory(net: HyperNetwork) -> Generate:
+    """:func:`preallocated` into outputs that hold NaN before."""
 
-    def generate(net: HyperNetwork, task_emb: Tensor) -> Adapters:
-        call, out = make(net, task_emb)
+    def generate(task_emb: Tensor) -> Adapters:
+        call, out = preallocated(net, task_emb)
         for tensor in (*out.lora_A.values(), *out.lora_B.values()):
             tensor.fill_(float("nan"))
         call()
         return {name: (out.lora_A[name], out.lora_B[name]) for name in out.lora_A}
 
-    return lambda net: functools.partial(generate, net)
+    return generate
 
 
 def cuda_errors(net: HyperNetwork, task_emb: Tensor, ways: Mapping[str, Way], skipped: dict[str, str]) -> dict[str, Error]:
     """:func:`adapter_errors` of ours and of ``ways``; a baseline that throws goes to ``skipped``."""
-    ways = {"reference": baselines.plain, **ways, OURS: over(preallocated), OPS: over(ops_alone)}
+    ways = {"reference": baselines.plain, **ways, OURS: into_used_memory}
     exact = copy.deepcopy(net).set_dtype(torch.float64)
     return adapter_errors(exact, built(net, ways, skipped), task_emb, net.dtype, skipped)
 
@@ -271,10 +256,9 @@ def cuda(context: Context, name: str, dtype: str, counts: Sequence[int]) -> Iter
         skipped: dict[str, str] = {}
         errors = cuda_errors(net, fresh, WAYS, skipped)
         verified, wrong = verify(case, dict.fromkeys(errors), errors)
-        calls = {name: [make(one, timed)[0] for one in nets] for name, make in ((OURS, preallocated), (OPS, ops_alone))}
+        calls = [preallocated(one, timed)[0] for one in nets]
         candidates = baselines.copies(device, moved(net, count), len(nets))
-        candidates |= {name: Candidate(of) for name, of in calls.items() if name in verified}
-        candidates[HOST] = Candidate(calls[OURS], graph=False)
+        candidates |= {OURS: Candidate(calls), HOST: Candidate(calls, graph=False)}
         for way in [way for way in WAYS if way in verified]:
             with tolerant(way, skipped):
                 candidates[way] = Candidate([functools.partial(WAYS[way](one), timed) for one in nets])

@@ -128,12 +128,6 @@ def test_a_wrong_rival_is_skipped(context, monkeypatch):
     assert row["skipped"][names.WARM].startswith("wrong: error") and names.WARM not in row["times"]
 
 
-def test_a_decode_step_has_an_adapter_or_examples_a_row(context):
-    (row,) = first.decoding(context)
-    assert row["shape"]["in_context"] > row["shape"]["tokens"] and len(row["times"]) == 3
-    assert row["error"]["value"] <= row["error"]["bound"]
-
-
 def test_models_have_the_sizes_that_costs_are_made_of():
     made = decoder(TINY, torch.device("cpu"), torch.bfloat16)
     assert sum(p.numel() for p in made.parameters()) == flops.count(TINY).parameters

@@ -23,27 +23,7 @@ from t2l_engine.research.costs.serving import (
 )
 
 __all__ = [
-    "LABELS",
-    "PAPER",
-    "WAYS",
-    "Model",
-    "Parts",
-    "Phase",
-    "Request",
-    "Setup",
-    "Way",
-    "Workload",
-    "adapter_values",
-    "config_values",
-    "count",
-    "hypernet_flops",
-    "hypernetwork_for",
-    "known_encoder",
-    "known_entries",
-    "known_setup",
-    "questions_won",
-    "shots_to_win",
-    "tasks_to_win",
-    "tokens_of_adapter",
-    "ways",
-]
+    "LABELS", "PAPER", "WAYS", "Model", "Parts", "Phase", "Request", "Setup", "Way", "Workload", "adapter_values",
+    "config_values", "count", "hypernet_flops", "hypernetwork_for", "known_encoder", "known_entries", "known_setup",
+    "questions_won", "shots_to_win", "tasks_to_win", "tokens_of_adapter", "ways",
+]  # fmt: skip
