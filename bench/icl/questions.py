@@ -37,7 +37,7 @@ from t2l_engine.text.prompts import prompt_ids, raw_prompt
 SHOTS, MAX_NEW_TOKENS = 3, 16
 #: As the quality of the bundled checkpoint was measured.
 DTYPE = torch.bfloat16
-ICL, WARM, ADAPTED, MERGED, DESCRIBED = ARMS = ("icl", "icl-warm", "t2l-task", "t2l-merged", "description")
+ICL, WARM, ADAPTED, MERGED, DESCRIBED = METHODS = ("icl", "icl-warm", "t2l-task", "t2l-merged", "description")
 Shots = Sequence[tuple[str, str]]
 
 
@@ -137,7 +137,7 @@ class Serving:
 
 
 def entries(context: Context, folder: Path | None) -> Iterator[Record]:
-    """A record for every task with all its arms, each answer timed."""
+    """A record for every task with all its methods, each answer timed."""
     serving = Serving()
     trained = checkpoint.trained_tasks(checkpoint.describe(resolve_checkpoint("smollm2-135m")))
     about = {"threads": context.threads, "dtype": str(DTYPE).removeprefix("torch.")}
@@ -167,7 +167,7 @@ def asked(serving: Serving, task: Task, shots: Shots) -> dict[str, Any]:
     cache = DynamicCache()
     fill_us = elapsed_us(fill)
     serving.put(description)
-    generate_us, given = [], {arm: [] for arm in ARMS}
+    generate_us, given = [], {method: [] for method in METHODS}
     serving.engine.generate_into(serving.weights, 0, [description])
     merge_us = elapsed_us(lambda: serving.weights.merge(0))
     ways = {
@@ -181,16 +181,16 @@ def asked(serving: Serving, task: Task, shots: Shots) -> dict[str, Any]:
         ask(0)
     for i in range(len(task.examples)):
         generate_us.append(elapsed_us(lambda: serving.put(description)))
-        for arm in ARMS[i % len(ARMS) :] + ARMS[: i % len(ARMS)]:
-            given[arm].append(ways[arm](i))
+        for method in METHODS[i % len(METHODS) :] + METHODS[: i % len(METHODS)]:
+            given[method].append(ways[method](i))
     serving.weights.unmerge()
     reworded = {}
     for other in others:
         serving.put(other)
         reworded[other] = _accuracy(task, [serving.adapted.answer(ids) for ids in alone])
     same = {
-        arm: sum(a.text == b.text for a, b in zip(given[arm], given[other], strict=True))
-        for arm, other in ((WARM, ICL), (MERGED, ADAPTED))
+        method: sum(a.text == b.text for a, b in zip(given[method], given[other], strict=True))
+        for method, other in ((WARM, ICL), (MERGED, ADAPTED))
     }
     tokens = {name: round(statistics.fmean(map(len, ids)), 1) for name, ids in prompts.items()}
     tokens |= {"prefix": prefix, "encoder": tokens_of(serving.engine.encoder, description)}
@@ -200,7 +200,7 @@ def asked(serving: Serving, task: Task, shots: Shots) -> dict[str, Any]:
         "tokens": tokens,
         **{name: round(us, 1) for name, us in once.items()},
         "reworded": reworded,
-        "arms": {arm: _arm(task, answers) for arm, answers in given.items()},
+        "arms": {method: _measured(task, answers) for method, answers in given.items()},
         "same_answers": same,
     }
 
@@ -211,7 +211,7 @@ def _accuracy(task: Task, answers: Sequence[Answer]) -> float:
     return round(100 * statistics.fmean(right), 1)
 
 
-def _arm(task: Task, answers: Sequence[Answer]) -> dict[str, Any]:
+def _measured(task: Task, answers: Sequence[Answer]) -> dict[str, Any]:
     return {
         "accuracy": _accuracy(task, answers),
         "tokens": round(statistics.fmean(a.tokens for a in answers), 2),
