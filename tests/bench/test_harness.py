@@ -22,7 +22,7 @@ from bench.timing import Dry, Timing
 @pytest.mark.parametrize(
     "words, text",
     [
-        ("robustness --work w --as-is --out o", "robustness --work WORK --as-is"),
+        ("specs --work w --runs first --out o", "specs --work WORK --runs first"),
         ("generate --size full --only 'a b' --resume", "generate --only 'a b'"),
     ],
 )

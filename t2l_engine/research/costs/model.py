@@ -172,10 +172,10 @@ def _counted(values: dict[str, Any], head: bool) -> Model:
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import CONFIG_MAPPING, AttentionInterface, AutoModel, AutoModelForCausalLM
 
-    kind = values.get("model_type")
-    kind = ALIASES.get(kind, kind) if isinstance(kind, str) else None
+    given = values.get("model_type")
+    kind = ALIASES.get(given, given) if isinstance(given, str) else ""
     if kind not in CONFIG_MAPPING:
-        raise ValueError(f"model_type: expected one that transformers knows, got {short_repr(values.get('model_type'))}")
+        raise ValueError(f"model_type: expected one that transformers knows, got {short_repr(given)}")
     config = CONFIG_MAPPING[kind].from_dict({name: value for name, value in values.items() if name not in UNREAD})
     kinds = getattr(config, "layer_types", None)
     seen: list[Attention] = []
