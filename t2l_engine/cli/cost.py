@@ -135,14 +135,14 @@ def _setup(
     model = model or blocks.get("base_model") or ("" if checkpoint else DEFAULT_MODEL)
     if not model:
         raise ValueError("--model: the checkpoint does not name one; give it here")
-    name, entry, config = _config("models", "--model", model, MODELS)
-    counted = costs.count(config)
-    dtype = dtype or ("bfloat16" if entry else _stated_dtype(config)) or "bfloat16"
+    name, path_of_model = _known("models", "--model", model, MODELS)
+    entry = {} if path_of_model else costs.known_entries("models")[name]
+    counted = costs.count(path_of_model) if path_of_model else costs.known_model(name)
+    dtype = dtype or (path_of_model and _stated_dtype(path_of_model)) or "bfloat16"
     cache_dtype = cache_dtype or (dtype if ITEMSIZES[dtype] >= 2 else "bfloat16")
     encoder = encoder or (_encoder_of(path, blocks) if checkpoint else entry.get("encoder", DEFAULT_ENCODER))
     itself = encoder == LANGUAGE_MODEL
-    choices = f"{ENCODERS}, {LANGUAGE_MODEL}"
-    texts = counted if itself else costs.count(_config("encoders", "--encoder", encoder, choices)[2], head=False)
+    texts = counted if itself else _encoder(encoder)
     if checkpoint:
         hypernet = from_json(HyperNetworkConfig, blocks["hypernetwork"], f"{path}: hypernetwork")
         _check(hypernet, counted, texts, f"{path}: hypernetwork")
@@ -170,18 +170,25 @@ def _setup(
     return setup, about
 
 
-def _config(kind: str, option: str, name: str, choices: str) -> tuple[str, dict[str, Any], Any]:
-    """(name, entry if it is known by its name or its name on the Hub, configuration)."""
+def _known(kind: str, option: str, name: str, choices: str) -> tuple[str, Path | None]:
+    """(name, path of its configuration); of what is known, by its name or its name on the Hub: (name, None)."""
     path, entries = Path(name), costs.known_entries(kind)
-    known = name if name in entries else next((key for key in entries if entries[key]["from"] == name), None)
-    if name in entries or (known and not path.exists()):
-        return known, entries[known], entries[known]["config"]
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{option}: {short_repr(name)}: no such folder or file, and nothing is downloaded; expected a local folder with "
-            f"a config.json, the config.json, or one of {choices}"
-        )
-    return name, {}, path
+    by_hub = {entry["from"]: known for known, entry in entries.items()}
+    if name in entries:
+        return name, None
+    if path.exists():
+        return name, path
+    if name in by_hub:
+        return by_hub[name], None
+    raise FileNotFoundError(
+        f"{option}: {short_repr(name)}: no such folder or file, and nothing is downloaded; expected a local folder with a "
+        f"config.json, the config.json, or one of {choices}"
+    )
+
+
+def _encoder(name: str) -> costs.Model:
+    known, path = _known("encoders", "--encoder", name, f"{ENCODERS}, {LANGUAGE_MODEL}")
+    return costs.count(path, head=False) if path else costs.known_encoder(known)
 
 
 def _stated_dtype(config: Path) -> str | None:

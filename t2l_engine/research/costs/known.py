@@ -40,6 +40,11 @@ def known_encoder(name: str) -> Model:
     return count(_entry("encoders", name)["config"], head=False)
 
 
+@functools.cache
+def known_model(name: str) -> Model:
+    return count(_entry("models", name)["config"])
+
+
 def hypernetwork_for(model: Model, encoder: Model, **sizes: Any) -> HyperNetworkConfig:
     """A hypernetwork for every layer of ``model``; ``sizes``: of :data:`SIZES`, whose values are the defaults.
 
@@ -68,5 +73,5 @@ def known_setup(name: str) -> Setup:
     55424000
     """
     entry = _entry("models", name)
-    model, encoder = count(entry["config"]), known_encoder(entry["encoder"])
+    model, encoder = known_model(name), known_encoder(entry["encoder"])
     return Setup(model, encoder, hypernetwork_for(model, encoder, **entry["hypernetwork"]))

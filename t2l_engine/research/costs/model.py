@@ -172,10 +172,10 @@ def _counted(values: dict[str, Any], head: bool) -> Model:
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import CONFIG_MAPPING, AttentionInterface, AutoModel, AutoModelForCausalLM
 
-    given = values.get("model_type")
-    kind = ALIASES.get(given, given) if isinstance(given, str) else ""
+    stated = values.get("model_type")
+    kind = ALIASES.get(stated, stated) if isinstance(stated, str) else ""
     if kind not in CONFIG_MAPPING:
-        raise ValueError(f"model_type: expected one that transformers knows, got {short_repr(given)}")
+        raise ValueError(f"model_type: expected one that transformers knows, got {short_repr(stated)}")
     config = CONFIG_MAPPING[kind].from_dict({name: value for name, value in values.items() if name not in UNREAD})
     kinds = getattr(config, "layer_types", None)
     seen: list[Attention] = []
@@ -194,8 +194,8 @@ def _counted(values: dict[str, Any], head: bool) -> Model:
 
     AttentionInterface.register("counted", attend)
     with torch.device("meta"), torch.no_grad():
-        given = {"attn_implementation": "counted", "experts_implementation": "batched_mm"}
-        whole = (AutoModelForCausalLM if head else AutoModel).from_config(config, **given)
+        ways = {"attn_implementation": "counted", "experts_implementation": "batched_mm"}
+        whole = (AutoModelForCausalLM if head else AutoModel).from_config(config, **ways)
         body = whole.base_model
         body.pooler = None
         experts = _experts(body, config)
