@@ -240,18 +240,6 @@ def peft_model(model: nn.Module, names: list[str], rank: int, scalings: Sequence
     return wrapped.eval()
 
 
-def peft_linear(linear: nn.Linear, arguments: dict[str, Any]) -> nn.Module:
-    """PEFT's layer around ``linear``."""
-    lora_A, lora_B = arguments["lora_A"], arguments["lora_B"]
-    host = nn.ModuleDict({"linear": linear})
-    peft_model(host, ["linear"], lora_A.shape[1], arguments["scaling"].tolist())
-    layer = host["linear"].to(linear.weight.dtype).requires_grad_(False)
-    for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
-        layer.lora_A[str(i)].weight.copy_(A)
-        layer.lora_B[str(i)].weight.copy_(B)
-    return layer
-
-
 COPY = "copy"
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from bench.records import ATTACHED, BASE, COMPILED, OURS, OURS_ALL
+from bench.records import BASE, COMPILED, OURS, OURS_ALL
 
 STOCK, STOCK_QV = "vLLM", "vLLM, target modules"
-MERGED, PEFT = "merged", "PEFT mixed"
+MERGED = "merged"
 #: What the checkpoint adapts: vLLM's ``lora_target_modules``.
 MODULES = ("q_proj", "v_proj")
 
@@ -20,7 +20,6 @@ class Method:
     """
 
     about: str
-    engine: str = "vllm"
     lora: bool = False
     modules: tuple[str, ...] | None = None
     kernels: bool = False
@@ -28,11 +27,6 @@ class Method:
     merged: bool = False
     own: bool = False
     once: bool = False
-
-    @property
-    def adapts(self) -> bool:
-        """Whether rows have adapters of their own."""
-        return self.lora or self.engine != "vllm"
 
 
 #: By name, in the order of tables.
@@ -44,8 +38,6 @@ METHODS = {
     OURS_ALL: Method("our kernels in vLLM, every layer wrapped", lora=True, kernels=True, own=True),
     STOCK_QV: Method("vLLM's own LoRA, target modules given", lora=True, modules=MODULES),
     STOCK: Method("vLLM's own LoRA, every layer wrapped", lora=True),
-    ATTACHED: Method("transformers' generate with t2l_engine.attach", engine="attach", own=True, once=True),
-    PEFT: Method("transformers' generate with a mixed batch of PEFT", engine="peft", once=True),
 }
 IN_VLLM = (BASE, COMPILED, OURS, OURS_ALL, STOCK_QV, STOCK)
 
@@ -67,7 +59,7 @@ class Case:
         """The adapter of every row; None: the base model."""
         if METHODS[method].merged:
             return [0] * self.requests
-        adapted = range(0, self.requests, self.stride) if self.stride and METHODS[method].adapts else ()
+        adapted = range(0, self.requests, self.stride) if self.stride and METHODS[method].lora else ()
         return [i if i in adapted else None for i in range(self.requests)]
 
 

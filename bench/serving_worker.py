@@ -1,6 +1,6 @@
 """One way to serve, in a process of its own, for :mod:`bench.suites.serving`: loads a model, generates when it is told to.
 
-Reads a command as a line of JSON and answers with one: ``load`` (the fields of :func:`load`), ``generate`` and ``logits``
+Reads a command as a line of JSON and answers with one: ``load`` (the fields of :class:`Vllm`), ``generate`` and ``logits``
 (prompts as token ids, the adapter of every row or null).  The end of its input ends it; what else is printed goes to
 standard error.
 """
@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,20 +22,11 @@ Prompts = Sequence[Sequence[int]]
 Rows = Sequence[int | None]
 
 
-class Server(Protocol):
-    """Rows are decoded greedily; ``adapters``: of every row, None: the base model."""
-
-    def generate(self, prompts: Prompts, adapters: Rows, new: int) -> list[list[int]]:
-        """``new`` tokens for each prompt."""
-        ...
-
-    def logits(self, prompts: Prompts, adapters: Rows, rows: Sequence[int]) -> Tensor:
-        """``[len(rows), vocabulary]`` after the prompts of ``rows``, with all prompts in one batch."""
-        ...
-
-
 class Vllm:
-    """vLLM's engine in this process, without a prefix cache; ``modules``: what it wraps, None: every layer it can."""
+    """vLLM's engine in this process, without a prefix cache; ``modules``: what it wraps, None: every layer it can.
+
+    Rows are decoded greedily; ``adapters``: of every row, None: the base model.
+    """
 
     def __init__(self, model: str, folders: Sequence[str], *, lora: bool, modules: list[str] | None, eager: bool, rank: int):
         from vllm import LLM
@@ -59,12 +50,14 @@ class Vllm:
         return self.llm.generate(tokens, params, lora_request=chosen, use_tqdm=False)
 
     def generate(self, prompts: Prompts, adapters: Rows, new: int) -> list[list[int]]:
+        """``new`` tokens for each prompt."""
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
         return [list(one.outputs[0].token_ids) for one in self._run(prompts, adapters, params)]
 
     def logits(self, prompts: Prompts, adapters: Rows, rows: Sequence[int]) -> Tensor:
+        """``[len(rows), vocabulary]`` after the prompts of ``rows``, with all prompts in one batch."""
         from vllm import SamplingParams
 
         few = {"temperature": 0.0, "max_tokens": 1, "detokenize": False}
@@ -82,57 +75,6 @@ def _wrapper(worker: Any) -> str:
     return " ".join({type(wrapper).__name__ for wrapper in mapping.values()})
 
 
-class Transformers:
-    """``generate`` of transformers with :func:`t2l_engine.attach`, or with a mixed batch of PEFT."""
-
-    def __init__(self, model: str, folders: Sequence[str], *, peft: bool):
-        from transformers import AutoModelForCausalLM
-
-        self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
-        self.handle = None
-        if peft:
-            from peft import PeftModel
-
-            given: dict[str, Any] = {"autocast_adapter_dtype": False}
-            self.model = PeftModel.from_pretrained(self.model, folders[0], adapter_name="0", **given)
-            for i, folder in enumerate(folders[1:], 1):
-                self.model.load_adapter(folder, adapter_name=str(i), **given)
-            # In the model's dtype; and asking for gradients, without which torch's product for logits copies the matrix.
-            self.model = self.model.to(torch.bfloat16).eval().requires_grad_()
-        else:
-            import t2l_engine as t2l
-
-            self.handle = t2l.attach(self.model, t2l.AdapterStack.from_peft(folders, dtype=torch.bfloat16))
-
-    def _names(self, adapters: Rows) -> dict[str, Any]:
-        """What a call is given beside the tokens."""
-        if self.handle is None:
-            return {"adapter_names": ["__base__" if i is None else str(i) for i in adapters]}
-        self.handle.set(list(adapters))
-        return {}
-
-    @torch.inference_mode()
-    def generate(self, prompts: Prompts, adapters: Rows, new: int) -> list[list[int]]:
-        tokens = torch.tensor(prompts)
-        given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "do_sample": False}
-        made = self.model.generate(**given, min_new_tokens=new, max_new_tokens=new, **self._names(adapters))
-        return made[:, tokens.shape[1] :].tolist()
-
-    @torch.inference_mode()
-    def logits(self, prompts: Prompts, adapters: Rows, rows: Sequence[int]) -> Tensor:
-        out = self.model(input_ids=torch.tensor(prompts), logits_to_keep=1, **self._names(adapters))
-        return out.logits[list(rows), -1].float()
-
-
-def load(engine: str, threads: int, **given: Any) -> tuple[Server, dict[str, Any]]:
-    """The server, and what it says of itself; ``engine``: "vllm", "attach" or "peft", ``given``: of its class."""
-    if engine == "vllm":
-        server = Vllm(**given)
-        return server, {"wrapper": server.wrapper()}
-    torch.set_num_threads(threads)
-    return Transformers(given["model"], given["folders"], peft=engine == "peft"), {}
-
-
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what else is printed must not be taken for an answer
@@ -142,7 +84,8 @@ def main() -> None:
         todo, given = asked.pop("do"), asked
         try:
             if todo == "load":
-                server, answer = load(**given)
+                server = Vllm(**given)
+                answer = {"wrapper": server.wrapper()}
             elif todo == "generate":
                 start = time.perf_counter()
                 tokens = server.generate(**given)

@@ -1,4 +1,4 @@
-"""Applying adapters: batched LoRA alone, warm and cold, over the number of adapters, with gradients, around a linear."""
+"""Applying adapters: batched LoRA alone, warm and cold, with gradients; in a whole model by :mod:`bench.suites.decode`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import t2l_engine as t2l
 from bench import baselines, cases, vllm_ops
-from bench.baselines import COPY, PEFT_ABSENT, gather_bmm, gather_bmm_delta, mm_loop, mm_loop_delta
+from bench.baselines import COPY, gather_bmm, gather_bmm_delta, mm_loop, mm_loop_delta
 from bench.cases import LAYERS, Arguments, Case, Layer, Operands, even, launch, ragged, rows, zipf
 from bench.harness import OURS, Context, Error, Record, Target, Task, roofline, row, verify, worst
-from bench.records import BASE, HOST
 from bench.suites import decode
 from bench.timing import Call, Candidate, tolerant
 from t2l_engine import ops
@@ -29,14 +27,11 @@ SERVE = [
     for case in LORA_CASES
     if case.name.startswith("serve_") and case.x_dtype == BF16
 ]
-SWEPT = (1, 2, 4, 8, 16, 32, 64)
 #: A prefill reuses its adapters: more operations than bytes, and a wider target.
 WARM, WARM_PREFILL, COLD, CUDA_MANY = Target(1.5), Target(1.8), Target(1.4), Target(1.35, of=COPY)
 #: Gathered weights of more bytes are not tried.
 LARGEST_GATHER = 8 << 30
 APART = "ours, a launch a linear"
-#: The cache of one set of operands, whatever its size.
-AS_IT_COMES = "as it comes"
 #: Name -> what makes a call of the arguments of ``ops.lora_add_``.
 BUILDERS: dict[str, Callable[[Arguments], Call]] = {
     OURS: launch,
@@ -62,12 +57,6 @@ def _cpu_plan(context: Context) -> list[Task]:
         for n in context.thread_counts:
             tasks.append(Task.of(f"{case.name} warm {n}", lora, context, case, "lora", ["warm"], n))
         tasks.append(Task.of(f"{case.name} cold", lora, context, case, "lora", ["cold"], 1))
-    for case in (c for c in serve if c.layout == "r_out"):  # as the slots of an attached model are
-        case = dataclasses.replace(case, label=case.label.replace("serve", "linear"))
-        tasks.append(Task.of(case.name, around_linear, context, case))
-    for n in SWEPT:
-        case = Case(layer, even(64, n), label=f"sweep_64x{n}")
-        tasks.append(Task.of(case.name, lora, context, case, "sweep", ["warm"], 1))
     for features in (576, 2048) if context.full else (64,):
         case = Case(Layer.linear(features), even(512, 8), dtype=torch.float32, label=f"backward_8x64_{features}")
         tasks.append(Task.of(case.name, backward, context, case))
@@ -82,10 +71,6 @@ def _cuda_plan(context: Context) -> list[Task]:
         ("prefill", prefill_cases(full), ["cold"]),
     ):
         tasks += [Task.of(f"{group} {c.name}", lora, context, c, group, caches, 1, needs=5.0) for c in chosen]
-    one = LAYERS["linear"] if full else Layer.linear(64)
-    sizes = [rows(*range(64)), rows(0), rows(*range(8)), rows(*[0] * 64), even(512, 8)] if full else [rows(0, 1)]
-    for case in (Case(one, segments) for segments in sizes):
-        tasks.append(Task.of(f"linear {case.name}", around_linear, context, case, needs=5.0))
     return tasks
 
 
@@ -259,61 +244,3 @@ def backward(context: Context, case: Case) -> Iterator[Record]:
         given = {"count": count, "cache": "warm", "skipped": skipped, "least": least}
         shape = case.shape("forward and backward")
         yield row(context, case.name, "backward", shape, timings, errors[OURS], **given)
-
-
-def attached(linear: nn.Linear, arguments: Arguments) -> nn.Module:
-    """What ``attach`` makes of ``linear``, with the adapters and segments of ``arguments`` in use."""
-    model = nn.ModuleList([nn.ModuleDict({"q_proj": linear})])
-    lora_A, lora_B = ({"q_proj": arguments[name][:, None]} for name in ("lora_A", "lora_B"))
-    handle = t2l.attach(model, t2l.AdapterStack(lora_A, lora_B, arguments["scaling"]))
-    handle.set(t2l.AdapterBatch(arguments["seg_indptr"], arguments["seg_adapters"], arguments["max_seg_len"]))
-    return model[0]["q_proj"]
-
-
-def linear_calls(case: Case, linear: nn.Linear, arguments: Arguments) -> tuple[dict[str, Call], dict[str, str]]:
-    """Calls that give ``[T, out]``, BASE being the linear alone; and what is skipped."""
-    x, ours, one = arguments["x"], attached(linear, arguments), case.adapters == 1
-    calls: dict[str, Call] = {OURS: lambda: ours(x), BASE: lambda: linear(x)}
-    skipped = {} if one else dict.fromkeys(("merged", "PEFT single"), "holds one adapter; the batch has several")
-    absent = {"PEFT": PEFT_ABSENT} if PEFT_ABSENT else {}
-    with tolerant("PEFT", absent):  # whatever this version of it cannot do
-        if not absent:
-            peft, names = baselines.peft_linear(linear, arguments), list(map(str, baselines.token_ids(arguments).tolist()))
-            calls["PEFT mixed"] = lambda: peft(x, adapter_names=names)
-            calls |= {"PEFT single": lambda: peft(x)} if one else {}
-    skipped |= dict.fromkeys(("PEFT mixed", "PEFT single") if absent else (), absent.get("PEFT"))
-    if one:
-        delta = arguments["scaling"][0] * arguments["lora_B"][0].float() @ arguments["lora_A"][0].float()
-        weight = (linear.weight.float() + delta).to(linear.weight.dtype)
-        calls["merged"] = lambda: nn.functional.linear(x, weight)
-    return calls, skipped
-
-
-@torch.inference_mode()
-def around_linear(context: Context, case: Case) -> Iterator[Record]:
-    """``base(x)`` plus its adapters, as a layer of an attached model: what PEFT's layers can be compared with."""
-    device, n_in, n_out = context.device, case.layer.groups[0].n_in, case.layer.groups[0].out
-    linear = nn.Linear(n_in, n_out, bias=False, dtype=case.dtype, device=device.torch).requires_grad_(False)
-    linear.weight.normal_(0, n_in**-0.5, generator=torch.Generator(device.torch).manual_seed(8))
-    fresh = cases.operands(case, device.torch, seed=1).members[0]
-    calls, skipped = linear_calls(case, linear, fresh)
-    # A card's products may sum in the dtype of the weights: there the adapters are judged over what the linear gives.
-    base = fresh["x"].double() @ linear.weight.double().mT if context.on_cpu else linear(fresh["x"]).double()
-    exact = base.clone()
-    reference.lora_add_(**(in_float64(fresh) | {"y": exact}))
-    errors, bound = {}, numerics.lora_frobenius(case.dtype)
-    for name, call in calls.items():
-        with tolerant(name, skipped):
-            errors[name] = Error(numerics.relative_frobenius(call(), base if name == BASE else exact), bound)
-    calls, _ = linear_calls(case, linear, arguments := cases.operands(case, device.torch, seed=0).members[0])
-    functions, wrong = verify(case.name, {name: call for name, call in calls.items() if name in errors}, errors)
-    group, cache = "lora", "warm"
-    if not context.on_cpu:
-        # What works on the host between launches is called from the host: PEFT looks up its adapters there.
-        functions = {name: Candidate([call], graph=name != "PEFT mixed") for name, call in functions.items()}
-        functions[HOST] = Candidate(functions[OURS].calls, graph=False)
-        held = linear.weight.nbytes + arguments["x"].nbytes + case.working_set
-        group, cache = "linear", "warm" if held <= device.l2_bytes else AS_IT_COMES
-    timings = context.time(functions, skipped=skipped)
-    given = {"cache": cache, "skipped": skipped | wrong}
-    yield row(context, case.name, group, case.shape("linear with LoRA"), timings, errors[OURS], **given)

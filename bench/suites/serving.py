@@ -179,9 +179,7 @@ class Server(Process):
         try:
             model = inputs.merged if method.merged else packaged.convert()
             given = {"model": str(model), "folders": inputs.folders, "lora": method.lora, "modules": method.modules}
-            about = self._ask(
-                do="load", engine=method.engine, threads=threads, eager=method.eager, rank=inputs.rank, **given
-            )
+            about = self._ask(do="load", eager=method.eager, rank=inputs.rank, **given)
             if method.lora and (about["wrapper"] == WRAPPER) != method.kernels:
                 expected = f"{WRAPPER}, by the plugin of an installed t2l_engine" if method.kernels else "vLLM's own kernels"
                 raise BenchError(f"{name}: expected {expected}; got {about['wrapper']}")

@@ -1,4 +1,4 @@
-"""Training through a frozen language model: an adapter a sample, its memory, hypernetworks, a library of adapters.
+"""Training through a frozen language model: an adapter a sample, its memory, a library of adapters.
 
 A way to apply adapters is judged by what it adds to the model without adapters.  All ways take the same A and B, cut into
 layers once a step, and give the same gradients.
@@ -29,7 +29,6 @@ from bench.models import MODULES, linears, shared
 from bench.records import BASE, HOOKS, OURS
 from bench.source import ROOT
 from t2l_engine.testing import numerics
-from t2l_engine.testing.models import SHAPES, HyperShape
 from t2l_engine.text import packaged
 
 HOOKS_PEFT, BMM, SEPARATE = f"{HOOKS}, PEFT base", "plain bmm", "one task at a time"
@@ -40,7 +39,7 @@ MEASURE = "gradient, relative Frobenius against another way, float32"
 #: Seconds for each case, in those of an ordinary one: a step takes up to seconds.
 FACTOR = 30
 #: Steps change what they train, but hardly: times belong to the same values.
-LEARNING_RATE, GRAD_CLIP = 1e-6, 1.0
+LEARNING_RATE = 1e-6
 #: Samples a task or a step, predicted positions a sample, rank of the adapters.
 SAMPLES, ANSWER, RANK = 8, 8, 8
 #: SDPA's bfloat16 backward on CPU is slower at these lengths.
@@ -78,7 +77,6 @@ def plan(context: Context) -> list[Task]:
     measured, of = (cases(context), WAYS) if context.full else (few[:1], [BASE, OURS, HOOKS])
     # Fail fast: cheapest checks first.
     tasks = [Task.of(f"library {dtype}", library, context, dtype) for dtype in ATTENTION]
-    tasks += [Task.of(f"sft step {case.name}", whole, context, case) for case in few]
     tasks += [Task.of(f"step {case.name}", applied, context, case) for case in cases(context)]
     return tasks + [Task.of(f"memory {case.name}", memory, context, case, of) for case in measured]
 
@@ -328,80 +326,6 @@ def held(size: str, threads: int, case: Case, way: str) -> dict[str, float]:
     reset_peak()
     run()
     return {"loaded_mib": round(loaded / 2**20, 1), "peak_mib": round(resident_bytes("VmHWM") / 2**20, 1)}
-
-
-class Trained:
-    """A hypernetwork of the sizes of the bundled checkpoint, with the optimiser and the task embeddings of a step."""
-
-    def __init__(self, context: Context, model: nn.Module, variant: str):
-        shape = SHAPES["smollm2-135m"]
-        if not context.full:
-            c = model.config
-            widths = c.hidden_size, c.hidden_size, c.num_key_value_heads * c.head_dim
-            shape = HyperShape("tiny", c.num_hidden_layers, *widths, embed_dim=16, latent_size=32, head_in_size=16)
-        shape = dataclasses.replace(shape, variant=variant, rank=RANK)
-        self.net, self.task_emb = shape.make(seed=1).requires_grad_().train(), shape.task_embeddings(SAMPLES)
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=LEARNING_RATE)
-
-    def backward(self, way: Way, batch: Batch) -> None:
-        """Generate, apply, and leave gradients where the optimiser finds them."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with way.applied(self.net(self.task_emb)):
-            loss_of(way.model, batch).backward()
-
-    def gradients(self, way: Way, batch: Batch) -> Gradients:
-        """Those of all parameters as one vector."""
-        self.backward(way, batch)
-        return [torch.cat([p.grad.flatten() for p in self.net.parameters()])]
-
-    def generate(self, grads: Gradients) -> None:
-        """The share of the hypernetwork: forward, and backward from gradients of A and B."""
-        self.optimizer.zero_grad(set_to_none=True)
-        stack = self.net(self.task_emb)
-        torch.autograd.backward([*stack.lora_A.values(), *stack.lora_B.values()], grads)
-
-    def update(self) -> None:
-        """The share of the optimiser."""
-        nn.utils.clip_grad_norm_(self.net.parameters(), GRAD_CLIP)
-        self.optimizer.step()
-
-    def step(self, way: Way, batch: Batch) -> None:
-        self.backward(way, batch)
-        self.update()
-
-
-def whole(context: Context, case: Case) -> Iterator[Record]:
-    """Supervised steps of hypernetworks: generate eight adapters, apply them, backward, clip, AdamW; and the parts alone.
-
-    Gradients end at the adapters of the first layer, as in training; the base without adapters goes down to its inputs.
-    """
-    frozen, single = both(context, case.dtype)
-    to_inputs = Batch.of(frozen, SAMPLES, case.tokens, seed=0)
-    timed, fresh, exact = Batch.three(frozen, single, SAMPLES, case.tokens)
-    functions: dict[Any, Callable[[], object]] = {BASE: step(base(frozen.model, None), None, to_inputs)}
-    found = {}
-    for variant in ("L", "M"):
-        trained = Trained(context, frozen.model, variant)
-        stack = trained.net.generate(trained.task_emb)
-        way, plain, right = ours(frozen.model, stack), *(BUILDERS[BMM](f.model, stack) for f in (frozen, single))
-        other = trained.gradients(plain, fresh)
-        results = {OURS: trained.gradients(way, fresh)}
-        found[variant] = errors(results, trained.gradients(right, exact), other, case.dtype)
-        apply = step(way, stack, timed)
-        calls = {OURS: functools.partial(trained.step, way, timed)}
-        functions |= {
-            (variant, "whole"): verify(f"sft step {variant} {case.name}", calls, found[variant])[0][OURS],
-            (variant, "model"): apply,
-            (variant, "hypernetwork"): functools.partial(trained.generate, apply()),
-            (variant, "update"): trained.update,
-        }
-    del single, right, exact
-    timings = context.time(functions, factor=FACTOR)
-    for variant, of in found.items():
-        title, shape = f"sft step {variant}, {case.name}", case.shape(frozen.name, variant=variant, samples=SAMPLES)
-        yield row(context, title, "sft step", shape, {OURS: timings[variant, "whole"], BASE: timings[BASE]}, of[OURS])
-        parts = {part: timings[variant, part].to_json() for part in ("model", "hypernetwork", "update")}
-        yield record("train_parts", case=title, parts=parts)
 
 
 def library(context: Context, dtype: str) -> Iterator[Record]:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from bench import cases, harness, models
 from bench.__main__ import app, spelled
-from bench.cases import LAYERS, Case, Layer, even, ragged, rows, zipf
+from bench.cases import LAYERS, Case, even, ragged, rows, zipf
 from bench.harness import OURS, BenchError, Context, Error, Target, Task, VerificationError, record, row, run, verify
 from bench.records import BASE, HOST
 from bench.suites import apply, decode, generate
@@ -259,12 +259,9 @@ def test_baselines_that_throw_are_skipped(context, monkeypatch):
 
     monkeypatch.setitem(apply.CUDA_BUILDERS, "cuBLAS per adapter", lambda operands: throws)
     monkeypatch.setitem(generate.WAYS, "cuBLAS", throws)
-    monkeypatch.setattr(apply, "PEFT_ABSENT", None)
-    monkeypatch.setattr(apply.baselines, "peft_linear", lambda base, member: throws)
     first, *_ = apply.lora(context, apply.decode_cases(False)[0], "decode", ("cold",), 1)
     second, *_ = generate.cuda(context, "tiny", "float32", (1,))
-    (third,) = apply.around_linear(context, Case(Layer.linear(64), rows(0)))
-    for one, name in ((first, "cuBLAS per adapter"), (second, "cuBLAS"), (third, "PEFT mixed"), (third, "PEFT single")):
+    for one, name in ((first, "cuBLAS per adapter"), (second, "cuBLAS")):
         assert one["skipped"][name] == "RuntimeError: no such kernel" and name not in one["times"]
     assert "gather bmm" in first["times"] and "eager" in second["times"]
 
@@ -285,9 +282,7 @@ def test_generation_rows(context):
             assert one["error"]["value"] <= one["error"]["bound"]
 
 
-def test_linear_and_model_rows(context):
-    (one,) = apply.around_linear(context, Case(Layer.linear(64), rows(0)))
-    assert {BASE, HOST, "merged"} <= one["times"].keys()
+def test_model_rows(context):
     steps = list(decode.cuda(context, "all linears", 4, (1, 4)))
     assert [row["shape"]["adapters"] for row in steps] == [1, 4] and all(BASE in row["times"] for row in steps)
     assert steps[1]["roofline"]["bytes"] > steps[0]["roofline"]["bytes"]
