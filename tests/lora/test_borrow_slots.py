@@ -53,7 +53,8 @@ def test_the_bits_of_put(tiny_model, net, tokens, model_dtype, max_rank):
         for slot, count, seed in ((1, 3, 0), (4, 1, 1), (2, 2, 2)):
             emb = task_emb(count, seed)
             if in_place:
-                with handle.borrow_slots(slot, net.meta_stack(count)) as out:
+                like = net.meta_stack(count) if count > 1 else net.generate(emb)  # an earlier result is as good
+                with handle.borrow_slots(slot, like) as out:
                     assert net.generate(emb, out=out) is out
             else:
                 for i, adapter in enumerate(net.generate(emb)):
@@ -78,18 +79,6 @@ def test_wider_slots_are_rounded_once(model, net):
     rounded = net.generate(emb)
     for name, a in rounded.lora_A.items():
         assert torch.equal(out.lora_A[name].bfloat16(), a) and not torch.equal(out.lora_A[name], a.float())
-
-
-def test_like_is_an_earlier_result_too(model, net, tokens):
-    handle, stack = attach(model, slots=SLOTS), net.generate(task_emb(2))
-    with handle.borrow_slots(0, stack) as out:
-        net.generate(task_emb(2), out=out)
-    for i, adapter in enumerate(stack):
-        handle.put(2 + i, adapter)
-    handle.set([0, 1, 0, 1, -1, -1])
-    got = logits(model, tokens)
-    handle.set([2, 3, 2, 3, -1, -1])
-    assert torch.equal(got, logits(model, tokens))
 
 
 def test_columns_of_a_packed_projection(tiny_model, tokens):
@@ -119,17 +108,6 @@ def test_modules_that_are_not_written_have_rank_0(model, net, stack_for, tokens)
     got = logits(model, tokens)
     handle.set(4)
     assert torch.equal(got, logits(model, tokens))
-
-
-def test_other_slots_stay(model, net, stack_for, tokens):
-    handle = attach(model, stack_for(model, ("q_proj", "v_proj"), num_adapters=SLOTS, rank=8))
-    handle.set([0, 3, 4, -1, 0, 3])
-    before = logits(model, tokens)
-    with handle.borrow_slots(1, net.meta_stack(2)) as out:
-        net.generate(task_emb(2), out=out)
-    assert torch.equal(logits(model, tokens), before)
-    handle.set([1, 2, 4, -1, 1, 2])
-    assert not torch.equal(logits(model, tokens), before)
 
 
 def test_in_inference_mode(model, net, tokens):
@@ -180,7 +158,7 @@ def test_slots_are_empty_after_an_error(model, net, tokens):
 # --- errors ----------------------------------------------------------------------------------------------------------------
 
 
-def test_errors_change_nothing(model, net, stack_for, make_stack, tokens):
+def test_errors_change_nothing(model, net, tokens):
     handle = attach(model, net.generate(task_emb(2)), slots=3)
     handle.set([0, 1] * 3)
     kept, before = contents(handle), logits(model, tokens)
@@ -192,17 +170,11 @@ def test_errors_change_nothing(model, net, stack_for, make_stack, tokens):
     for slot in (-1, 2, 3, True, 1.0, None, "0"):
         refused(IndexError, r"slot: expected an int in \[0, 1\], for 2 of 3 slots, got ", slot, net.meta_stack(2))
     refused(IndexError, "slot: expected at most 3 adapters, as many as there are slots, got 4", 0, net.meta_stack(4))
-    refused(ValueError, "like: expected an AdapterStack, got HyperNetwork", 0, net)
-    refused(ValueError, "rank 9 exceeds the slots' rank 8", 0, stack_for(model, ("q_proj",), num_adapters=1, rank=9))
-    refused(ValueError, "q_proj: .* 64/64, the model has 64/128", 0, make_stack({"q_proj": (64, 64)}, num_adapters=1))
-    refused(ValueError, "3 layers", 0, make_stack({"k_proj": (64, 64)}, num_adapters=1, num_layers=3))
     assert same(contents(handle), kept) and torch.equal(logits(model, tokens), before)
     handle.merge(0)
-    with pytest.raises(RuntimeError, match="borrow_slots: an adapter is merged"), handle.borrow_slots(0, net.meta_stack(1)):
-        pass
+    refused(RuntimeError, "borrow_slots: an adapter is merged", 0, net.meta_stack(1))
     handle.detach()
-    with pytest.raises(RuntimeError, match="this handle is detached"), handle.borrow_slots(0, net.meta_stack(1)):
-        pass
+    refused(RuntimeError, "this handle is detached", 0, net.meta_stack(1))
 
 
 def test_a_refused_loan_reserves_nothing(model, net, stack_for):

@@ -123,22 +123,47 @@ def test_attach_arguments(model, stack, kwargs, message):
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("value", ["out/", {"q_proj": 1}, [0]])
-def test_what_is_no_stack(model, stack, value):
-    with pytest.raises(ValueError, match=f"stack: expected an AdapterStack, got {type(value).__name__}"):
-        attach(model, value)
-    handle = attach(model, stack)
-    with pytest.raises(ValueError, match="adapter: expected an AdapterStack, got"):
-        handle.put(0, value)
-    with pytest.raises(ValueError, match="stack: expected an AdapterStack, got"), handle.differentiable(value, [0]):
-        pass
+def test_bad_slots(model, handle, stack):
+    for slot in (-1, 4, True, 1.0, None):
+        with pytest.raises(IndexError, match="slot"):
+            handle.put(slot, stack[1])
+    with pytest.raises(ValueError, match="adapter: expected a stack of one adapter, got 3"):
+        handle.put(0, stack)
 
 
-def test_what_is_no_model(tiny_model, stack):
+CALLS = {
+    "put": lambda handle, stack: handle.put(0, stack),
+    "borrow_slots": lambda handle, stack: handle.borrow_slots(0, stack).__enter__(),
+    "differentiable": lambda handle, stack: handle.differentiable(stack, 0).__enter__(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_stacks_that_are_refused_change_nothing(model, handle, stack_for, make_stack, tokens, call):
+    refused = [
+        ("q_proj", "expected an AdapterStack, got str; read a folder"),
+        ([0], "expected an AdapterStack, got list"),
+        (make_stack({"q_proj": (64, 64)}, num_adapters=1), "q_proj: .* 64/64, the model has 64/128"),
+        (make_stack({"k_proj": (64, 64), "q_proj": (64, 128)}, num_adapters=1, num_layers=3), "3 layers"),
+        (make_stack({"k_proj": (64, 64), "qkv_proj": (64, 64)}, num_adapters=1), "qkv_proj"),
+    ]
+    if call != "differentiable":  # which does not use the slots
+        refused.append((stack_for(model, NAMES, num_adapters=1, rank=5), "rank 5 exceeds the slots' rank 4"))
+    before, kept = snapshot(model), logits(model, tokens, handle, [0, 1, 2, -1])
+    for other, message in refused:
+        with pytest.raises(ValueError, match=message):
+            CALLS[call](handle, other)
+    assert_untouched(model, before)
+    assert torch.equal(logits(model, tokens, handle, [0, 1, 2, -1]), kept)
+
+
+def test_what_is_no_model_or_stack(tiny_model, model, stack):
     with pytest.raises(ValueError, match="model: expected a torch module"):
         attach("llama", stack)
     with pytest.raises(ValueError, match="meta device"):
         attach(tiny_model("Llama", head_dim=32).to("meta"), stack)
+    with pytest.raises(ValueError, match="stack: expected an AdapterStack, got dict"):
+        attach(model, {"q_proj": 1})
 
 
 def test_put(tiny_model, model, stack, stack_for, tokens):
@@ -160,27 +185,6 @@ def test_put(tiny_model, model, stack, stack_for, tokens):
     assert torch.equal(logits(model, tokens, handle, 0), alone[2])
     handle.put(1, stack[1])  # narrower again: nothing of the wide one is left
     assert torch.equal(logits(model, tokens, handle, 1), alone[1])
-
-
-def test_put_errors_change_nothing(model, stack, stack_for, make_stack, tokens):
-    wider = stack_for(model, NAMES, num_adapters=1, rank=5)
-    handle = attach(model, stack)
-    before, kept = snapshot(model), logits(model, tokens, handle, [0, 1, 2, -1])
-    for slot in (-1, 3, True, 1.0, None):
-        with pytest.raises(IndexError, match="slot"):
-            handle.put(slot, stack[1])
-    refused = [
-        (stack, "adapter: expected a stack of one adapter, got 3"),
-        (wider, "rank 5 exceeds the slots' rank 4"),
-        (make_stack({"q_proj": (64, 64)}, num_adapters=1), "q_proj: .* 64/64, the model has 64/128"),
-        (make_stack({"k_proj": (64, 64), "q_proj": (64, 128)}, num_adapters=1, num_layers=3), "3 layers"),
-        (make_stack({"k_proj": (64, 64), "qkv_proj": (64, 64)}, num_adapters=1), "qkv_proj"),
-    ]
-    for adapter, message in refused:
-        with pytest.raises(ValueError, match=message):
-            handle.put(0, adapter)
-    assert_untouched(model, before)
-    assert torch.equal(logits(model, tokens, handle, [0, 1, 2, -1]), kept)
 
 
 def test_put_that_fails_midway_leaves_an_empty_slot(model, stack, tokens, monkeypatch):

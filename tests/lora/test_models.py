@@ -166,18 +166,6 @@ def test_merge(build, tmp_path, tokens, family):
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Phi3", "GPT2"])
-def test_our_folders_in_peft(build, tmp_path, tokens, family):
-    """PEFT's folder, read and written here, means the same to PEFT."""
-    model = build(family)
-    config = settings(family, FAMILIES[family][2], r=4, lora_alpha=6, use_rslora=True)
-    with torch.no_grad():
-        expected = make_peft(model, tmp_path / "peft", **config)(tokens).logits
-        base = model(tokens).logits
-    AdapterStack.from_peft(tmp_path / "peft").save_pretrained(tmp_path / "ours")
-    assert_same_logits(peft_logits(model, tmp_path / "ours", tokens), expected, base)
-
-
 def test_encoder_and_decoder(tmp_path, tokens):
     """Adapters in both halves of BART: modules of one name get names that reach above the layer."""
     from transformers import BartConfig, BartForConditionalGeneration
@@ -219,38 +207,31 @@ def test_conv1d_by_the_name_of_its_argument(build, tmp_path):
 # --- what PEFT folders may say ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
-def test_patterns(build, tmp_path, tokens, rslora):
-    model = build("Llama")
-    adapted = make_peft(
-        model,
-        tmp_path / "peft",
-        r=4,
-        lora_alpha=6,
-        use_rslora=rslora,
-        target_modules=["q_proj", "v_proj", "down_proj"],
-        rank_pattern={"v_proj": 2, "model.layers.1.self_attn.q_proj": 8},
-        alpha_pattern={"model.layers.0.mlp.down_proj": 20, "q_proj": 3},
-    )
-    stack = AdapterStack.from_peft(tmp_path / "peft")
-    stack.save_pretrained(tmp_path / "ours")
-    with torch.no_grad():
-        base, expected = model(tokens).logits, adapted(tokens).logits
-    assert_same_logits(our_logits(model, stack, 0, tokens), expected, base)
-    assert_same_logits(peft_logits(model, tmp_path / "ours", tokens), expected, base)
+PATTERNS = {
+    "rank_pattern": {"v_proj": 2, "model.layers.1.self_attn.q_proj": 8},
+    "alpha_pattern": {"model.layers.0.mlp.down_proj": 20, "q_proj": 3},
+}
 
 
-@pytest.mark.parametrize("layers", [[0], [1]], ids=["first", "middle"])
-@pytest.mark.parametrize("family", ["Llama", "Phi3", "GPT2"])
-def test_adapters_of_some_layers_only(build, tmp_path, tokens, family, layers):
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        *((family, {"use_rslora": True}) for family in ("Llama", "Phi3", "GPT2")),
+        *(("Llama", PATTERNS | {"use_rslora": rslora}) for rslora in (False, True)),
+        *((family, {"layers_to_transform": [i]}) for family, i in (("Llama", 0), ("Phi3", 1), ("GPT2", 1))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "+".join(value),
+)
+def test_folders_read_and_written(build, tmp_path, tokens, family, config):
+    """PEFT's folder gives PEFT's logits here, and the folder written from it gives them in PEFT."""
     model = build(family)
-    config = settings(family, FAMILIES[family][2], r=4, lora_alpha=8, layers_to_transform=layers)
+    config = settings(family, FAMILIES[family][2], r=4, lora_alpha=6, **config)
     adapted = make_peft(model, tmp_path / "peft", **config)
     stack = AdapterStack.from_peft(tmp_path / "peft")
     stack.save_pretrained(tmp_path / "ours")
     with torch.no_grad():
         base, expected = model(tokens).logits, adapted(tokens).logits
-    assert stack.partial
+    assert stack.partial == ("layers_to_transform" in config)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT looks for no other layers
         assert_same_logits(peft_logits(model, tmp_path / "ours", tokens), expected, base)

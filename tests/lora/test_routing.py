@@ -7,6 +7,7 @@ from torch import nn
 from t2l_engine import AdapterBatch, AdapterStack, LoRALinear, attach
 from t2l_engine.lora import routing
 from t2l_engine.testing.numerics import ROW_ATOL, relative_frobenius, u
+from tests.lora.blocks import Blocks, by_hand
 from tests.lora.tiny_llama import NAMES
 
 
@@ -188,32 +189,11 @@ def test_modules_an_adapter_lacks_stay_base(tiny_model, stack_for, prompts):
 # --- segments on a custom stack ------------------------------------------------------------------------------------
 
 
-class Stack(nn.Module):
-    """No transformers model: two layers over flattened tokens ``[T, 16]``."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(16, 16)}) for _ in range(2))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = torch.tanh(layer["q_proj"](x))
-        return x
-
-
 def test_segments_over_flattened_tokens(make_stack):
-    model, x = Stack(), torch.randn(11, 16, generator=torch.Generator().manual_seed(1))
+    model, x = Blocks(), torch.randn(11, 16, generator=torch.Generator().manual_seed(1))
     stack = make_stack({"q_proj": (16, 16)})
     bounds, adapters = [0, 3, 3, 4, 9, 11], [2, 1, 0, -1, 2]
-    expected = []
-    for lo, hi, a in zip(bounds, bounds[1:], adapters, strict=False):
-        y = x[lo:hi]
-        for i, layer in enumerate(model.layers):
-            A, B = stack.lora_A["q_proj"][a, i], stack.lora_B["q_proj"][a, i]
-            delta = stack.scaling[a] * (y @ A.mT) @ B.mT if a >= 0 else 0.0
-            y = torch.tanh(layer["q_proj"](y) + delta)
-        expected.append(y)
+    expected = by_hand(model, stack, x, [a for a, n in zip(adapters, (3, 0, 1, 5, 2), strict=True) for _ in range(n)])
     handle = attach(model, stack)
     ragged = batch(bounds, adapters, 5)
     assert ragged.num_tokens == 11
@@ -221,7 +201,7 @@ def test_segments_over_flattened_tokens(make_stack):
         for tensor in (ragged.seg_indptr, ragged.seg_adapters):
             tensor.fill_(7)  # the caller's own
         got = model(x)
-    assert (got - torch.cat(expected)).abs().max() <= ROW_ATOL
+    assert (got - expected).abs().max() <= ROW_ATOL
     ragged = batch(bounds, adapters, 5)
     for tokens in (10, 12):
         with torch.no_grad(), handle.use(ragged), pytest.raises((ValueError, RuntimeError), match=f"{tokens}"):
@@ -231,7 +211,7 @@ def test_segments_over_flattened_tokens(make_stack):
 @pytest.mark.parametrize("grad", [False, True])
 def test_inputs_that_a_linear_takes(make_stack, grad):
     stack, x = make_stack({"q_proj": (16, 16)}), torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
-    model = Stack()
+    model = Blocks()
     handle = attach(model, stack)
     with torch.set_grad_enabled(grad), handle.use(1):
         expected = model(x.mT.contiguous())
@@ -328,7 +308,7 @@ def test_segments_of_another_number_of_tokens(model, handle):
 @pytest.mark.parametrize("grad", [False, True])
 def test_autocast(make_stack, grad):
     stack, x = make_stack({"q_proj": (16, 16)}), torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
-    model = Stack()
+    model = Blocks()
     handle = attach(model, stack)
     with torch.set_grad_enabled(grad), handle.use(1):
         expected = model(x)
