@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from t2l_engine.files.errors import short_repr
-from t2l_engine.ops.segments import AdapterBatch, check_segments, is_capturing
+from t2l_engine.ops.segments import AdapterBatch, check_segments, integer_tensor, is_capturing
 
 Ids = int | Sequence[int] | Tensor | AdapterBatch
 
@@ -93,8 +93,8 @@ class Routing:
             self._write(None)
             return
         uniform = isinstance(ids, int) and not isinstance(ids, bool)
-        tensor = _as_tensor([ids] if uniform else ids)
-        if tensor is None:
+        tensor = integer_tensor([ids] if uniform else ids)
+        if tensor is None or not len(tensor):
             raise ValueError(
                 f"ids: expected one int, a non-empty sequence of ints or an AdapterBatch, got {short_repr(ids)}"
             )
@@ -183,19 +183,6 @@ def _check_segments(batch: AdapterBatch) -> int:
     except RuntimeError as error:
         raise ValueError(f"ids: {error}") from None
     return indptr[-1]
-
-
-def _as_tensor(ids: object) -> Tensor | None:
-    """``ids`` as a flat integer tensor, None if they are not a sequence of integers."""
-    if not isinstance(ids, Tensor):
-        if isinstance(ids, (list, tuple)) and any(isinstance(i, bool) for i in ids):
-            return None
-        try:
-            ids = torch.as_tensor(ids)
-        except (TypeError, ValueError, RuntimeError):
-            return None
-    integral = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-    return ids if ids.dim() == 1 and len(ids) and integral else None
 
 
 def _check_ids(ids: Tensor, num_adapters: int, filled: Collection[int]) -> None:

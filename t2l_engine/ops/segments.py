@@ -43,19 +43,9 @@ class AdapterBatch:
         Raises ValueError unless ``ids`` is a flat sequence of integers that fit int32, as the number of all tokens does, and
         ``seq_len`` is 0 or more.
         """
-        try:
-            adapters = ids if isinstance(ids, Tensor) else torch.tensor(list(ids), dtype=None if len(ids) else torch.int32)
-        except (TypeError, ValueError, RuntimeError):  # of torch: no numbers, unequal lists, integers beyond int64
-            raise ValueError(f"ids: expected a flat sequence of integers that fit int32, got {ids!r}") from None
-        booleans = not isinstance(ids, Tensor) and any(isinstance(i, bool) for i in ids)  # which torch takes beside integers
-        if adapters.dim() != 1 or adapters.dtype not in _INTEGERS or booleans:
-            raise ValueError(f"ids: expected a flat sequence of integers, got {ids!r}")
-        if (
-            adapters.dtype == torch.int64
-            and adapters.numel()
-            and not -(2**31) <= int(adapters.min()) <= int(adapters.max()) < 2**31
-        ):
-            raise ValueError(f"ids: expected values that fit int32, got {ids!r}")
+        adapters = integer_tensor(ids)
+        if adapters is None or adapters.dtype == torch.int64 and adapters.numel() and not _fits_int32(adapters):
+            raise ValueError(f"ids: expected a flat sequence of integers that fit int32, got {ids!r}")
         if not isinstance(seq_len, (int, torch.SymInt)) or isinstance(seq_len, bool):
             raise ValueError(f"seq_len: expected an int, got {seq_len!r}")
         if not 0 <= seq_len * max(1, len(adapters)) < 2**31:
@@ -70,6 +60,23 @@ class AdapterBatch:
     def num_tokens(self) -> int:
         """Number of tokens in all segments (reads one value from the device)."""
         return int(self.seg_indptr[-1])
+
+
+def integer_tensor(ids: object) -> Tensor | None:
+    """``ids`` as a flat tensor of integers, None if they are not a flat sequence of integers; booleans are none."""
+    if not isinstance(ids, Tensor):
+        try:
+            values = list(ids)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            ids = torch.tensor(values, dtype=None if values else torch.int32)
+        except (TypeError, ValueError, RuntimeError):  # no sequence, no numbers, unequal lists, integers beyond int64
+            return None
+        if any(isinstance(value, bool) for value in values):  # which torch takes beside integers
+            return None
+    return ids if ids.dim() == 1 and ids.dtype in _INTEGERS else None
+
+
+def _fits_int32(tensor: Tensor) -> bool:
+    return -(2**31) <= int(tensor.min()) <= int(tensor.max()) < 2**31
 
 
 def check_segments(bounds: Sequence[int], count: int, max_seg_len: int) -> None:
