@@ -13,10 +13,9 @@ from t2l_engine.ops.registry import lora_add_group_op, lora_add_op, lora_backwar
 
 
 def is_plain(base: Any, x: Tensor) -> bool:
-    """Whether ``base(x)`` is ``linear(x, weight, bias)`` of frozen parameters and nothing else would notice the call.
+    """Whether ``base(x)`` is no more than ``linear(x, weight, bias)`` of frozen parameters.
 
-    False for subclasses with a forward of their own, hooks, weights that are a tensor subclass (quantised, distributed) and
-    autocast.
+    False for subclasses with their own forward, hooks, tensor subclasses as weights (quantised, distributed) and autocast.
     """
     if type(base).forward is not nn.Linear.forward or "forward" in base.__dict__:
         return False
@@ -36,9 +35,8 @@ class AdaptedLinear(torch.autograd.Function):
     """``linear(x, weight, bias)`` plus the LoRA updates of ``inner``, with gradients of ``x``, ``inner`` and every A and B.
 
     ``x``: contiguous.  ``inner``: ``x`` after dropout, None for ``x`` itself.  ``starts``: the first column of each member,
-    None for one that is the whole linear, which comes first; ``members``: A, B and ranks of each in turn.  Other arguments
-    as of ``lora_add_``.  The updates are added to the product in place, and in the backward their gradients of ``x`` to that
-    of the product.
+    None for the whole linear (first in the list).  ``members``: A, B and ranks of each member in turn.  Other arguments as in
+    ``lora_add_``.  Updates are added to the product in place; the backward adds their gradients of ``x`` to the product's.
     """
 
     @staticmethod

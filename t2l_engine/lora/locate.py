@@ -231,9 +231,9 @@ def find_sharding(model: nn.Module, name: str, targets: dict[int, Target]) -> Sh
 
 
 def shards(model: nn.Module, stack: AdapterStack, packed: Packed | None = None) -> dict[str, Shard]:
-    """Module name of ``stack`` -> what this process has of its linears, for modules that tensor parallelism has divided.
+    """Module name of ``stack`` -> this process's part of its linears, for modules that tensor parallelism has divided.
 
-    Empty for a model that one process has.  ``stack``: adapters of whole linears, or :meth:`HyperNetwork.meta_stack`;
+    Empty for a model that is not divided.  ``stack``: adapters of whole linears, or :meth:`HyperNetwork.meta_stack`;
     ``packed`` as for :func:`attach`.  Raises ValueError as :func:`attach`.
 
     Source: tensor parallelism as in Megatron-LM (arXiv 1909.08053).

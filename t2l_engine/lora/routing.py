@@ -18,15 +18,15 @@ class Routing:
     """The current ids of one handle, shared by all its layers.
 
     There is one ids tensor per number of rows, which is written in place: compiled code, exported programs and CUDA graphs
-    read the new ids.  A CUDA graph of another number of rows than the current ids', which nothing refuses to replay, reads
-    the one id for all rows or, where there is none, those of the base model.
+    read the new ids.  A CUDA graph that was captured with another number of rows than the current ids have reads the one id
+    of all rows, or -1 (base model) if rows have different ids.
     """
 
     def __init__(self) -> None:
         self.ids: Tensor | None = None  # [rows] int32, one of _tensors
         self._tensors: dict[int, Tensor] = {}  # number of rows -> ids
-        self._captured: set[int] = set()  # those that CUDA graphs read
-        self._captured_batches: dict[int, AdapterBatch] = {}  # by id(): what CUDA graphs read is kept
+        self._captured: set[int] = set()  # numbers of rows whose ids CUDA graphs read
+        self._captured_batches: dict[int, AdapterBatch] = {}  # by id(): kept alive for the CUDA graphs that read them
         self.batch: AdapterBatch | None = None
         self._tokens = 0  # of batch, known here without asking a device
         self.merged = False  # an adapter is merged into the weights
@@ -59,7 +59,7 @@ class Routing:
             self._renew_version()
 
     def follow(self, other: Routing, device: torch.device) -> None:
-        """The selection of ``other``, for layers on ``device``; of adapters that it has instead of the slots, none."""
+        """Take over the selection of ``other`` for layers on ``device``; differentiable adapters are not copied."""
         self.merged, self.uniform, self.adapter_version = other.merged, other.uniform, other.adapter_version
         self.overrides, self.dropout = None if other.overrides is None else {}, other.dropout
         self.batch, self._tokens = other.batch, other._tokens
@@ -123,11 +123,11 @@ class Routing:
     def segments(self, shape: Sequence[int], compiling: bool = False) -> AdapterBatch:
         """Segments of tokens of shape ``[rows, ...]``; memoised, since all layers of a forward pass share them.
 
-        ``compiling``: for a graph, which makes them from the ids that it finds.  A CUDA graph that is captured now reads
-        those of the pass before, which are kept for it, or else makes them, in every layer.
+        ``compiling``: compiled code computes the segments from the ids at run time.  A CUDA graph that is being captured
+        reads the memoised segments, which are then kept for it; without any, every layer computes them in the graph.
         """
         if self.batch is not None:
-            if not compiling and math.prod(shape) != self._tokens:  # which on a GPU would end the process' use of it
+            if not compiling and math.prod(shape) != self._tokens:  # the op's own check would end the use of a GPU
                 raise ValueError(f"ids: expected segments of all {math.prod(shape)} tokens, got segments of {self._tokens}")
             if not compiling and is_capturing(self.batch.seg_adapters):
                 self._captured_batches[id(self.batch)] = self.batch

@@ -23,7 +23,7 @@ class Sharding(NamedTuple):
 
     @property
     def comparable(self) -> tuple:
-        """What is equal in all processes, or in none, for linears that are divided alike."""
+        """Equal for linears that are divided alike; all processes agree on whether two are equal."""
         return self.features, self.group is None, self.shard
 
 
@@ -33,7 +33,7 @@ def is_distributed(weight: object) -> bool:
 
 
 def local(weight: Tensor) -> Tensor:
-    """What this process has of ``weight``, in the same memory; ``weight`` itself unless it is a DTensor."""
+    """This process's part of a DTensor, in the same memory; any other ``weight`` itself."""
     return weight.to_local() if is_distributed(weight) else weight  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -59,7 +59,7 @@ def sharding(linear: nn.Module, path: str, packed: bool) -> Sharding | None:
         )
     if packed:
         raise ValueError(f"model: {path} is a packed projection divided among processes; its modules' parts are mixed")
-    # As torch.chunk: equal parts, and what is left for the last.
+    # As torch.chunk: equal parts, a smaller last one.
     size, part = weight.shape[dim], -(-weight.shape[dim] // mesh.size())
     start = min(mesh.get_local_rank() * part, size)
     ranges = [(0, n) for n in weight.shape]
@@ -71,6 +71,6 @@ def sharding(linear: nn.Module, path: str, packed: bool) -> Sharding | None:
 
 
 def is_fully_sharded(model: nn.Module) -> bool:
-    """Whether ``fully_shard`` has divided weights of ``model``: products then see whole ones."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # who has called it has imported it
+    """Whether ``fully_shard`` has divided weights of ``model``, which it gathers for each product."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # imported if it was used
     return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())

@@ -53,7 +53,7 @@ def load() -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Why torch could not load the library, as something that a user can change."""
+    """Why torch could not load the library, in terms of versions that a user can change."""
     found = re.match(r"(\d+)\.(\d+)", str(torch.__version__))
     if found and tuple(map(int, found.groups())) < OLDEST_TORCH:
         return f"expected torch {'.'.join(map(str, OLDEST_TORCH))} or later, got {torch.__version__}"
@@ -74,8 +74,7 @@ def about() -> dict[str, Any] | None:
 def isa_error() -> str | None:
     """Why ``T2L_ISA`` is unusable, None where it is not; of the loaded library.
 
-    Unlike :func:`about`, which names all instruction sets, this does not ask the system for AMX's tiles where another one is
-    chosen.
+    Unlike :func:`about`, this does not ask the system for AMX tiles unless AMX is chosen.
     """
     return _call_for_text("t2l_isa_error")
 

@@ -1,4 +1,4 @@
-"""AdapterBatch: which adapter each token of a batch uses; and whether a CUDA graph is captured that will read it."""
+"""AdapterBatch: which adapter each token of a batch uses."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def check_segments(bounds: Sequence[int], count: int, max_seg_len: int) -> None:
 
 
 def is_capturing(tensor: Tensor) -> bool:
-    """Whether what is done with ``tensor`` now becomes a part of a CUDA graph.
+    """Whether operations on ``tensor`` are being captured in a CUDA graph.
 
-    Replays alone compute it, so nothing of it may be kept for other calls.
+    Their results have values only after a replay, so they may not be memoised for other calls.
     """
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
