@@ -35,8 +35,8 @@ class AdaptedLinear(torch.autograd.Function):
     """``linear(x, weight, bias)`` plus the LoRA updates of ``inner``, with gradients of ``x``, ``inner`` and every A and B.
 
     ``x``: contiguous.  ``inner``: ``x`` after dropout, None for ``x`` itself.  ``starts``: the first column of each member,
-    None for the whole linear (first in the list).  ``members``: A, B and ranks of each member in turn.  Other arguments as in
-    ``lora_add_``.  Updates are added to the product in place; the backward adds their gradients of ``x`` to the product's.
+    None for the whole linear (first in the list).  ``members``: A, B and ranks of each member in turn.  Other arguments as
+    in ``lora_add_``.  Updates are added to the product in place; the backward adds their gradients of ``x`` to the product's.
     """
 
     @staticmethod

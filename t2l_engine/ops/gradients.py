@@ -13,7 +13,7 @@ from t2l_engine.ops.reference import fail
 
 
 def first_order(op: str) -> Callable[[Callable], Callable]:
-    """Decorates a backward of ``op``: differentiating its results is an error, since autograd would take them for constants."""
+    """Decorates a backward of ``op``: its results have no derivatives; autograd would take them for constants."""
     message = f"t2l_engine::{op}: expected first derivatives alone, got a derivative of its backward".encode()
 
     def marked(value: Any) -> Any:
