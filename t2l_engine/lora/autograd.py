@@ -36,7 +36,7 @@ class AdaptedLinear(torch.autograd.Function):
 
     ``x``: contiguous.  ``inner``: ``x`` after dropout, None for ``x`` itself.  ``starts``: the first column of each member,
     None for the whole linear (first in the list).  ``members``: A, B and ranks of each member in turn.  Other arguments as
-    in ``lora_add_``.  Updates are added to the product in place; the backward adds their gradients of ``x`` to the product's.
+    in ``lora_add_``.  Updates are added to the product in place, and their gradients of ``x`` to that of the product.
     """
 
     @staticmethod
