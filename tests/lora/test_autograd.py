@@ -10,26 +10,10 @@ from t2l_engine import AdapterStack, attach
 from t2l_engine.lora.autograd import AdaptedLinear
 from t2l_engine.testing.cases import F64, LoraCase
 from t2l_engine.testing.numerics import GRADIENT_RTOL, ROW_ATOL
+from tests.lora.blocks import SHAPES, TwoLinears, leaves
 
 IDS = (2, -1, 0, 2)  # a repeated adapter, the base model, and adapter 1 unused
-SHAPES = {"q_proj": (16, 24), "o_proj": (24, 16)}
 FACTORS = ("lora_A", "lora_B")
-
-
-class Stack(nn.Module):
-    """Two layers of two linears over ``[rows, tokens, 16]``."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(
-            nn.ModuleDict({name: nn.Linear(*shape) for name, shape in SHAPES.items()}) for _ in range(2)
-        )
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = x + layer["o_proj"](torch.tanh(layer["q_proj"](x)))
-        return x
 
 
 def plain(model, stack, x):
@@ -50,13 +34,6 @@ def plain(model, stack, x):
     return torch.stack(rows)
 
 
-def leaves(stack):
-    """The stack on fresh leaves, and these."""
-    tensors = [t.detach().clone().requires_grad_() for t in (*stack.lora_A.values(), *stack.lora_B.values())]
-    halves = (dict(zip(stack.lora_A, part, strict=True)) for part in (tensors[: len(SHAPES)], tensors[len(SHAPES) :]))
-    return AdapterStack(*halves, stack.scaling, stack.ranks, stack.paths), tensors
-
-
 @pytest.fixture
 def stack(make_stack):
     stack = AdapterStack.cat([make_stack(SHAPES), make_stack(SHAPES, num_adapters=1, rank=6, seed=1)])
@@ -67,7 +44,7 @@ def stack(make_stack):
 def test_gradients(stack, frozen):
     x = torch.randn(len(IDS), 5, 16, generator=torch.Generator().manual_seed(1))
     weight = torch.randn(len(IDS), 5, 16, generator=torch.Generator().manual_seed(2))
-    expected_model, model = Stack().requires_grad_(not frozen), Stack().requires_grad_(not frozen)
+    expected_model, model = TwoLinears().requires_grad_(not frozen), TwoLinears().requires_grad_(not frozen)
     expected_stack, expected_leaves = leaves(stack)
     expected_x = x.clone().requires_grad_()
     expected = plain(expected_model, expected_stack, expected_x)
@@ -95,7 +72,7 @@ def test_gradients(stack, frozen):
 @pytest.mark.parametrize("outer", [None, (1, 1, 1, 1)], ids=["none", "set"])
 def test_one_backward_of_several_forwards(stack, outer):
     """Gradient accumulation: the ids of a later forward pass leave an earlier one's gradients alone."""
-    model = Stack().requires_grad_(False)
+    model = TwoLinears().requires_grad_(False)
     x = torch.randn(len(IDS), 5, 16, generator=torch.Generator().manual_seed(1))
     handle = attach(model, stack)
     if outer is not None:
@@ -118,7 +95,7 @@ def test_one_backward_of_several_forwards(stack, outer):
 
 
 def test_routing_returns_and_slots_are_left_alone(stack):
-    model, x = Stack(), torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(1))
+    model, x = TwoLinears(), torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(1))
     handle = attach(model, stack)
     handle.set(0)
     with torch.no_grad():
@@ -137,7 +114,7 @@ def test_routing_returns_and_slots_are_left_alone(stack):
 
 
 def test_refusals(stack, make_stack):
-    model = Stack()
+    model = TwoLinears()
     handle = attach(model, stack)
     for other, ids, error, message in (
         (stack, 3, IndexError, "ids"),
@@ -180,7 +157,7 @@ def test_adapted_linear_gradcheck(bias, dropped, starts):
 
 def test_a_backward_inside_autocast(stack):
     """The forward pass was outside."""
-    model = Stack().requires_grad_(False)
+    model = TwoLinears().requires_grad_(False)
     handle, (own, own_leaves) = attach(model, stack), leaves(stack)
     x = torch.randn(len(IDS), 4, 16, requires_grad=True)
 
@@ -194,7 +171,7 @@ def test_a_backward_inside_autocast(stack):
 
 
 def test_second_derivatives_of_an_adapted_linear_are_an_error(stack):
-    model = Stack().requires_grad_(False)
+    model = TwoLinears().requires_grad_(False)
     handle, (own, _) = attach(model, stack), leaves(stack)
     x = torch.randn(len(IDS), 4, 16, requires_grad=True)
     with handle.differentiable(own, IDS):
@@ -226,7 +203,7 @@ def test_a_linear_under_two_paths(make_stack, uses):
 
 def one(stack, change=lambda model: None):
     """A frozen model that ``change`` was applied to, its handle, and leaves of ``stack``."""
-    model = Stack().requires_grad_(False)
+    model = TwoLinears().requires_grad_(False)
     change(model)
     return model, attach(model, stack), *leaves(stack)
 

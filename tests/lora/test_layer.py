@@ -10,6 +10,7 @@ import torch
 
 from t2l_engine import AdapterStack, attach
 from t2l_engine.testing.numerics import GRADIENT_RTOL, ROW_ATOL
+from tests.lora.blocks import leaves
 from tests.lora.tiny_llama import NAMES, logits
 
 # --- generation ------------------------------------------------------------------------------------------------------
@@ -51,9 +52,7 @@ def test_gradient_checkpointing(tiny_model, stack_for, tokens, reentrant):
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
             model.enable_input_require_grads()
-        leaves = [t.detach().clone().requires_grad_() for t in (*stack.lora_A.values(), *stack.lora_B.values())]
-        halves = (dict(zip(stack.lora_A, part, strict=True)) for part in (leaves[: len(NAMES)], leaves[len(NAMES) :]))
-        own = AdapterStack(*halves, stack.scaling)
+        own, tensors = leaves(stack)
         if outer is not None:
             handle.set(outer)
         with handle.differentiable(own, ids, dropout=dropout):
@@ -64,7 +63,7 @@ def test_gradient_checkpointing(tiny_model, stack_for, tokens, reentrant):
                 loss.backward()
         if where == "outside":
             loss.backward()
-        return [leaf.grad for leaf in leaves]
+        return [leaf.grad for leaf in tensors]
 
     def evaluate(model, handle):
         model.eval()

@@ -9,6 +9,7 @@ import torch
 from t2l_engine import AdapterStack, LoRALinear, attach
 from t2l_engine.lora.locate import PACKED
 from t2l_engine.testing.numerics import GRADIENT_RTOL, LOGITS_ATOL, ROW_ATOL, logits_bound
+from tests.lora.blocks import leaves
 from tests.lora.tiny_llama import assert_untouched, snapshot
 
 peft = pytest.importorskip("peft")
@@ -349,9 +350,8 @@ def test_gradients_inside_packed_projections(build, sliced, tokens):
     weight = torch.randn(3, 9, 97, generator=torch.Generator().manual_seed(2))
     results = []
     for prepare in (lambda stack: stack, pack):
-        leaves = [t.detach().clone().requires_grad_() for t in (*sliced.lora_A.values(), *sliced.lora_B.values())]
-        halves = (dict(zip(sliced.lora_A, part, strict=True)) for part in (leaves[: len(SLICED)], leaves[len(SLICED) :]))
-        stack = prepare(AdapterStack(*halves, sliced.scaling))
+        own, tensors = leaves(sliced)
+        stack = prepare(own)
         handle = attach(model, stack)
         with handle.differentiable(stack, [2, 0, -1]):
             logits = model(tokens).logits
@@ -359,7 +359,7 @@ def test_gradients_inside_packed_projections(build, sliced, tokens):
         assert "AdaptedLinearBackward" in nodes and not any("lora_delta" in name for name in nodes)
         handle.detach()
         (logits * weight).sum().backward()
-        results.append((logits.detach(), [leaf.grad for leaf in leaves]))
+        results.append((logits.detach(), [leaf.grad for leaf in tensors]))
     (got, grads), (expected, expected_grads) = results
     assert (got - expected).abs().max() <= LOGITS_ATOL
     for a, b in zip(grads, expected_grads, strict=True):

@@ -2,40 +2,14 @@
 
 import pytest
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
 
 from t2l_engine import AdapterBatch, AdapterStack, attach
 from t2l_engine.lora import slots
 from t2l_engine.lora.locate import device_of
+from tests.lora.blocks import SHAPES, TwoLinears, leaves
 
 SECOND = torch.device("cpu", 1)  # to a dictionary another device than "cpu", but the same memory
-SHAPES = {"q_proj": (16, 24), "o_proj": (24, 16)}
-
-
-def linear(shape, device):
-    """Without ``device`` on the CPU; else uninitialised, since torch's fake devices draw no numbers."""
-    made = nn.Linear(*shape, device=device and "meta")
-    if device is not None:
-        made.weight, made.bias = (nn.Parameter(torch.empty(t.shape, device=device)) for t in (made.weight, made.bias))
-    return made
-
-
-class Model(nn.Module):
-    """Four layers of two linears; ``x`` goes to where each layer is, as accelerate's hooks see to."""
-
-    def __init__(self, devices=(None,) * 4):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(
-            nn.ModuleDict({name: linear(shape, device) for name, shape in SHAPES.items()}) for device in devices
-        )
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = x.to(next(layer.parameters()).device)
-            x = x + layer["o_proj"](torch.tanh(layer["q_proj"](x)))
-        return x
 
 
 @pytest.fixture
@@ -64,7 +38,7 @@ def test_the_bits_of_one_device(spread, stack, layers):
     """Filled, used, changed, merged and restored; also where the layers of a device are not neighbours."""
     x, flat, made = torch.randn(3, 5, 16), torch.randn(15, 16), []
     for elsewhere in ((), layers):
-        model = spread(Model(), elsewhere)
+        model = spread(TwoLinears([None] * 4), elsewhere)
         lora, results = attach(model, stack, slots=3, max_rank=6), []
         assert len(next(iter(lora._slots.values())).parts) == (2 if elsewhere else 1)
         for ids in ([1, -1, 0], 1, [0, 0, 1]):
@@ -85,18 +59,15 @@ def test_the_bits_of_one_device(spread, stack, layers):
         results.append(model(x))
         made.append(results)
     assert all(map(torch.equal, *made))
-    assert torch.equal(made[1][-1], Model()(x)) and not torch.equal(made[1][0], made[1][-1])
+    assert torch.equal(made[1][-1], TwoLinears([None] * 4)(x)) and not torch.equal(made[1][0], made[1][-1])
 
 
 def test_gradients(spread, stack):
     x, made = torch.randn(3, 5, 16), []
     for elsewhere in ((), (2, 3)):
-        model = spread(Model().requires_grad_(False), elsewhere)
+        model = spread(TwoLinears([None] * 4).requires_grad_(False), elsewhere)
         lora = attach(model, stack)
-        tensors = [t.clone().requires_grad_() for t in (*stack.lora_A.values(), *stack.lora_B.values())]
-        names = list(SHAPES)
-        trained = AdapterStack(dict(zip(names, tensors[:2], strict=True)), dict(zip(names, tensors[2:], strict=True)),
-                               stack.scaling, stack.ranks, stack.paths)  # fmt: skip
+        trained, tensors = leaves(stack)
         with lora.differentiable(trained, [1, -1, 0]):
             model(x).square().sum().backward()
         made.append([t.grad for t in tensors])
@@ -109,7 +80,7 @@ def test_modules_of_a_device_that_come_later(spread, make_stack, inside):
     first, second = make_stack({"q_proj": (16, 24)}, num_layers=4), make_stack(SHAPES, num_layers=4, seed=1)
     x, made = torch.randn(2, 5, 16), []
     for elsewhere in ((), (2, 3)):
-        model = spread(Model(), ())
+        model = spread(TwoLinears([None] * 4), ())
         lora, results = attach(model, first[0], slots=2), []
         lora.set([0, -1])
         spread(model, elsewhere)
@@ -124,7 +95,7 @@ def test_modules_of_a_device_that_come_later(spread, make_stack, inside):
             results.append(model(x))
         made.append(results)
     assert all(map(torch.equal, *made))
-    base = Model()(x)
+    base = TwoLinears([None] * 4)(x)
     assert not torch.equal(made[0][-2][0], base[0]) and torch.equal(made[0][-2][1], base[1])
 
 
@@ -133,7 +104,7 @@ def test_slots_that_come_inside_differentiable(spread, make_stack):
     first, second = make_stack({"q_proj": (16, 24)}, num_layers=4), make_stack(SHAPES, num_layers=4, seed=1)
     x, made = torch.randn(2, 5, 16), []
     for elsewhere in ((), (2, 3)):
-        model = spread(Model(), ())
+        model = spread(TwoLinears([None] * 4), ())
         lora, results = attach(model, first[0], slots=2), []
         spread(model, elsewhere)
         with lora.differentiable(first, [2, -1]):
@@ -150,7 +121,7 @@ def test_an_adapter_of_the_first_layers_alone(spread, make_stack):
     x, made = torch.randn(2, 5, 16), []
     few = make_stack(SHAPES, num_layers=2, seed=2, partial=True)
     for elsewhere in ((), (2, 3)):
-        model = spread(Model(), elsewhere)
+        model = spread(TwoLinears([None] * 4), elsewhere)
         lora = attach(model, make_stack(SHAPES, num_layers=4), slots=3)
         lora.put(1, few[0])
         with lora.use([1, 0]):
@@ -159,7 +130,7 @@ def test_an_adapter_of_the_first_layers_alone(spread, make_stack):
 
 
 def test_one_stack_cannot_be_slots_of_two_devices(spread, stack):
-    lora = attach(spread(Model(), (3,)), stack)
+    lora = attach(spread(TwoLinears([None] * 4), (3,)), stack)
     with (
         pytest.raises(ValueError, match="like: expected layers on one device, got cpu, cpu:1; use put"),
         lora.borrow_slots(0, stack),
@@ -175,7 +146,7 @@ def fake():
         cards = [torch.device("lazy", i) for i in (0, 0, 1, 1)]
         A = {name: torch.empty(1, 4, 4, n_in, device=cards[0]) for name, (n_in, _) in SHAPES.items()}
         B = {name: torch.empty(1, 4, n_out, 4, device=cards[0]) for name, (_, n_out) in SHAPES.items()}
-        yield Model(cards), cards, AdapterStack(A, B, torch.ones(1, device=cards[0]))
+        yield TwoLinears(cards), cards, AdapterStack(A, B, torch.ones(1, device=cards[0]))
 
 
 def test_every_tensor_lies_where_its_layer_does(fake):
