@@ -113,22 +113,24 @@ def test_each_process_generates_its_part(divided, kind):
     assert [int(own["parameters"]) for own in found] == [c.num_parameters - saved] * 2
 
 
-def test_what_is_refused(divided):
-    found, half = divided[0]["errors"], worker.INNER // 2
-    assert (
-        "RuntimeError: model.layers.0.mlp.down_proj: adapters of a linear that is divided among processes have no gr"
-        in found["gradients"]
-    )
-    assert (
-        f"ValueError: like: up_proj: expected the in/out features ({worker.HIDDEN}, {half}) of this process, "
-        in found["whole"]
-    )
-    assert "ValueError: stack: up_proj is divided among processes (tensor parallelism), where" in found["differentiable"]
-    assert (
-        f"expected an input (1, 2, {half}) of this process as a plain tensor, got Tensor (1, 2, {worker.INNER})"
-        in found["input"]
-    )
-    assert "as a plain tensor, got DTensor" in found["distributed"]
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            "gradients",
+            "RuntimeError: model.layers.0.mlp.down_proj: adapters of a linear that is divided among processes have",
+        ),
+        (
+            "whole",
+            f"ValueError: like: up_proj: expected the in/out features ({worker.HIDDEN}, {worker.INNER // 2}) of this pr",
+        ),
+        ("differentiable", "ValueError: stack: up_proj is divided among processes (tensor parallelism), where"),
+        ("input", f"expected an input (1, 2, {worker.INNER // 2}) of this process as a plain tensor, got Tensor (1, 2, "),
+        ("distributed", "as a plain tensor, got DTensor"),
+    ],
+)
+def test_what_is_refused(divided, call, message):
+    assert message in divided[0]["errors"][call]
 
 
 @pytest.fixture
@@ -140,6 +142,18 @@ def mesh(tmp_path):
     init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     destroy_process_group()
+
+
+@pytest.fixture
+def divide(mesh):
+    """Divides linears of a model by torch's own tensor parallelism: path -> class of its plan."""
+    from torch.distributed.tensor import parallel
+
+    def make(model, plans, **options):
+        plans = {path: getattr(parallel, plan)(**options) for path, plan in plans.items()}
+        return parallel.parallelize_module(model, mesh, plans)
+
+    return make
 
 
 def test_fully_sharded_weights_are_refused(mesh):
@@ -163,45 +177,29 @@ def test_adapters_may_be_attached_before(mesh):
         lora.merge(0)
 
 
-def test_training_of_other_modules(mesh):
+def test_training_of_other_modules(divide):
     """In ``differentiable`` a divided linear that the stack lacks is the base's."""
-    from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
-
-    stack = worker.stack("torch")
+    stack, x = worker.stack("torch"), worker.inputs("torch")
     ups = AdapterStack({"up_proj": stack.lora_A["up_proj"]}, {"up_proj": stack.lora_B["up_proj"]}, stack.scaling)
     plain = worker.Plain()
-    expected_lora = attach(plain, ups)
-    x = worker.inputs("torch")
-    plans = {f"layers.{i}.down_proj": RowwiseParallel() for i in range(worker.LAYERS)}
-    model = parallelize_module(worker.Plain(), mesh, plans)
-    lora = attach(model, stack)
+    model = divide(worker.Plain(), {f"layers.{i}.down_proj": "RowwiseParallel" for i in range(worker.LAYERS)})
+    expected_lora, lora = attach(plain, ups), attach(model, stack)
     with expected_lora.differentiable(ups, 2), lora.differentiable(ups, 2):
         assert torch.allclose(model(x), plain(x), atol=numerics.LOGITS_ATOL)
 
 
-def test_an_output_that_is_not_plain(mesh):
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-    plans = {f"layers.{i}.up_proj": ColwiseParallel(use_local_output=False) for i in range(worker.LAYERS)}
-    model = parallelize_module(worker.Plain(), mesh, plans)
-    lora = attach(model, worker.stack("torch"))
-    with (
-        torch.no_grad(),
-        lora.use(0),
-        pytest.raises(RuntimeError, match="expected an output .* as a plain tensor, got DTensor"),
-    ):
+def test_an_output_that_is_not_plain(divide):
+    plans = {f"layers.{i}.up_proj": "ColwiseParallel" for i in range(worker.LAYERS)}
+    model = divide(worker.Plain(), plans, use_local_output=False)
+    message = "expected an output .* as a plain tensor, got DTensor"
+    with torch.no_grad(), attach(model, worker.stack("torch")).use(0), pytest.raises(RuntimeError, match=message):
         model.layers[0]["up_proj"](worker.inputs("torch"))
 
 
-def test_an_adapter_that_is_compiled(mesh):
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-    model = parallelize_module(
-        nn.ModuleList([nn.ModuleDict({"up_proj": nn.Linear(8, 4)})]), mesh, {"0.up_proj": ColwiseParallel()}
-    )
-    lora = attach(
-        model, AdapterStack({"up_proj": torch.ones(1, 1, 2, 8)}, {"up_proj": torch.ones(1, 1, 4, 2)}, torch.ones(1))
-    )
+def test_an_adapter_that_is_compiled(divide):
+    model = divide(nn.ModuleList([nn.ModuleDict({"up_proj": nn.Linear(8, 4)})]), {"0.up_proj": "ColwiseParallel"})
+    ups = AdapterStack({"up_proj": torch.ones(1, 1, 2, 8)}, {"up_proj": torch.ones(1, 1, 4, 2)}, torch.ones(1))
+    lora = attach(model, ups)
     compiled = torch.compile(model[0]["up_proj"], backend="eager", fullgraph=True)
     with torch.no_grad(), lora.use(0), pytest.raises(Exception, match="divided among processes are not compiled"):
         compiled(torch.ones(1, 8))
@@ -229,33 +227,27 @@ def test_heads_that_are_shared():
         net.shard({"up_proj": Shard((0, 32), (0, 24))})
 
 
-def test_layers_that_are_divided_differently(mesh):
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-    model = parallelize_module(worker.Plain(), mesh, {"layers.1.up_proj": ColwiseParallel()})
-    with pytest.raises(
-        ValueError, match="model: up_proj: expected layers divided alike among processes, got others in 0 and 1"
-    ):
+def test_layers_that_are_divided_differently(divide):
+    model = divide(worker.Plain(), {"layers.1.up_proj": "ColwiseParallel"})
+    message = "model: up_proj: expected layers divided alike among processes, got others in 0 and 1"
+    with pytest.raises(ValueError, match=message):
         attach(model, worker.stack("torch"))
 
 
-def test_linears_that_are_divided_in_other_ways(mesh):
+def test_linears_that_are_divided_in_other_ways(mesh, divide):
     """A weight that all processes have as a whole, a packed projection, a quantised linear."""
     from torch.distributed.tensor import distribute_tensor
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     model, stack = worker.Plain(), worker.stack("torch")
     linear = model.layers[0]["up_proj"]
     linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh))
-    with pytest.raises(
-        ValueError, match="layers.0.up_proj: expected a linear whose rows or columns are divided among the proc"
-    ):
+    message = "layers.0.up_proj: expected a linear whose rows or columns are divided among the proc"
+    with pytest.raises(ValueError, match=message):
         attach(model, stack)
     model = nn.ModuleList([nn.ModuleDict({"gate_up_proj": nn.Linear(worker.HIDDEN, 2 * worker.INNER)})])
-    model = parallelize_module(model, mesh, {"0.gate_up_proj": ColwiseParallel()})
-    ups = AdapterStack(
-        {"up_proj": stack.lora_A["up_proj"][:, :1]}, {"up_proj": stack.lora_B["up_proj"][:, :1]}, stack.scaling
-    )
+    model = divide(model, {"0.gate_up_proj": "ColwiseParallel"})
+    A, B = (side["up_proj"][:, :1] for side in (stack.lora_A, stack.lora_B))
+    ups = AdapterStack({"up_proj": A}, {"up_proj": B}, stack.scaling)
     with pytest.raises(ValueError, match="model: 0.gate_up_proj is a packed projection divided among processes"):
         attach(model, ups, packed={"gate_up_proj": {"gate_proj": worker.INNER, "up_proj": worker.INNER}})
     model = worker.Plain()
