@@ -162,11 +162,7 @@ def _sizes(layers: dict[str, dict[int, dict[str, Tensor]]], weights_path: Path) 
         sizes[module] = (depths[layer_list(module)], max(ranks), n_in, n_out)
         stored += sum(ranks) * (n_in + n_out)
     padded = sum(n * r * (n_in + n_out) for n, r, n_in, n_out in sizes.values())
-    if padded > MAX_PADDING * stored:
-        raise AdapterError(
-            f"{weights_path}: expected layers and ranks that fill at least 1/{MAX_PADDING} of the stack, "
-            f"got {stored} values for {padded}"
-        )
+    _check_share(stored, padded, str(weights_path))
     if padded > stored + MAX_PADDED:
         raise AdapterError(
             f"{weights_path}: expected layers and ranks that leave at most {MAX_PADDED} values of the stack empty, "
@@ -184,10 +180,13 @@ def check_padding(adapters: Sequence[PeftAdapter], where: str) -> None:
             held += n * r * (n_in + n_out)
             most = widest.get(path, (0, 0, 0))
             widest[path] = max(most[0], n), max(most[1], r), n_in + n_out
-    padded = len(adapters) * sum(n * r * width for n, r, width in widest.values())
+    _check_share(held, len(adapters) * sum(n * r * width for n, r, width in widest.values()), where)
+
+
+def _check_share(held: int, padded: int, where: str) -> None:
     if padded > MAX_PADDING * held:
         raise AdapterError(
-            f"{where}: expected ranks and layers that fill at least 1/{MAX_PADDING} of one stack, got {held} values for "
+            f"{where}: expected ranks and layers that fill at least 1/{MAX_PADDING} of the stack, got {held} values for "
             f"{padded}"
         )
 

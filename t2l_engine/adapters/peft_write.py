@@ -34,7 +34,7 @@ def config(adapter: PeftAdapter, base_model_name_or_path: str | None, fold: bool
     The scaling is in ``lora_alpha``, or with ``fold`` in B, see :func:`state_dict`.  Raises ValueError for a scaling out of
     range.
     """
-    rank_of = {path: rank for path, *_, rank in _modules(adapter)}
+    rank_of = {path: len(a) for path, (a, _) in matrices(adapter).items()}
     r = max(rank_of.values())
     scaling = float(adapter.scaling[0])
     if not MIN_NUMBER <= scaling <= MAX_NUMBER / r:
@@ -78,8 +78,7 @@ def state_dict(
     ending = "weight" if adapter_name is None else f"{adapter_name}.weight"
     scaling = float(adapter.scaling[0]) if fold else 1.0
     state = {}
-    for path, module, layer, rank in _modules(adapter):
-        a, b = adapter.lora_A[module][0, layer, :rank], adapter.lora_B[module][0, layer, :, :rank]
+    for path, (a, b) in matrices(adapter).items():
         for side, tensor in (("A", a), ("B", folded(b, scaling))):
             key = f"{prefix}{path}.lora_{side}.{ending}"
             state[key] = tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
@@ -100,14 +99,17 @@ def write(
     write_folder(directory, WEIGHTS_NAME, state, CONFIG_NAME, config(adapter, base_model_name_or_path, fold))
 
 
-def _modules(adapter: PeftAdapter) -> list[tuple[str, str, int, int]]:
-    """(path, path with ``{layer}``, layer, rank) of every module whose rank is not 0."""
-    return [
-        (module.replace(LAYER, str(layer)), module, layer, rank)
+def matrices(adapter: PeftAdapter) -> dict[str, tuple[Tensor, Tensor]]:
+    """Path -> views of A ``[rank, in]`` and B ``[out, rank]``, of every module whose rank is not 0."""
+    return {
+        module.replace(LAYER, str(layer)): (
+            adapter.lora_A[module][0, layer, :rank],
+            adapter.lora_B[module][0, layer, :, :rank],
+        )
         for module, ranks in adapter.ranks.items()
         for layer, rank in enumerate(ranks[0].tolist())
         if rank
-    ]
+    }
 
 
 def _targets(adapter: PeftAdapter, full_paths: list[str]) -> dict[str, Any]:

@@ -267,27 +267,13 @@ class AdapterStack:
         other = other.to(self.scaling.device)
         if len(self) != len(other) or not torch.allclose(self.scaling, other.scaling, rtol, atol):
             return False
-        named = [(s, {path: name for name, path in s.paths.items()}) for s in (self, other)]
-        for path in {*self.paths.values(), *other.paths.values()}:
-            found = [(s, names[path]) for s, names in named if path in names]
-            if len(found) == 1:
-                if bool(found[0][0].ranks[found[0][1]].any()):
-                    return False
-                continue
-            mine, theirs = (s.ranks[name] for s, name in found)
-            n = min(mine.shape[1], theirs.shape[1])
-            if not torch.equal(mine[:, :n], theirs[:, :n]) or bool(mine[:, n:].any()) or bool(theirs[:, n:].any()):
+        for i in range(len(self)):
+            mine, theirs = (peft_write.matrices(stack._peft(i)) for stack in (self, other))
+            if mine.keys() != theirs.keys():
                 return False
-            for side in ("lora_A", "lora_B"):
-                a, b = (getattr(s, side)[name][:, :n] for s, name in found)
-                if side == "lora_B":
-                    a, b = a.mT, b.mT
-                r = min(a.shape[2], b.shape[2])  # no true rank exceeds it
-                inside = torch.arange(r, device=a.device) < mine[:, :n, None]
+            for a, b in ((a, b) for path, pair in mine.items() for a, b in zip(pair, theirs[path], strict=True)):
                 kind = torch.promote_types(a.dtype, b.dtype)
-                if a.shape[3] != b.shape[3] or not torch.allclose(
-                    a[:, :, :r][inside].to(kind), b[:, :, :r][inside].to(kind), rtol, atol
-                ):
+                if a.shape != b.shape or not torch.allclose(a.to(kind), b.to(kind), rtol, atol):
                     return False
         return True
 

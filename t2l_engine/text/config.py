@@ -1,4 +1,4 @@
-"""EncoderConfig and OneHotConfig, read from a checkpoint's "encoder" block or a sentence-transformers folder.
+"""Configurations of encoders, read from a checkpoint's "encoder" block or a sentence-transformers folder.
 
 Only plain JSON values are read; nothing is executed.
 """
@@ -65,7 +65,20 @@ class EncoderConfig:
             FileNotFoundError: the folder lacks a file.
             ConfigError: it has modules or a pooling that :class:`EncoderConfig` cannot express; the message names them.
         """
-        return read_sentence_transformers(Path(folder))
+        folder = Path(folder)
+        transformer, pooling = _modules(folder)
+        pooling_path = pooling / "config.json"
+        pooling_values = _read(pooling_path)
+        template = _default_template(folder)
+        if template is not None and pooling_values.get("include_prompt", True) is not True:
+            raise ConfigError(f"{pooling_path}: include_prompt: a pooling that leaves the prompt out is not supported")
+        values = {
+            "name": str(transformer),
+            "pooling": _pooling(pooling_values, pooling_path),
+            "max_length": _max_length(transformer),
+            "template": template,
+        }
+        return from_json(EncoderConfig, values, str(folder))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,23 +189,6 @@ def encoder_config_from_json(block: Any, where: str) -> AnyEncoderConfig:
 def is_llm_encoder(block: Any) -> bool:
     """Whether the "encoder" block of a checkpoint states an LLMEncoderConfig."""
     return isinstance(block, dict) and "layers" in block
-
-
-def read_sentence_transformers(folder: Path) -> EncoderConfig:
-    """See :meth:`EncoderConfig.from_sentence_transformers`."""
-    transformer, pooling = _modules(folder)
-    pooling_path = pooling / "config.json"
-    pooling_values = _read(pooling_path)
-    template = _default_template(folder)
-    if template is not None and pooling_values.get("include_prompt", True) is not True:
-        raise ConfigError(f"{pooling_path}: include_prompt: a pooling that leaves the prompt out is not supported")
-    values = {
-        "name": str(transformer),
-        "pooling": _pooling(pooling_values, pooling_path),
-        "max_length": _max_length(transformer),
-        "template": template,
-    }
-    return from_json(EncoderConfig, values, str(folder))
 
 
 def _read(path: Path, kind: type = dict) -> Any:

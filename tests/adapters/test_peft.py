@@ -130,7 +130,7 @@ def test_one_rank_does_not_blow_up_the_others(folder, monkeypatch):
     edit_config(small, r=1, rank_pattern={})
     with monkeypatch.context() as tight:
         tight.setattr(peft, "MAX_PADDING", 2)
-        with pytest.raises(AdapterError, match="expected ranks and layers that fill at least 1/2 of one stack, got "):
+        with pytest.raises(AdapterError, match="expected ranks and layers that fill at least 1/2 of the stack, got "):
             AdapterStack.from_peft([folder, *[small] * 9])
     assert len(AdapterStack.from_peft([folder, *[small] * 9])) == 10
 

@@ -7,6 +7,7 @@ status is 1 and the folder is kept in ``fuzz-failures``.  A load of more than 10
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import os
 import random
@@ -49,6 +50,8 @@ def main() -> int:
             return 1
     print(f"{runs} folders read or refused")
     shutil.rmtree(directory)
+    with contextlib.suppress(OSError):  # folders of earlier failures
+        directory.parent.rmdir()
     return 0
 
 

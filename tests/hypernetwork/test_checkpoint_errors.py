@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 
@@ -6,6 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from t2l_engine import CheckpointError, ConfigError, HyperNetwork
+from t2l_engine.hypernetwork.network import build
+from t2l_engine.hypernetwork.sakana import SakanaFiles
 
 # --- what a file may not hold --------------------------------------------------------------------------------------
 
@@ -17,31 +20,45 @@ def refused(folder):
     return str(error.value)
 
 
+@functools.cache
+def tensors_of(folder):
+    return torch.load(folder / "hypermod.pt", weights_only=True)
+
+
+def refused_tensors(folder, change):
+    """The message with which the changed tensors of a folder are refused."""
+    files = SakanaFiles.open(folder)
+    files.state = change(tensors_of(folder))
+    with pytest.raises(CheckpointError) as error:
+        build(files.contents())
+    return str(error.value)
+
+
 def keys_of(golden, case):
     """The tensors of a case; of cases with another encoder those that only they have."""
-    state = torch.load(golden / case / "hypermod.pt", weights_only=True)
+    state = tensors_of(golden / case)
     return state if case in ("L-sft", "S-pos-sft") else {k: v for k, v in state.items() if k.startswith("task_encoder.")}
 
 
 @pytest.mark.parametrize("case", ["L-sft", "S-pos-sft", "L-vq-sft", "L-discrete-sft"])
-def test_missing_key_is_named(edit, golden, case):
+def test_missing_key_is_named(golden, case):
     # Without these the file looks like another variant, or another encoder of another width, which args.yaml contradicts.
     named = {"pos_emb.0.weight": "learnable_pos_emb", "task_encoder.cluster_size": "hypernet_latent_size"}
     if case == "L-discrete-sft":
         named["task_encoder.mlp.3.weight"] = "hypernet_latent_size"
     for key in keys_of(golden, case):
-        message = refused(edit(case, lambda state, key=key: {k: v for k, v in state.items() if k != key}))
+        message = refused_tensors(golden / case, lambda state, key=key: {k: v for k, v in state.items() if k != key})
         assert named.get(key, key) in message and ("args.yaml" if key in named else "hypermod.pt") in message
 
 
 @pytest.mark.parametrize("case", ["L-sft", "S-pos-sft", "L-vq-sft", "L-softmax-sft", "L-discrete-sft"])
-def test_misshaped_key_is_named(edit, golden, case):
+def test_misshaped_key_is_named(golden, case):
     # These define sizes, so it is args.yaml that contradicts them.
     task_width = {"L-vq-sft": "mlp.3.weight", "L-softmax-sft": "embed", "L-discrete-sft": "mlp.3.weight"}
     named = {f"task_encoder.{task_width.get(case, 'mlp.0.weight')}": "hypernet_latent_size", "mlp3.4.weight": "head_in_size"}
     for key, tensor in keys_of(golden, case).items():
         wrong = torch.zeros([n + 1 for n in tensor.shape])
-        message = refused(edit(case, lambda state, key=key, wrong=wrong: state | {key: wrong}))
+        message = refused_tensors(golden / case, lambda state, key=key, wrong=wrong: state | {key: wrong})
         if key.startswith("AB_offset."):  # A and B define each other's sizes
             assert "AB_offset" in message and key.rpartition(".")[2] in message
         else:
