@@ -14,7 +14,7 @@ from t2l_engine.research.tasks.folder import Example
 from t2l_engine.research.training import lora
 from t2l_engine.text.llm_encoder import condition_text
 from tests.research.evaluation.conftest import DESCRIPTIONS, random_stack, task
-from tests.research.training import runs
+from tests.research.training import small_runs
 
 RED = Example("red", ("red",), "test")
 TASKS = [task(f"task{i}", RED, descriptions=[f"Do {i}.", f"Do {i}, please."][: 1 + i % 2]) for i in range(5)]
@@ -181,7 +181,7 @@ def test_one_adapter_for_all_tasks(base_model, tasks, loaded, tmp_path):
         "multi-task-description": {"mode": "multi-task", "prompt": "description"},
         "per-task": {},
     }.items():
-        folders[name] = lora.train(runs.lora(base_model, **small | changes), tasks, tmp_path / name)
+        folders[name] = lora.train(small_runs.lora(base_model, **small | changes), tasks, tmp_path / name)
     for name in ("multi-task", "multi-task-description"):
         made.add_multi_task(folders[name])
     assert shown(made) == {"multi-task": (("raw",), False, 0, False), "multi-task-description": (("chat",), True, 0, True)}

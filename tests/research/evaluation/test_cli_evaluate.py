@@ -21,7 +21,7 @@ from t2l_engine.research.tasks import manifest
 from t2l_engine.research.tasks.folder import Example, Task, write_tasks
 from t2l_engine.research.training import lora
 from tests.research.evaluation.conftest import DESCRIPTIONS, all_tasks, save_checkpoint
-from tests.research.training import runs
+from tests.research.training import small_runs
 
 OURS = ["t2l", "t2l-shuffled", "t2l-junk", "t2l-constant"]
 BASE = ["base", "base-description", "icl"]
@@ -104,7 +104,7 @@ def test_the_contract_with_a_test_split_alone(run, checkpoint, base_model, tmp_p
 def test_all_methods(evaluate, one_hot, by_input, adapters, shared, base_model, tasks):
     """Another checkpoint of each kind, per-task LoRAs, a library, one adapter for all tasks."""
     described = save_checkpoint(shared / "described", base_model, seed=1, prompt="description")
-    settings = runs.lora(base_model, mode="multi-task", steps=1, validate_every=0)
+    settings = small_runs.lora(base_model, mode="multi-task", steps=1, validate_every=0)
     run = lora.train(settings, tasks, shared / "cli-multi-task")
     result, out, err = evaluate(
         "--also", f"other={described}", "--also", f"names={one_hot}", "--also", f"inputs={by_input}", "--oracle", adapters,

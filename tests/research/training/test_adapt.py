@@ -13,7 +13,7 @@ from t2l_engine.research.training.runs import settings_of
 from t2l_engine.text import base_model as base_model_loader
 from t2l_engine.text.config import LLMEncoderConfig
 from t2l_engine.text.llm_encoder import AttentionPooling, LLMEncoder
-from tests.research.training import runs
+from tests.research.training import small_runs
 from tests.research.training.conftest import WORDS
 
 EXAMPLES = [(f"{a} {b}", b) for a in WORDS for b in WORDS if a != b]
@@ -101,7 +101,7 @@ def test_the_same_call_goes_on(engine, base_model, tmp_path, monkeypatch):
     changes = QUICK | {"steps": 12, "save_every": 2}
     whole = adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "whole", **changes)
     with monkeypatch.context() as patch:
-        patch.setattr(lora.LoRA, "loss", runs.failing(lora.LoRA.loss, 7))
+        patch.setattr(lora.LoRA, "loss", small_runs.failing(lora.LoRA.loss, 7))
         with pytest.raises(OSError, match="for the test"):
             adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "again", **changes)
     assert not (tmp_path / "again" / "adapter_config.json").exists()

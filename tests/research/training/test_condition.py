@@ -19,13 +19,13 @@ from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, LOSS_ATOL, relative
 from t2l_engine.text import base_model as base_model_loader
 from t2l_engine.text import packaged
 from t2l_engine.text.encoder import EncoderConfig, normalise_description
-from tests.research.training import plain, runs
+from tests.research.training import plain_torch, small_runs
 
 CPU = torch.device("cpu")
 
 
 def by_input(base_model, **changes):
-    return runs.sft(base_model, **{"condition": "input", "encoder": "base-model", "tasks_per_batch": 4} | changes)
+    return small_runs.sft(base_model, **{"condition": "input", "encoder": "base-model", "tasks_per_batch": 4} | changes)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def made(base_model, tasks):
     fits = []
 
     def make(**changes):
-        settings = runs.sft(base_model, **{"encoder": "base-model", "tasks_per_batch": 4} | changes)
+        settings = small_runs.sft(base_model, **{"encoder": "base-model", "tasks_per_batch": 4} | changes)
         fits.append(TrainingContext(settings, tasks, CPU))
         job = sft.SFT(settings, fits[-1])
         generator = torch.Generator().manual_seed(0)
@@ -66,7 +66,7 @@ def test_trains_and_validates_with_an_adapter_a_sample(base_model, tasks, tmp_pa
     """What the checkpoint generates from an input is what its validation loss is of."""
     settings = by_input(base_model, prompt=prompt, steps=16, validate_every=16)
     out = sft.train(settings, tasks, tmp_path / "out")
-    curve = [row["loss"] for row in runs.rows(out) if "loss" in row]
+    curve = [row["loss"] for row in small_runs.rows(out) if "loss" in row]
     assert sum(curve[-4:]) < 0.9 * sum(curve[:4])
     assert json.loads((out / "config.json").read_text())["training"]["condition"] == "input"
 
@@ -79,10 +79,10 @@ def test_trains_and_validates_with_an_adapter_a_sample(base_model, tasks, tmp_pa
         for turn, i in enumerate(fit.validation.kept(number)):
             stack = engine.generate([task.examples[i].input])
             modules = {name: (A, stack.lora_B[name]) for name, A in stack.lora_A.items()}
-            with torch.no_grad(), plain.applied(model, modules, stack.paths, stack.scaling, torch.tensor([0])):
-                losses.append(plain.answer_losses(model, fit.validation.sample(number, i, turn % 2)).mean())
+            with torch.no_grad(), plain_torch.applied(model, modules, stack.paths, stack.scaling, torch.tensor([0])):
+                losses.append(plain_torch.answer_losses(model, fit.validation.sample(number, i, turn % 2)).mean())
         expected[task.name] = torch.stack(losses).mean()
-    (found,) = (row["tasks"] for row in runs.rows(out) if "tasks" in row)
+    (found,) = (row["tasks"] for row in small_runs.rows(out) if "tasks" in row)
     assert found.keys() == expected.keys()
     for name, loss in expected.items():
         assert abs(found[name] - loss) <= LOSS_ATOL, name
@@ -107,7 +107,7 @@ def test_no_description_is_read(base_model, tasks, tmp_path):
     sft.train(by_input(base_model, steps=3), tasks, tmp_path / "out")
     (tasks / "descriptions.json").write_text('{"first": ["Other."], "last": ["Texts."]}')
     sft.train(by_input(base_model, steps=3), tasks, tmp_path / "other")
-    assert runs.losses(tmp_path / "out") == runs.losses(tmp_path / "other")
+    assert small_runs.losses(tmp_path / "out") == small_runs.losses(tmp_path / "other")
 
 
 def test_an_input_is_embedded_by_itself(long_and_short, made):
@@ -122,14 +122,14 @@ def test_an_input_is_embedded_by_itself(long_and_short, made):
 
 
 def test_a_run_that_failed_goes_on_bit_for_bit(base_model, long_and_short, tmp_path, monkeypatch):
-    settings = by_input(base_model, **runs.NOISE | {"mix_descriptions": False, "bucket_steps": 1, "validate_every": 2})
+    settings = by_input(base_model, **small_runs.NOISE | {"mix_descriptions": False, "bucket_steps": 1, "validate_every": 2})
     sft.train(settings, long_and_short, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(sft.SFT, "loss", runs.failing(sft.SFT.loss, 2 * 5 + 1))
+        patch.setattr(sft.SFT, "loss", small_runs.failing(sft.SFT.loss, 2 * 5 + 1))
         with pytest.raises(OSError, match="for the test"):
             sft.train(settings, long_and_short, tmp_path / "failed")
     sft.train(settings, long_and_short, tmp_path / "failed")
-    assert runs.differing(runs.left(tmp_path / "whole"), runs.left(tmp_path / "failed")) == []
+    assert small_runs.differing(small_runs.left(tmp_path / "whole"), small_runs.left(tmp_path / "failed")) == []
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -149,8 +149,8 @@ def test_an_input_without_text(base_model, tasks, tmp_path, split):
 def test_the_base_model_as_encoder(base_model, tasks, tmp_path, made, dtype):
     """Embeddings are the last token's state after the final norm, of RMS 1, in training and of the checkpoint."""
     changes = {"encoder": "base-model", "dtype": dtype, "variant": "M"}
-    out = sft.train(runs.sft(f"{base_model}/", steps=12, validate_every=0, **changes), tasks, tmp_path / "out")
-    curve = runs.losses(out)
+    out = sft.train(small_runs.sft(f"{base_model}/", steps=12, validate_every=0, **changes), tasks, tmp_path / "out")
+    curve = small_runs.losses(out)
     assert sum(curve[-3:]) < sum(curve[:3])
     engine = t2l.TextToLoRA.from_pretrained(out)
     assert engine.encoder.config == EncoderConfig(str(base_model), "last", 8192, dtype=dtype)
@@ -177,7 +177,7 @@ def test_the_base_model_as_encoder(base_model, tasks, tmp_path, made, dtype):
 def test_the_packaged_model_as_encoder(base_model, tasks, tmp_path, monkeypatch):
     """By its name, wherever its files are (here those of a small one)."""
     monkeypatch.setattr(packaged, "convert", lambda: base_model)
-    out = sft.train(runs.sft("smollm2-135m", encoder="base-model", steps=2), tasks, tmp_path / "out")
+    out = sft.train(small_runs.sft("smollm2-135m", encoder="base-model", steps=2), tasks, tmp_path / "out")
     about = json.loads((out / "config.json").read_text())
     assert about["encoder"]["name"] == about["base_model"] == "smollm2-135m" and about["encoder"]["pooling"] == "last"
     found = t2l.TextToLoRA.from_pretrained(out).encoder.encode(["Say red"])
@@ -194,7 +194,7 @@ def test_the_packaged_model_as_encoder(base_model, tasks, tmp_path, monkeypatch)
 }.items())  # fmt: skip
 def test_settings_that_do_not_fit(field, value):
     with pytest.raises(ConfigError, match="^settings: encoder: expected no base model, .*, got 'base-model'"):
-        runs.reconstruction(encoder="base-model")
+        small_runs.reconstruction(encoder="base-model")
     with pytest.raises(ConfigError, match=f"^settings: {field}: expected .*, got .*{value}|^settings: {field}: .*{value!r}"):
         by_input("x", **{field: value})
     assert by_input("x", prompt="description", embedding_noise=0.1).condition == "input"

@@ -6,7 +6,7 @@ from accelerate.state import AcceleratorState
 
 from t2l_engine.research.training import loop, lora, reconstruction, sft
 from t2l_engine.testing import numerics
-from tests.research.training import runs
+from tests.research.training import small_runs
 
 pytestmark = pytest.mark.cuda
 
@@ -31,12 +31,12 @@ def test_a_card_does_what_the_cpu_does(base_model, tasks, tmp_path, on, kind):
     for device in ("cpu", "cuda"):
         out, accelerator = tmp_path / device, on(device)
         if kind == "sft":
-            sft.train(runs.sft(base_model), tasks, out, accelerator=accelerator)
+            sft.train(small_runs.sft(base_model), tasks, out, accelerator=accelerator)
         elif kind == "lora":
-            lora.train(runs.lora(base_model), tasks, out, accelerator=accelerator)
+            lora.train(small_runs.lora(base_model), tasks, out, accelerator=accelerator)
             out = out / lora.WAVES / "000"
         else:
-            runs.library(tmp_path / "library")
-            reconstruction.train(runs.reconstruction(), tmp_path / "library", out, accelerator=accelerator)
-        curves.append(runs.losses(out))
+            small_runs.library(tmp_path / "library")
+            reconstruction.train(small_runs.reconstruction(), tmp_path / "library", out, accelerator=accelerator)
+        curves.append(small_runs.losses(out))
     assert curves[1] == pytest.approx(curves[0], rel=numerics.TRAINED_FROBENIUS)

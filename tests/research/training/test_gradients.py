@@ -15,7 +15,7 @@ from t2l_engine.testing.numerics import (
     model_gradient_bound,
     relative_frobenius,
 )
-from tests.research.training import plain
+from tests.research.training import plain_torch
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 TARGETS = {"qv": ("q_proj", "v_proj"), "attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP, "down": ("down_proj",)}
@@ -54,8 +54,8 @@ def plain_loss(model, step, made, paths, scaling, ids):
     rows = [(i, sample) for i, group in zip(ids, step, strict=True) for sample in group.samples]
     total = sum(L2 * side.square().mean() for sides in made.values() for side in sides)
     for i, sample in rows:
-        with plain.applied(model, made, paths, torch.tensor([scaling] * (max(ids) + 1)), [i]):
-            total = total + plain.answer_losses(model, sample, SMOOTHING).mean() / len(rows)
+        with plain_torch.applied(model, made, paths, torch.tensor([scaling] * (max(ids) + 1)), [i]):
+            total = total + plain_torch.answer_losses(model, sample, SMOOTHING).mean() / len(rows)
     return total
 
 
@@ -92,7 +92,7 @@ def test_gradients_of_a_step(tiny_model, variant, targets):
     handle = t2l.attach(model, net.generate(task_emb))
     own_loss(model, handle, step, stack, [0, 1, 2]).backward()
 
-    leaves, made = plain.adapters(net, task_emb)
+    leaves, made = plain_torch.adapters(net, task_emb)
     plain_loss(exact, step, made, stack.paths, net.scaling, [0, 1, 2]).backward()
     check(net.named_parameters(), leaves)
 
@@ -109,7 +109,7 @@ def test_gradients_through_a_bfloat16_model(tiny_model):
     own_loss(model, handle, step, stack, [0, 1, 2]).backward()
     found = []
     for reference in (exact, plain_model):
-        leaves, made = plain.adapters(net, task_emb)
+        leaves, made = plain_torch.adapters(net, task_emb)
         plain_loss(reference, step, made, stack.paths, net.scaling, [0, 1, 2]).backward()
         found.append(leaves)
     for name, parameter in net.named_parameters():

@@ -16,7 +16,7 @@ from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.testing.numerics import LOSS_ATOL
 from t2l_engine.text import base_model as base_model_loader
 from t2l_engine.text.llm_encoder import LLMEncoder, condition_text
-from tests.research.training import plain, runs
+from tests.research.training import plain_torch, small_runs
 
 CPU = torch.device("cpu")
 SMALL = {"encoder": "llm", "llm_layers": [0, 1], "llm_queries": 2, "llm_width": 8, "llm_heads": 2}
@@ -24,7 +24,7 @@ SMALL = {"encoder": "llm", "llm_layers": [0, 1], "llm_queries": 2, "llm_width": 
 
 def reading(base_model, **changes):
     examples = {"example_share": 0.5, "example_sets": 3, "max_examples": 2, "tasks_per_batch": 4}
-    return runs.sft(base_model, **SMALL | examples | changes)
+    return small_runs.sft(base_model, **SMALL | examples | changes)
 
 
 @pytest.fixture
@@ -50,22 +50,22 @@ def test_trains_and_the_checkpoint_reads_examples(base_model, tasks, tmp_path):
     """The loss falls, and validation is of what the checkpoint generates from the held-out descriptions."""
     settings = reading(base_model, steps=24, validate_every=24, held_out_descriptions=1)
     out = sft.train(settings, tasks, tmp_path / "out")
-    curve = [row["loss"] for row in runs.rows(out) if "loss" in row]
+    curve = [row["loss"] for row in small_runs.rows(out) if "loss" in row]
     assert sum(curve[-4:]) < 0.9 * sum(curve[:4])
-    assert all(row["examples"] == 4 for row in runs.rows(out) if "loss" in row)
+    assert all(row["examples"] == 4 for row in small_runs.rows(out) if "loss" in row)
 
     engine = t2l.TextToLoRA.from_pretrained(out)
     assert isinstance(engine.encoder, LLMEncoder) and engine.encoder.config.max_examples == 2
     model, _ = base_model_loader.load(str(base_model), torch.float32)
     fit = TrainingContext(settings, tasks, CPU)
     stack = engine.generate([task.descriptions[-1] for task in fit.tasks])
-    (found,) = (row["tasks"] for row in runs.rows(out) if "tasks" in row)
+    (found,) = (row["tasks"] for row in small_runs.rows(out) if "tasks" in row)
     for number, task in enumerate(fit.tasks):
         modules = {name: (A, stack.lora_B[name]) for name, A in stack.lora_A.items()}
         losses = []
         for i in fit.validation.kept(number):
-            with torch.no_grad(), plain.applied(model, modules, stack.paths, stack.scaling, torch.tensor([number])):
-                losses.append(plain.answer_losses(model, fit.validation.sample(number, i, 0)).mean())
+            with torch.no_grad(), plain_torch.applied(model, modules, stack.paths, stack.scaling, torch.tensor([number])):
+                losses.append(plain_torch.answer_losses(model, fit.validation.sample(number, i, 0)).mean())
         assert abs(found[task.name] - torch.stack(losses).mean()) <= LOSS_ATOL, task.name
     both = engine.generate(["Say the first word."] * 2, [None, [("red cat", "red")]])
     assert not torch.equal(both.lora_B["q_proj"][0], both.lora_B["q_proj"][1])
@@ -167,16 +167,16 @@ def test_some_descriptions_are_read(made):
 
 
 def test_a_run_that_failed_goes_on_bit_for_bit(base_model, tasks, tmp_path, monkeypatch):
-    noise = runs.NOISE | {"mix_descriptions": False, "embedding_noise": 0.0, "bucket_steps": 1, "validate_every": 2}
+    noise = small_runs.NOISE | {"mix_descriptions": False, "embedding_noise": 0.0, "bucket_steps": 1, "validate_every": 2}
     settings = reading(base_model, optimizer="muon", **noise)
     sft.train(settings, tasks, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(sft.SFT, "loss", runs.failing(sft.SFT.loss, 2 * 5 + 1))
+        patch.setattr(sft.SFT, "loss", small_runs.failing(sft.SFT.loss, 2 * 5 + 1))
         with pytest.raises(OSError, match="for the test"):
             sft.train(settings, tasks, tmp_path / "failed")
-    monkeypatch.setattr(LLMEncoder, "states", runs.failing(LLMEncoder.states, 0))  # all is read already
+    monkeypatch.setattr(LLMEncoder, "states", small_runs.failing(LLMEncoder.states, 0))  # all is read already
     sft.train(settings, tasks, tmp_path / "failed")
-    assert runs.differing(runs.left(tmp_path / "whole"), runs.left(tmp_path / "failed")) == []
+    assert small_runs.differing(small_runs.left(tmp_path / "whole"), small_runs.left(tmp_path / "failed")) == []
 
 
 def test_reading_goes_on_where_it_stopped(base_model, tasks, tmp_path, monkeypatch):
@@ -184,7 +184,7 @@ def test_reading_goes_on_where_it_stopped(base_model, tasks, tmp_path, monkeypat
     monkeypatch.setattr(conditions, "BATCH", 4)
     settings = reading(base_model, steps=2)
     with monkeypatch.context() as patch:
-        patch.setattr(LLMEncoder, "states", runs.failing(LLMEncoder.states, 2))
+        patch.setattr(LLMEncoder, "states", small_runs.failing(LLMEncoder.states, 2))
         with pytest.raises(OSError, match="for the test"):
             sft.train(settings, tasks, tmp_path / "out")
     assert json.loads((tmp_path / "out" / conditions.STATES / "0" / conditions.INDEX).read_text())["tasks"] == 1
@@ -194,7 +194,7 @@ def test_reading_goes_on_where_it_stopped(base_model, tasks, tmp_path, monkeypat
     sft.train(settings, tasks, tmp_path / "out")
     assert len(calls) == 2  # two descriptions and three example sets of the second task
     sft.train(settings, tasks, tmp_path / "whole")
-    assert runs.differing(runs.left(tmp_path / "whole"), runs.left(tmp_path / "out")) == []
+    assert small_runs.differing(small_runs.left(tmp_path / "whole"), small_runs.left(tmp_path / "out")) == []
 
 
 def test_states_of_other_texts_that_were_half_read_are_not_taken(base_model, tasks, tmp_path):
@@ -252,7 +252,7 @@ def test_layers_that_the_base_model_does_not_have(base_model, tasks, tmp_path):
 def test_settings_of_an_llm_encoder_need_one(base_model, field, value):
     default = SFTSettings.model_fields[field].default
     with pytest.raises(ConfigError, match=f"{field}: expected {default} with encoder 'one-hot', got {value}"):
-        runs.sft(base_model, **{field: value})
+        small_runs.sft(base_model, **{field: value})
 
 
 # --- a checkpoint as the start ---------------------------------------------------------------------------------------
@@ -261,8 +261,8 @@ def test_settings_of_an_llm_encoder_need_one(base_model, field, value):
 @pytest.mark.parametrize("encoder", ["llm", "minilm"])
 def test_starts_from_a_checkpoint(base_model, tasks, tmp_path, encoder):
     changes = SMALL if encoder == "llm" else {"encoder": encoder}
-    first = sft.train(runs.sft(base_model, **changes, steps=4), tasks, tmp_path / "first")
-    more = runs.sft(base_model, **changes, steps=1, learning_rate=1e-9, initial=str(first), seed=3)
+    first = sft.train(small_runs.sft(base_model, **changes, steps=4), tasks, tmp_path / "first")
+    more = small_runs.sft(base_model, **changes, steps=1, learning_rate=1e-9, initial=str(first), seed=3)
     second = sft.train(more, tasks, tmp_path / "second")
     texts = [text for task in load_tasks(tasks, None) for text in task.descriptions]
     one, two = (t2l.TextToLoRA.from_pretrained(folder).generate(texts) for folder in (first, second))
@@ -334,17 +334,17 @@ def test_many_tasks_are_stated_by_name(base_model, tasks, tmp_path, monkeypatch)
 
 @pytest.fixture
 def library(base_model, tasks, tmp_path):
-    return lora.train(runs.lora(base_model, steps=2, validate_every=0), tasks, tmp_path / "oracles") / lora.ADAPTERS
+    return lora.train(small_runs.lora(base_model, steps=2, validate_every=0), tasks, tmp_path / "oracles") / lora.ADAPTERS
 
 
 def test_reconstruction_reads_and_is_a_start(base_model, tasks, library, tmp_path):
     """The checkpoint generates about the library from descriptions; an SFT run that reads examples too goes on from it."""
     size = {"latent_size": 64, "head_in_size": 64}
-    settings = runs.reconstruction(
+    settings = small_runs.reconstruction(
         **SMALL, **size, target="raw", steps=300, learning_rate=1e-2, save_every=300, validate_every=0
     )
     out = reconstruction.train(settings, library, tmp_path / "reconstruction")
-    losses = [row["loss"] for row in runs.rows(out) if "loss" in row]
+    losses = [row["loss"] for row in small_runs.rows(out) if "loss" in row]
     assert sum(losses[-4:]) < 0.5 * sum(losses[:4])
     assert not (out / conditions.STATES).exists()
     engine = t2l.TextToLoRA.from_pretrained(out)
@@ -367,7 +367,7 @@ def test_reconstruction_reads_with_the_adapters_base_model(library):
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": folder.name}))
     with pytest.raises(ConfigError, match="encoder: 'llm' needs the adapters' base model: expected one base_model_"):
-        reconstruction.Reconstruction(runs.reconstruction(**SMALL), reconstruction.Library(library), CPU)
+        reconstruction.Reconstruction(small_runs.reconstruction(**SMALL), reconstruction.Library(library), CPU)
 
 
 # --- initialisation --------------------------------------------------------------------------------------------------

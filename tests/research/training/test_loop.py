@@ -23,7 +23,7 @@ from t2l_engine.research.training.log import NAME, read_log
 from t2l_engine.research.training.sampling import Shard, seeded
 from t2l_engine.research.training.settings import Settings
 from t2l_engine.testing import numerics
-from tests.research.training import runs
+from tests.research.training import small_runs
 
 
 class Toy(loop.Job):
@@ -110,7 +110,9 @@ def test_learning_rates():
 
 def test_the_log_says_what_a_step_did(tmp_path):
     job = train(tmp_path, learning_rate=0.5)
-    assert [row["learning_rate"] for row in runs.rows(tmp_path)] == [loop.learning_rate(job.settings, s) for s in range(8)]
+    assert [row["learning_rate"] for row in small_runs.rows(tmp_path)] == [
+        loop.learning_rate(job.settings, s) for s in range(8)
+    ]
     assert [row["step"] for row in read_log(tmp_path)] == list(range(1, 9))
     assert all(row["seconds"] >= 0 and row["grad_norm"] > 0 for row in read_log(tmp_path))
     assert "tokens" not in read_log(tmp_path)[0]  # a toy has none
@@ -135,7 +137,7 @@ def test_muon_is_for_the_weights_of_linears(base_model):
     """Their update is the gradient with equal singular values and the RMS 0.2 of AdamW's; all else has AdamW's."""
     torch.manual_seed(0)
     job = Toy()
-    job.settings = runs.sft(base_model, optimizer="muon", learning_rate=0.01, weight_decay=0.0)
+    job.settings = small_runs.sft(base_model, optimizer="muon", learning_rate=0.01, weight_decay=0.0)
     job.model = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 9))
     before = {name: value.clone() for name, value in job.model.state_dict().items()}
     for parameter in job.model.parameters():
@@ -159,8 +161,10 @@ def test_accumulated_batches_are_one_batch(base_model, tasks, tmp_path, changes)
     same = {"steps": 6, "neftune_alpha": 5.0, "label_smoothing": 0.1, "validate_every": 3} | changes
     for name, cut in (("one", (8, 1)), ("four", (2, 4))):
         cut = {"tasks_per_batch": cut[0], "accumulation": cut[1]}
-        sft.train(runs.sft(base_model, **same, **cut), tasks, tmp_path / name)
-    assert runs.losses(tmp_path / "four") == pytest.approx(runs.losses(tmp_path / "one"), rel=numerics.TRAINING_RTOL)
+        sft.train(small_runs.sft(base_model, **same, **cut), tasks, tmp_path / name)
+    assert small_runs.losses(tmp_path / "four") == pytest.approx(
+        small_runs.losses(tmp_path / "one"), rel=numerics.TRAINING_RTOL
+    )
     one, four = (torch.load(tmp_path / name / loop.STATE, weights_only=True)["trained"] for name in ("one", "four"))
     for key, value in one.items():
         assert numerics.relative_frobenius(four[key], value) <= numerics.TRAINED_FROBENIUS, key
@@ -172,8 +176,8 @@ def test_accumulated_batches_are_one_batch(base_model, tasks, tmp_path, changes)
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(base_model, tasks, tmp_path):
     """SIGKILL in another process, between the two batches of a step; every noise on."""
-    noisy = runs.NOISE | {"encoder": "minilm", "samples_per_task": 2, "variant": "M"}
-    settings = runs.sft(base_model, **noisy)
+    noisy = small_runs.NOISE | {"encoder": "minilm", "samples_per_task": 2, "variant": "M"}
+    settings = small_runs.sft(base_model, **noisy)
     step = random.Random(20).randrange(settings.save_every + 1, settings.steps)
     sft.train(settings, tasks, tmp_path / "whole")
     (tmp_path / "killed").mkdir()
@@ -203,22 +207,22 @@ main()
     with (tmp_path / "killed" / NAME).open("a") as log:  # what the system had not written in full
         log.write('{"step": 7, "lo')
     sft.train(settings, tasks, tmp_path / "killed")
-    assert runs.differing(runs.left(tmp_path / "whole"), runs.left(tmp_path / "killed")) == []
+    assert small_runs.differing(small_runs.left(tmp_path / "whole"), small_runs.left(tmp_path / "killed")) == []
 
 
 def lora_waves(base_model, tasks, folder):
     """Two waves."""
     small = {"steps": 3, "save_every": 2, "validate_every": 2, "tasks_per_batch": 1, "lora_dropout": 0.1}
-    return lora.train(runs.lora(base_model, **small), tasks, folder)
+    return lora.train(small_runs.lora(base_model, **small), tasks, folder)
 
 
 def reconstructed(base_model, tasks, folder):
     adapters = folder.parent / "library"
-    return reconstruction.train(runs.reconstruction(steps=5, save_every=2, validate_every=3), adapters, folder)
+    return reconstruction.train(small_runs.reconstruction(steps=5, save_every=2, validate_every=3), adapters, folder)
 
 
 def sft_noisy(base_model, tasks, folder):
-    return sft.train(runs.sft(base_model, **runs.NOISE | {"encoder": "minilm", "steps": 5}), tasks, folder)
+    return sft.train(small_runs.sft(base_model, **small_runs.NOISE | {"encoder": "minilm", "steps": 5}), tasks, folder)
 
 
 def counting(function, counts, name):
@@ -237,30 +241,30 @@ EVERY = {"replaced": 7, "saved": 2, "stepped": 2}
 @pytest.mark.parametrize("kind", [lora_waves, reconstructed])
 def test_a_run_that_failed_anywhere_goes_on_bit_for_bit(base_model, tasks, tmp_path, monkeypatch, kind):
     """At files that are put in their place, at states that are written, in steps."""
-    runs.library(tmp_path / "library")
+    small_runs.library(tmp_path / "library")
     places = {"replaced": (os, "replace"), "saved": (torch, "save"), "stepped": (loop, "_step")}
     counts = dict.fromkeys(places, 0)
     with monkeypatch.context() as patch:
         for name, (owner, attribute) in places.items():
             patch.setattr(owner, attribute, counting(getattr(owner, attribute), counts, name))
-        whole = runs.left(kind(base_model, tasks, tmp_path / "whole"))
+        whole = small_runs.left(kind(base_model, tasks, tmp_path / "whole"))
     assert min(counts.values()) >= 3
     for name, (owner, attribute) in places.items():
         for number in range(0, counts[name], EVERY[name]):
             out = tmp_path / f"{name}-{number}"
             with monkeypatch.context() as patch:
-                function = runs.failing(getattr(owner, attribute), number)
+                function = small_runs.failing(getattr(owner, attribute), number)
                 patch.setattr(owner, attribute, function)
                 with pytest.raises(OSError, match="for the test"):
                     kind(base_model, tasks, out)
             kind(base_model, tasks, out)
-            assert runs.differing(whole, runs.left(out)) == [], out.name
+            assert small_runs.differing(whole, small_runs.left(out)) == [], out.name
 
 
 @pytest.mark.parametrize("kind", [lora_waves, reconstructed, sft_noisy])
 def test_a_state_half_written_is_not_the_state(base_model, tasks, tmp_path, monkeypatch, kind):
-    runs.library(tmp_path / "library")
-    whole = runs.left(kind(base_model, tasks, tmp_path / "whole"))
+    small_runs.library(tmp_path / "library")
+    whole = small_runs.left(kind(base_model, tasks, tmp_path / "whole"))
     save, saved = torch.save, []
 
     def half(content, path):
@@ -275,14 +279,14 @@ def test_a_state_half_written_is_not_the_state(base_model, tasks, tmp_path, monk
         kind(base_model, tasks, tmp_path / "part")
     monkeypatch.undo()
     kind(base_model, tasks, tmp_path / "part")
-    assert runs.differing(whole, runs.left(tmp_path / "part")) == []
+    assert small_runs.differing(whole, small_runs.left(tmp_path / "part")) == []
 
 
 def test_what_a_kill_left_is_removed(base_model, tasks, tmp_path):
     left = tmp_path / "waves" / "000" / ".writing-1" / "training_state.pt"
     left.parent.mkdir(parents=True)
     left.touch()
-    settings = runs.lora(base_model, steps=1, validate_every=0)
+    settings = small_runs.lora(base_model, steps=1, validate_every=0)
     lora.train(settings, tasks, tmp_path)
     state = left.parents[1] / loop.STATE
     assert not left.parent.exists() and not state.exists()
@@ -302,31 +306,31 @@ def test_a_run_that_stopped_twice(tmp_path):
         log.write('{"step": 8, "loss": 3.')
     assert len(read_log(tmp_path / "part")) == 7
     train(tmp_path / "part")
-    assert runs.differing(runs.left(tmp_path / "whole"), runs.left(tmp_path / "part")) == []
+    assert small_runs.differing(small_runs.left(tmp_path / "whole"), small_runs.left(tmp_path / "part")) == []
 
 
 def test_a_finished_run_does_nothing_and_says_the_same(tmp_path):
     train(tmp_path)
-    before, log = runs.left(tmp_path), (tmp_path / NAME).read_text()
+    before, log = small_runs.left(tmp_path), (tmp_path / NAME).read_text()
     job = train(tmp_path, at=dict.fromkeys(range(8), fail))
-    assert runs.differing(before, runs.left(tmp_path)) == [] and (tmp_path / NAME).read_text() == log
+    assert small_runs.differing(before, small_runs.left(tmp_path)) == [] and (tmp_path / NAME).read_text() == log
     assert set(job.written) <= {(tmp_path.name, 8)}
 
 
 def test_another_run_in_the_folder_is_refused(tmp_path):
     train(tmp_path)
-    before = runs.left(tmp_path)
+    before = small_runs.left(tmp_path)
     message = "other settings \\(learning_rate: 0.001 then, 0.01 now; steps: 8 then, 9 now\\); choose another output folder"
     with pytest.raises(ConfigError, match=message):
         train(tmp_path, steps=9, learning_rate=0.01)
     with pytest.raises(ConfigError, match=r"training_state.pt: .* other data \(points\)"):
         train(tmp_path, points="b")
-    assert runs.differing(before, runs.left(tmp_path)) == []
+    assert small_runs.differing(before, small_runs.left(tmp_path)) == []
 
 
 def test_changed_data_are_refused(base_model, tasks, tmp_path):
     """Of any split, descriptions and adapters; what changed is named."""
-    settings = runs.sft(base_model, steps=1)
+    settings = small_runs.sft(base_model, steps=1)
     sft.train(settings, tasks, tmp_path / "out")
     shutil.copytree(tasks, tmp_path / "changed")
     texts = json.loads((tasks / "descriptions.json").read_text())
@@ -337,7 +341,7 @@ def test_changed_data_are_refused(base_model, tasks, tmp_path):
     change_examples(tasks, "val", lambda row: row | {"output": ["green"]})
     with pytest.raises(ConfigError, match=r"other data \(tasks: \['first', 'last'\]\)"):
         sft.train(settings, tasks, tmp_path / "out")
-    stack = runs.library(tmp_path / "library")
+    stack = small_runs.library(tmp_path / "library")
     reconstructed(None, None, tmp_path / "made")
     stack.lora_B["v_proj"][1, 0, 0, 0] += 1
     stack.save_pretrained(tmp_path / "library" / "task1", adapter=1, base_model_name_or_path="base")
@@ -368,12 +372,12 @@ def test_an_adapter_that_no_run_wrote_is_kept(base_model, tasks, tmp_path, name,
     name = name if changes else sorted(path.stem for path in tasks.glob("*.jsonl"))[-1]
     (tmp_path / "adapters" / name).mkdir(parents=True)
     with pytest.raises(FileExistsError, match=f"adapters: holds {name}, but no run to go on with; choose another folder"):
-        lora.train(runs.lora(base_model, steps=1, **changes), tasks, tmp_path)
+        lora.train(small_runs.lora(base_model, steps=1, **changes), tasks, tmp_path)
 
 
 def test_other_weights_of_the_base_model_are_refused(base_model, tasks, tmp_path):
     """In a folder of the same name."""
-    model, settings = shutil.copytree(base_model, tmp_path / "model"), runs.sft(tmp_path / "model", steps=1)
+    model, settings = shutil.copytree(base_model, tmp_path / "model"), small_runs.sft(tmp_path / "model", steps=1)
     sft.train(settings, tasks, tmp_path / "out")
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"] += 1
@@ -409,7 +413,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path, case):
     state = torch.load(tmp_path / "part" / loop.STATE, weights_only=True)
     assert state["step"] == 3 and all(t.isfinite().all() for t in state["trained"].values())
     train(tmp_path / "part")
-    assert runs.differing(runs.left(whole), runs.left(tmp_path / "part")) == []
+    assert small_runs.differing(small_runs.left(whole), small_runs.left(tmp_path / "part")) == []
 
 
 def test_a_validation_that_is_no_number_ends_the_run(tmp_path):
@@ -431,7 +435,7 @@ def test_the_first_interrupt_saves(tmp_path, number):
     assert torch.load(tmp_path / "part" / loop.STATE, weights_only=True)["step"] == 5  # no multiple of save_every
     assert json.loads((tmp_path / "part" / "toy.json").read_text())[0] == 5
     train(tmp_path / "part")
-    assert runs.differing(runs.left(tmp_path / "whole"), runs.left(tmp_path / "part")) == []
+    assert small_runs.differing(small_runs.left(tmp_path / "whole"), small_runs.left(tmp_path / "part")) == []
 
 
 def test_the_second_interrupt_acts_at_once(tmp_path):
@@ -467,7 +471,7 @@ def test_an_interrupt_between_waves_is_not_lost(base_model, tasks, tmp_path, mon
 def test_the_best_validation_is_kept(tmp_path):
     val_losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.0, 9: 1.5}
     job = train(tmp_path, val_losses=val_losses, validate_every=2, steps=9)
-    found = [(row["step"], row["val_loss"], row["best"]) for row in runs.rows(tmp_path) if "val_loss" in row]
+    found = [(row["step"], row["val_loss"], row["best"]) for row in small_runs.rows(tmp_path) if "val_loss" in row]
     assert found == [(2, 3.0, True), (4, 1.0, True), (6, 2.0, False), (8, 1.0, False), (9, 1.5, False)]
     assert [written for written in job.written if written[0] == loop.BEST] == [("best", 2), ("best", 4)]
     assert json.loads((tmp_path / loop.BEST / "toy.json").read_text())[0] == 4
@@ -480,16 +484,16 @@ def test_the_best_validation_is_known_after_a_stop(tmp_path):
         train(tmp_path, val_losses=val_losses, validate_every=2, at={7: fail})
     job = train(tmp_path, val_losses=val_losses, validate_every=2)
     assert not [written for written in job.written if written[0] == loop.BEST]
-    assert [row["best"] for row in runs.rows(tmp_path) if "val_loss" in row] == [True, True, False, False]
+    assert [row["best"] for row in small_runs.rows(tmp_path) if "val_loss" in row] == [True, True, False, False]
 
 
 def test_best_holds_the_checkpoint_of_the_best_validation(base_model, tasks, tmp_path):
     """Both checkpoints, loaded, have the validation losses that the log gives them."""
     change_examples(tasks, "val", lambda row: row | {"output": ["Input Output"]})  # what training makes ever less likely
     # Steps so large that the last digits of a CPU do not decide which of the two is best.
-    settings = runs.sft(base_model, steps=12, learning_rate=0.1, schedule="constant", validate_every=6)
+    settings = small_runs.sft(base_model, steps=12, learning_rate=0.1, schedule="constant", validate_every=6)
     out = sft.train(settings, tasks, tmp_path / "out")
-    logged = {row["step"]: row["val_loss"] for row in runs.rows(out) if "val_loss" in row}
+    logged = {row["step"]: row["val_loss"] for row in small_runs.rows(out) if "val_loss" in row}
     best = min(logged, key=logged.get)
     assert best != settings.steps  # else the test says little
     fit = TrainingContext(settings, tasks, torch.device("cpu"))

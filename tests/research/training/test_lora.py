@@ -15,7 +15,7 @@ from t2l_engine.research.training.context import TrainingContext
 from t2l_engine.research.training.reconstruction import Library
 from t2l_engine.testing import numerics
 from t2l_engine.text import base_model as base_model_loader
-from tests.research.training import runs
+from tests.research.training import small_runs
 
 CPU = torch.device("cpu")
 FIRST = "000"
@@ -40,7 +40,7 @@ def context(base_model, tasks):
     made = []
 
     def make(folder=tasks, **changes):
-        made.append(TrainingContext(runs.lora(base_model, **changes), folder, CPU))
+        made.append(TrainingContext(small_runs.lora(base_model, **changes), folder, CPU))
         return made[-1]
 
     yield make
@@ -68,7 +68,7 @@ def test_an_adapter_does_not_depend_on_its_neighbours(base_model, four_tasks, tm
         "alone": ({"tasks_per_batch": 4}, ["last"]),
     }
     for name, (cut, names) in cuts.items():
-        lora.train(runs.lora(base_model, **same, **cut), four_tasks, tmp_path / name, names=names)
+        lora.train(small_runs.lora(base_model, **same, **cut), four_tasks, tmp_path / name, names=names)
     assert len(list((tmp_path / "waves" / lora.WAVES).iterdir())) == 2
     tasks = ["both", "cat", "first", "last"]
     for part in (lora.ADAPTERS, lora.LAST):
@@ -78,9 +78,9 @@ def test_an_adapter_does_not_depend_on_its_neighbours(base_model, four_tasks, tm
             for key, value in got.items():
                 wanted = expected[key][-1:] if names else expected[key]
                 assert numerics.relative_frobenius(value, wanted) <= numerics.TRAINED_FROBENIUS, (name, part, key)
-    losses = [runs.losses(tmp_path / name / lora.WAVES / "000") for name in ("together", "accumulated")]
+    losses = [small_runs.losses(tmp_path / name / lora.WAVES / "000") for name in ("together", "accumulated")]
     assert losses[1] == pytest.approx(losses[0], rel=numerics.TRAINING_RTOL)
-    waves = [runs.losses(wave) for wave in (tmp_path / "waves" / lora.WAVES).iterdir()]  # of two tasks each
+    waves = [small_runs.losses(wave) for wave in (tmp_path / "waves" / lora.WAVES).iterdir()]  # of two tasks each
     means = [(first + second) / 2 for first, second in zip(*waves, strict=True)]
     assert means == pytest.approx(losses[0], rel=numerics.TRAINING_RTOL)
 
@@ -164,8 +164,8 @@ def test_a_task_without_validation_is_kept_as_of_the_last_step(base_model, four_
         lines = (four_tasks / f"{name}.jsonl").read_text().splitlines()
         (four_tasks / f"{name}.jsonl").write_text("\n".join(line for line in lines if '"val"' not in line))
     of = {"tasks_per_batch": 1, "learning_rate": 0.02, "steps": 4}
-    out = lora.train(runs.lora(base_model, validate_every=2, **of), four_tasks, tmp_path / "out")
-    lora.train(runs.lora(base_model, validate_every=0, **of), four_tasks, tmp_path / "plain")
+    out = lora.train(small_runs.lora(base_model, validate_every=2, **of), four_tasks, tmp_path / "out")
+    lora.train(small_runs.lora(base_model, validate_every=0, **of), four_tasks, tmp_path / "plain")
     for name in ("both", "cat"):
         got, wanted = (tensors(read(folder / lora.ADAPTERS, name)) for folder in (out, tmp_path / "plain"))
         assert all(torch.equal(got[key], wanted[key]) for key in wanted) and not (out / lora.LAST / name).exists()
@@ -174,8 +174,8 @@ def test_a_task_without_validation_is_kept_as_of_the_last_step(base_model, four_
 
 def test_adapters_are_what_peft_and_reconstruction_read(base_model, tasks, tmp_path):
     peft = pytest.importorskip("peft")
-    out = lora.train(runs.lora(base_model, scaling="rslora", steps=30), tasks, tmp_path / "out")
-    curve = runs.losses(out / lora.WAVES / "000")
+    out = lora.train(small_runs.lora(base_model, scaling="rslora", steps=30), tasks, tmp_path / "out")
+    curve = small_runs.losses(out / lora.WAVES / "000")
     assert sum(curve[-4:]) < 0.8 * sum(curve[:4])
     adapters = out / lora.ADAPTERS
     assert json.loads((adapters / "descriptions.json").read_text()) == json.loads((tasks / "descriptions.json").read_text())
@@ -199,30 +199,30 @@ def test_adapters_are_what_peft_and_reconstruction_read(base_model, tasks, tmp_p
 
 
 def test_one_adapter_for_all_tasks(base_model, tasks, tmp_path):
-    settings = runs.lora(base_model, mode="multi-task", prompt="description", steps=16, tasks_per_batch=4)
+    settings = small_runs.lora(base_model, mode="multi-task", prompt="description", steps=16, tasks_per_batch=4)
     out = lora.train(settings, tasks, tmp_path / "out")
     assert [path.name for path in (out / lora.ADAPTERS).iterdir()] == [lora.MULTI_TASK]
     assert (out / lora.LAST / lora.MULTI_TASK).is_dir()
-    found = [row for row in runs.rows(out / lora.WAVES / "000") if "loss" in row]
+    found = [row for row in small_runs.rows(out / lora.WAVES / "000") if "loss" in row]
     assert sum(row["loss"] for row in found[-4:]) < 0.9 * sum(row["loss"] for row in found[:4])
     assert all(row["tokens"] >= 4 * 9 for row in found)  # "<user> red blue <bot> red </s>" with three to six words
 
 
 def test_a_finished_run_does_nothing_and_another_is_refused(base_model, tasks, tmp_path):
-    settings = runs.lora(base_model, steps=2, tasks_per_batch=1)
+    settings = small_runs.lora(base_model, steps=2, tasks_per_batch=1)
     out = lora.train(settings, tasks, tmp_path / "out")
-    before = runs.left(out)
+    before = small_runs.left(out)
     assert not list(out.rglob("*.pt"))  # a state is of a wave that runs
     lora.train(settings, tasks, out)
-    assert runs.differing(before, runs.left(out)) == []
+    assert small_runs.differing(before, small_runs.left(out)) == []
     message = r"waves/.*/done.json: written by a run with other settings or data \({}\); choose another output folder"
     with pytest.raises(ConfigError, match=message.format("steps: 2 then, 3 now")):
-        lora.train(runs.lora(base_model, steps=3, tasks_per_batch=1), tasks, out)
+        lora.train(small_runs.lora(base_model, steps=3, tasks_per_batch=1), tasks, out)
     about = json.loads((tasks / "descriptions.json").read_text())
     (tasks / "descriptions.json").write_text(json.dumps(about | {"last": ["Another."], "first": ["One more."]}))
     with pytest.raises(ConfigError, match=message.format(r"data: \['first'\]")):
         lora.train(settings, tasks, out)
-    assert runs.differing(before, runs.left(out)) == []
+    assert small_runs.differing(before, small_runs.left(out)) == []
 
 
 def test_a_record_of_thousands_of_tasks(tmp_path):
@@ -242,10 +242,10 @@ def test_a_record_of_thousands_of_tasks(tmp_path):
 
 def test_adapters_start_from_folders(base_model, tasks, tmp_path):
     """One folder for all tasks, or one of each name; a step of no length leaves them as they are."""
-    first = lora.train(runs.lora(base_model, steps=4, validate_every=0), tasks, tmp_path / "first")
+    first = lora.train(small_runs.lora(base_model, steps=4, validate_every=0), tasks, tmp_path / "first")
     still = {"steps": 1, "learning_rate": 1e-12, "weight_decay": 0.0, "validate_every": 0}
-    own = lora.train(runs.lora(base_model, initial=str(first / "adapters"), **still), tasks, tmp_path / "own")
-    one = lora.train(runs.lora(base_model, initial=str(first / "adapters" / "last"), **still), tasks, tmp_path / "one")
+    own = lora.train(small_runs.lora(base_model, initial=str(first / "adapters"), **still), tasks, tmp_path / "own")
+    one = lora.train(small_runs.lora(base_model, initial=str(first / "adapters" / "last"), **still), tasks, tmp_path / "one")
     for name in ("first", "last"):
         for folder, start in ((own, name), (one, "last")):
             got, wanted = (tensors(read(run / "adapters", of)) for run, of in ((folder, name), (first, start)))
@@ -254,11 +254,11 @@ def test_adapters_start_from_folders(base_model, tasks, tmp_path):
     stack.lora_B["q_proj"][0, 0, 0, 0] += 1
     stack.save_pretrained(first / "adapters" / "last", adapter=0, base_model_name_or_path=str(base_model))
     with pytest.raises(ConfigError, match=r"other settings or data \(initial\); choose another"):
-        lora.train(runs.lora(base_model, initial=str(first / "adapters"), **still), tasks, tmp_path / "own")
+        lora.train(small_runs.lora(base_model, initial=str(first / "adapters"), **still), tasks, tmp_path / "own")
 
 
 def test_starts_that_do_not_fit(base_model, tasks, tmp_path):
-    first = lora.train(runs.lora(base_model, steps=1, validate_every=0), tasks, tmp_path / "first") / "adapters"
+    first = lora.train(small_runs.lora(base_model, steps=1, validate_every=0), tasks, tmp_path / "first") / "adapters"
     for change, match in (
         (
             {"rank": 2},
@@ -273,19 +273,19 @@ def test_starts_that_do_not_fit(base_model, tasks, tmp_path):
         ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, r"initial: .*: k_proj: expected A, B and scaling .*, got None"),
     ):
         with pytest.raises(ConfigError, match=match):
-            lora.train(runs.lora(base_model, initial=str(first), **change), tasks, tmp_path / "second")
+            lora.train(small_runs.lora(base_model, initial=str(first), **change), tasks, tmp_path / "second")
     with pytest.raises(FileNotFoundError, match="adapter_config.json: not found; expected a PEFT folder"):
-        lora.train(runs.lora(base_model, initial=str(tmp_path)), tasks, tmp_path / "second")
+        lora.train(small_runs.lora(base_model, initial=str(tmp_path)), tasks, tmp_path / "second")
 
 
 def test_held_out_descriptions_are_in_no_prompt(base_model, tasks, tmp_path):
     changes = {"prompt": "description", "mode": "multi-task", "steps": 3, "held_out_descriptions": 1}
-    out = lora.train(runs.lora(base_model, **changes), tasks, tmp_path / "out")
+    out = lora.train(small_runs.lora(base_model, **changes), tasks, tmp_path / "out")
     about = json.loads((tasks / "descriptions.json").read_text())
     (tasks / "descriptions.json").write_text(json.dumps({k: [v[0], "Other words."] for k, v in about.items()}))
-    other = lora.train(runs.lora(base_model, **changes), tasks, tmp_path / "other")
-    assert runs.losses(out / "waves" / "000") == runs.losses(other / "waves" / "000")
+    other = lora.train(small_runs.lora(base_model, **changes), tasks, tmp_path / "other")
+    assert small_runs.losses(out / "waves" / "000") == small_runs.losses(other / "waves" / "000")
     with pytest.raises(
         ConfigError, match="held_out_descriptions: expected fewer than the 2 descriptions of task first, got 2"
     ):
-        lora.train(runs.lora(base_model, **changes | {"held_out_descriptions": 2}), tasks, tmp_path / "none")
+        lora.train(small_runs.lora(base_model, **changes | {"held_out_descriptions": 2}), tasks, tmp_path / "none")

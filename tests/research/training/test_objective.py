@@ -14,7 +14,7 @@ from t2l_engine.research.training.objective import IGNORED, Objective, collate, 
 from t2l_engine.research.training.sampling import Group, Sample, Shard, divide
 from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.testing.numerics import GRADIENT_RTOL, LOSS_ATOL, STANDARD_ERRORS
-from tests.research.training import plain
+from tests.research.training import plain_torch
 
 #: Family -> (what its tiny configuration needs, linears to adapt).
 FAMILIES = {
@@ -64,7 +64,7 @@ def detached(model, handle, stack):
     handle.detach()
     modules = {name: (stack.lora_A[name], stack.lora_B[name]) for name in stack.paths}
     with torch.no_grad():
-        yield lambda i: plain.applied(model, modules, stack.paths, stack.scaling, [i])
+        yield lambda i: plain_torch.applied(model, modules, stack.paths, stack.scaling, [i])
 
 
 def expected_tokens(model, handle, stack, step, smoothing=0.0):
@@ -74,7 +74,7 @@ def expected_tokens(model, handle, stack, step, smoothing=0.0):
         for i, group in enumerate(step):
             for sample in group.samples:
                 with adapted(i):
-                    found.append((group.task, plain.answer_losses(model, sample, smoothing)))
+                    found.append((group.task, plain_torch.answer_losses(model, sample, smoothing)))
     return found
 
 
@@ -341,5 +341,5 @@ def test_validation(base_model, tasks):
             assert fit.tasks[i].name == name
             with adapted(i):
                 samples = [fit.validation.sample(i, j, 0) for j in range(5)]
-                expected = torch.stack([plain.answer_losses(fit.model, sample).mean() for sample in samples]).mean()
+                expected = torch.stack([plain_torch.answer_losses(fit.model, sample).mean() for sample in samples]).mean()
             assert abs(loss - expected) <= LOSS_ATOL

@@ -13,7 +13,7 @@ import t2l_engine as t2l
 from t2l_engine.research.training import lora, reconstruction, sft
 from t2l_engine.research.training.settings import to_yaml
 from t2l_engine.testing import numerics
-from tests.research.training import runs
+from tests.research.training import small_runs
 
 
 def free_port():
@@ -23,21 +23,21 @@ def free_port():
 
 
 def launch(folder: Path, commands):
-    """``t2l`` with each of ``commands`` in turn, by two processes; see ``launched.py``."""
+    """``t2l`` with each of ``commands`` in turn, by two processes; see ``launched_process.py``."""
     (folder / "commands.json").write_text(json.dumps([[stop, list(map(str, command))] for stop, command in commands]))
     # On a machine without a GPU, --multi_gpu is what makes accelerate start more than one process: --cpu does not.
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launcher += ["--main_process_port", str(free_port()), Path(__file__).parent / "launched.py", folder]
+    launcher += ["--main_process_port", str(free_port()), Path(__file__).parent / "launched_process.py", folder]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(list(map(str, launcher)), capture_output=True, text=True, env=environment)
 
 
 def close(one: Path, two: Path):
     """Whether two runs logged the same, to rounding."""
-    ours, theirs = runs.rows(one), runs.rows(two)
+    ours, theirs = small_runs.rows(one), small_runs.rows(two)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs] and len(ours) > 6
-    assert runs.losses(two) == pytest.approx(runs.losses(one), rel=numerics.TRAINING_RTOL)
+    assert small_runs.losses(two) == pytest.approx(small_runs.losses(one), rel=numerics.TRAINING_RTOL)
     for row, other in zip(ours, theirs, strict=True):
         assert row.get("best") == other.get("best") and row.get("learning_rate") == other.get("learning_rate")
 
@@ -57,11 +57,11 @@ def test_two_processes_do_what_one_does(base_model, tasks, tmp_path):
     """SFT with noise and accumulation, adapters of a wave of tasks, reconstruction of three adapters; each fails once."""
     noise = {"neftune_alpha": 5.0, "label_smoothing": 0.1, "generated_l2": 0.1, "accumulation": 2, "weighting": "token"}
     kinds = {
-        "sft": runs.sft(base_model, **noise),
-        "lora": runs.lora(base_model),
-        "reconstruction": runs.reconstruction(tasks_per_batch=3, target="delta-w"),
+        "sft": small_runs.sft(base_model, **noise),
+        "lora": small_runs.lora(base_model),
+        "reconstruction": small_runs.reconstruction(tasks_per_batch=3, target="delta-w"),
     }
-    runs.library(tmp_path / "library")
+    small_runs.library(tmp_path / "library")
     commands = []
     for name, settings in kinds.items():
         source = ("--adapters", tmp_path / "library") if name == "reconstruction" else ("--tasks", tasks)

@@ -14,7 +14,7 @@ from t2l_engine.research.training.reconstruction import DELTA_W_SCALING, DeltaL1
 from t2l_engine.research.training.sampling import Shard
 from t2l_engine.testing import numerics
 from t2l_engine.text import base_model, packaged
-from tests.research.training import runs
+from tests.research.training import small_runs
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ def no_base_model(monkeypatch):
 
 
 def job(folder, names=None, **changes):
-    return Reconstruction(runs.reconstruction(**changes), Library(folder, names), CPU)
+    return Reconstruction(small_runs.reconstruction(**changes), Library(folder, names), CPU)
 
 
 def distance(target, generated, stack, statistics=None):
@@ -51,12 +51,12 @@ def test_prompt_form_is_the_librarys(tmp_path):
     """What the run around the adapters says; the checkpoint hands it on to whoever asks the adapted model."""
     for form, prompt in ((None, "input"), ("raw", "input"), ("raw", "description")):
         folder = tmp_path / f"{form}-{prompt}" / lora_runs.ADAPTERS
-        runs.library(folder)
+        small_runs.library(folder)
         if form:
             wave = folder.parent / lora_runs.WAVES / "000"
             wave.mkdir(parents=True)
             (wave / lora_runs.RECORD).write_text(json.dumps({"settings": {"prompt_form": form, "prompt": prompt}}))
-        out = reconstruction.train(runs.reconstruction(steps=1, validate_every=0), folder, folder.parent / "out")
+        out = reconstruction.train(small_runs.reconstruction(steps=1, validate_every=0), folder, folder.parent / "out")
         engine = t2l.TextToLoRA.from_pretrained(out)
         assert engine.prompt_form == checkpoint.read(out).prompt_form == (form or "chat")
         assert engine.description_in_prompt == (prompt == "description")
@@ -64,10 +64,10 @@ def test_prompt_form_is_the_librarys(tmp_path):
 
 def test_a_library_that_names_the_packaged_model_as_others_find_it(tmp_path):
     """As files of this package do; what reads the library loads it."""
-    stack = runs.library(tmp_path / "library")
+    stack = small_runs.library(tmp_path / "library")
     for i, name in enumerate((packaged.LANGUAGE_MODEL, packaged.BASE_MODEL, packaged.BASE_MODEL)):
         stack.save_pretrained(tmp_path / "library" / f"task{i}", adapter=i, base_model_name_or_path=name)
-    settings = runs.reconstruction(steps=1, validate_every=0)
+    settings = small_runs.reconstruction(steps=1, validate_every=0)
     out = reconstruction.train(settings, tmp_path / "library", tmp_path / "out")
     assert checkpoint.describe(out)["base_model"] == packaged.LANGUAGE_MODEL
     assert packaged.hub_name(packaged.LANGUAGE_MODEL) == packaged.BASE_MODEL and packaged.own_name("other") == "other"
@@ -131,7 +131,7 @@ def test_z_scores():
 @pytest.mark.parametrize("target", ["z-score", "raw", "delta-w"])
 def test_the_loss_is_the_distance_in_words(tmp_path, target):
     """Of what the saved hypernetwork generates: with statistics folded in, and from the settings' batch."""
-    stack = runs.library(tmp_path / "library")
+    stack = small_runs.library(tmp_path / "library")
     made = job(tmp_path / "library", target=target, tasks_per_batch=3)
     made.write(tmp_path / "out", 0, best=False)
     generated = t2l.TextToLoRA.from_pretrained(tmp_path / "out").generate(["task0", "task1", "task2"])
@@ -157,13 +157,13 @@ CASES = [("z-score", "L", 150), ("raw", "M", 150), ("delta-w", "L", 300)]
 @pytest.mark.parametrize("target, variant, steps", CASES)
 def test_learns_a_library_and_converts(tmp_path, target, variant, steps):
     """The loss falls by nine tenths, what is generated nears the library, and the reference's form says the same."""
-    stack = runs.library(tmp_path / "library")
-    settings = runs.reconstruction(
+    stack = small_runs.library(tmp_path / "library")
+    settings = small_runs.reconstruction(
         target=target, variant=variant, steps=steps, tasks_per_batch=3, learning_rate=0.02, warmup_steps=10,
         latent_size=64, head_in_size=64, weight_decay=0.0, save_every=steps, validate_every=steps,
     )  # fmt: skip
     out = reconstruction.train(settings, tmp_path / "library", tmp_path / "out")
-    curve = [row["loss"] for row in runs.rows(out) if "loss" in row]
+    curve = [row["loss"] for row in small_runs.rows(out) if "loss" in row]
     assert max(curve[-5:]) <= 0.1 * curve[0]
     engine = t2l.TextToLoRA.from_pretrained(out)
     generated = engine.generate(["task0", "task1", "task2"])
@@ -196,10 +196,12 @@ def test_learns_a_library_and_converts(tmp_path, target, variant, steps):
 @pytest.mark.parametrize("held_out", [0, 1])
 def test_validation_reads_held_out_descriptions(tmp_path, held_out):
     """Training none of them; each with its own, or the first of all where none is held out."""
-    stack = runs.library(tmp_path / "library", texts=3)
-    settings = runs.reconstruction(encoder="minilm", held_out_descriptions=held_out, target="raw", steps=2, validate_every=2)
+    stack = small_runs.library(tmp_path / "library", texts=3)
+    settings = small_runs.reconstruction(
+        encoder="minilm", held_out_descriptions=held_out, target="raw", steps=2, validate_every=2
+    )
     out = reconstruction.train(settings, tmp_path / "library", tmp_path / "out")
-    logged = [row for row in runs.rows(out) if "val_loss" in row][-1]
+    logged = [row for row in small_runs.rows(out) if "val_loss" in row][-1]
     texts = json.loads((tmp_path / "library" / "descriptions.json").read_text())
     engine = t2l.TextToLoRA.from_pretrained(out)
     generated = engine.generate([about[2 if held_out else 0] for about in texts.values()])
@@ -214,7 +216,7 @@ def test_validation_reads_held_out_descriptions(tmp_path, held_out):
 
 def test_best_and_resumed_checkpoints_generate_adapters(tmp_path):
     """best/ undoes z-scores too, and writing a checkpoint leaves training as it is."""
-    runs.library(tmp_path / "library")
+    small_runs.library(tmp_path / "library")
     made = job(tmp_path / "library")
     before = {key: value.clone() for key, value in made.model.state_dict().items()}
     made.write(tmp_path / "out", 1, best=True)
@@ -229,7 +231,7 @@ def test_best_and_resumed_checkpoints_generate_adapters(tmp_path):
 
 
 def test_one_task_has_no_z_scores(tmp_path):
-    runs.library(tmp_path / "library")
+    small_runs.library(tmp_path / "library")
     with pytest.raises(ConfigError, match="target: z-score needs at least two adapters"):
         job(tmp_path / "library", names=["task1"])
     only = job(tmp_path / "library", names=["task1"], target="raw")
@@ -242,8 +244,8 @@ def test_one_task_has_no_z_scores(tmp_path):
     ({"layers": 3}, "task1.*2 layers"), ({"modules": {"q_proj": (6, 9)}}, "q_proj: .*6/8"),
 ])  # fmt: skip
 def test_adapters_that_are_not_alike(tmp_path, changes, message):
-    runs.library(tmp_path / "other", count=2, **{"modules": {"q_proj": (6, 8)}} | changes)
-    runs.library(tmp_path / "library", count=3, modules={"q_proj": (6, 8)})
+    small_runs.library(tmp_path / "other", count=2, **{"modules": {"q_proj": (6, 8)}} | changes)
+    small_runs.library(tmp_path / "library", count=3, modules={"q_proj": (6, 8)})
     (tmp_path / "library" / "task1").rename(tmp_path / "away")
     (tmp_path / "other" / "task1").rename(tmp_path / "library" / "task1")
     with pytest.raises(ValueError, match=message):
@@ -264,7 +266,7 @@ def test_modules_of_other_numbers_of_layers(tmp_path):
 
 
 def test_names(tmp_path):
-    stack = runs.library(tmp_path / "library")
+    stack = small_runs.library(tmp_path / "library")
     chosen = Library(tmp_path / "library", ["task2", "task0", "task2"])
     assert chosen.names == ["task0", "task2"] and torch.equal(chosen.stack.lora_A["q_proj"], stack.lora_A["q_proj"][[0, 2]])
     with pytest.raises(ConfigError, match=r"names: expected some of .*descriptions.json, got \['task9'\]"):

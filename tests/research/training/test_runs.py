@@ -8,15 +8,17 @@ import pytest
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.training import lora
 from t2l_engine.research.training import runs as training_runs
-from tests.research.training import runs as small
+from tests.research.training import small_runs
 
 
 @pytest.mark.parametrize("form, prompt", [("raw", "input"), ("chat", "description")])
 def test_adapters_of_a_run_that_has_not_finished_say_how_they_are_asked(
     base_model, tasks, tmp_path, monkeypatch, form, prompt
 ):
-    settings = small.lora(base_model, prompt_form=form, prompt=prompt, steps=9, validate_every=1, held_out_descriptions=1)
-    monkeypatch.setattr(lora.LoRA, "loss", small.failing(lora.LoRA.loss, 3))
+    settings = small_runs.lora(
+        base_model, prompt_form=form, prompt=prompt, steps=9, validate_every=1, held_out_descriptions=1
+    )
+    monkeypatch.setattr(lora.LoRA, "loss", small_runs.failing(lora.LoRA.loss, 3))
     with pytest.raises(OSError, match="for the test"):
         lora.train(settings, tasks, tmp_path / "run")
     adapters = tmp_path / "run" / lora.ADAPTERS

@@ -15,7 +15,7 @@ from t2l_engine.research.tasks.manifest import summary
 from t2l_engine.research.training import context, sft
 from t2l_engine.testing import numerics
 from t2l_engine.text import base_model as base_model_loader
-from tests.research.training import runs
+from tests.research.training import small_runs
 
 BOTH = ("first", "last")
 
@@ -29,12 +29,12 @@ def same_adapters(a, b):
 
 
 def test_learns_and_is_evaluated(base_model, tasks, tmp_path):
-    settings = runs.sft(
+    settings = small_runs.sft(
         base_model, encoder="minilm", prompt="description", variant="M", steps=40, tasks_per_batch=8, latent_size=32,
         head_in_size=16, warmup_steps=4, validate_every=20, save_every=20,
     )  # fmt: skip
     out = sft.train(settings, tasks, tmp_path / "out")
-    found = runs.rows(out)
+    found = small_runs.rows(out)
     curve = [row["loss"] for row in found if "loss" in row]
     assert len(curve) == 40 and sum(curve[-8:]) < 0.8 * sum(curve[:8])
     val = [row["val_loss"] for row in found if "val_loss" in row]
@@ -66,7 +66,7 @@ def test_learns_and_is_evaluated(base_model, tasks, tmp_path):
 
 
 def test_what_the_checkpoint_says_of_its_training(base_model, tasks, tmp_path):
-    settings = runs.sft(base_model, encoder="minilm", steps=3, save_every=2, generated_l2=0.5)
+    settings = small_runs.sft(base_model, encoder="minilm", steps=3, save_every=2, generated_l2=0.5)
     out = sft.train(settings, tasks, tmp_path / "out")
     about = json.loads((out / "config.json").read_text())
     assert about["encoder"]["name"] == "minilm" and about["base_model"] == str(base_model)
@@ -81,10 +81,10 @@ def test_what_the_checkpoint_says_of_its_training(base_model, tasks, tmp_path):
 
 
 def test_tasks_without_text(base_model, tasks, tmp_path):
-    out = sft.train(runs.sft(base_model), tasks, tmp_path / "out")  # encoder one-hot
+    out = sft.train(small_runs.sft(base_model), tasks, tmp_path / "out")  # encoder one-hot
     (tasks / "descriptions.json").write_text('{"first": ["Other."], "last": ["Texts."]}')
-    other = sft.train(runs.sft(base_model), tasks, tmp_path / "other")
-    assert runs.losses(other) == runs.losses(out)
+    other = sft.train(small_runs.sft(base_model), tasks, tmp_path / "other")
+    assert small_runs.losses(other) == small_runs.losses(out)
     engine = t2l.TextToLoRA.from_pretrained(out)
     stack = engine.generate(list(BOTH))
     assert not torch.equal(stack.lora_B["v_proj"][0], stack.lora_B["v_proj"][1])
@@ -100,7 +100,7 @@ def test_five_hundred_tasks_fit_into_a_checkpoint(base_model, tmp_path):
     names = [f"task{i:03}_{'of_a_long_name' * 8}" for i in range(500)]
     tasks = [Task(n, (f"Do {n}.",), tuple(Example("red", ("blue",), split) for split in splits)) for n in names]
     write_tasks(tmp_path / "tasks", tasks)
-    out = sft.train(runs.sft(base_model, steps=1, validate_every=0), tmp_path / "tasks", tmp_path / "out")
+    out = sft.train(small_runs.sft(base_model, steps=1, validate_every=0), tmp_path / "tasks", tmp_path / "out")
     assert 300_000 < (out / "config.json").stat().st_size < MAX_CONFIG_BYTES
     assert len(t2l.TextToLoRA.from_pretrained(out).generate(names[:2])) == 2
 
@@ -109,9 +109,9 @@ def test_a_model_unlike_llama(save_model, tasks, tmp_path):
     """Modules are where the model has them, PEFT finds them there, and bfloat16 trains."""
     peft = pytest.importorskip("peft")
     folder = save_model("OPT", ffn_dim=96, word_embed_proj_dim=64)
-    settings = runs.sft(folder, target_modules=["fc1", "v_proj"], dtype="bfloat16", steps=12, validate_every=0)
+    settings = small_runs.sft(folder, target_modules=["fc1", "v_proj"], dtype="bfloat16", steps=12, validate_every=0)
     out = sft.train(settings, tasks, tmp_path / "out")
-    curve = runs.losses(out)
+    curve = small_runs.losses(out)
     assert sum(curve[-3:]) < sum(curve[:3])
     stack = t2l.TextToLoRA.from_pretrained(out).generate(["first"])
     assert stack.paths == {
@@ -142,10 +142,10 @@ def test_settings_and_tasks_that_do_not_fit(base_model, tasks, tmp_path, changes
     lines = (tasks / "last.jsonl").read_text().splitlines()
     (tasks / "last.jsonl").write_text("\n".join(line for line in lines if names is None or '"train"' not in line))
     with pytest.raises(error, match=message):
-        sft.train(runs.sft(**{"base_model": base_model} | changes), tasks, tmp_path / "out", names=names)
+        sft.train(small_runs.sft(**{"base_model": base_model} | changes), tasks, tmp_path / "out", names=names)
     assert not (tmp_path / "out").exists()
     if names:
-        sft.train(runs.sft(base_model, steps=1), tasks, tmp_path / "out", names=["first"])
+        sft.train(small_runs.sft(base_model, steps=1), tasks, tmp_path / "out", names=["first"])
 
 
 @pytest.mark.slow
@@ -157,7 +157,7 @@ def test_norms_and_mlps_may_be_compiled(base_model, tasks, tmp_path, monkeypatch
     curves = []
     for name, of_run in (("eager", False), ("compiled", True)):
         torch._dynamo.utils.counters.clear()
-        curves.append(runs.losses(sft.train(runs.sft(base_model, compile=of_run), tasks, tmp_path / name)))
+        curves.append(small_runs.losses(sft.train(small_runs.sft(base_model, compile=of_run), tasks, tmp_path / name)))
     assert curves[1] == pytest.approx(curves[0], rel=numerics.TRAINING_RTOL)
     # Norm and MLP, with an input that needs gradients, with one that does not, in validation, at other sizes; three modules
     # of two layers, each compiled for itself, would have twice as many.

@@ -1,4 +1,4 @@
-"""Runs of every kind, as one of several processes: ``accelerate launch launched.py FOLDER``.
+"""Runs of every kind, as one of several processes: ``accelerate launch launched_process.py FOLDER``.
 
 FOLDER holds what ``test_processes`` put there, ``commands.json``: ``[stop, arguments of python -m t2l_engine]``; the run
 fails in step ``stop`` where that is no null.  Each process writes ``changed-<rank>.json``: which files it opened to write,

@@ -8,7 +8,7 @@ import t2l_engine as t2l
 from t2l_engine.research.training import loop, lora
 from t2l_engine.research.training import settings as kinds
 from tests.research.training import conftest as shared
-from tests.research.training import runs
+from tests.research.training import small_runs
 
 save_model, base_model, tasks = shared.save_model, shared.base_model, shared.tasks
 one_thread = shared.one_thread
@@ -52,13 +52,13 @@ def test_sft(train, run, base_model, tasks, tmp_path):
     assert cells(err) == [list(row) for row in kinds.rows(expected)]  # every field, and which of them nobody set
     origins = {row[0]: row[2] for row in cells(err)}
     assert (origins["steps"], origins["base_model"], origins["dtype"]) == ("", "", "default")
-    assert len(runs.rows(out)) == 5 and (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len(small_runs.rows(out)) == 5 and (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert kinds.read(kinds.SFTSettings, out / loop.SETTINGS) == expected
     assert len(t2l.TextToLoRA.from_pretrained(out).generate(["first", "last"])) == 2
 
-    before = runs.left(out)
+    before = small_runs.left(out)
     code, printed, err = train("sft", file, *command, "--names", "first,last")  # done already
-    assert (code, printed) == (0, f"{out}: done\n") and runs.differing(before, runs.left(out)) == []
+    assert (code, printed) == (0, f"{out}: done\n") and small_runs.differing(before, small_runs.left(out)) == []
     code, printed, err = train("sft", file, "--tasks", tasks, "-o", out)
     assert (code, printed) == (1, "") and "steps: 4 then, 9 now" in err.splitlines()[-1]
 
@@ -66,24 +66,24 @@ def test_sft(train, run, base_model, tasks, tmp_path):
 def test_lora_and_reconstruction(train, base_model, tasks, tmp_path):
     """What the first writes is what the second reads."""
     out = tmp_path / "lora"
-    code, printed, err = train("lora", runs.lora(base_model, tasks_per_batch=1), "--tasks", tasks, "-o", out)
+    code, printed, err = train("lora", small_runs.lora(base_model, tasks_per_batch=1), "--tasks", tasks, "-o", out)
     assert (code, printed) == (0, f"{out}: done\n")
     assert [row[0] for row in cells(err)] == list(kinds.LoRASettings.model_fields)
     assert len(list(out.rglob("loss.png"))) == 2 and "wave 2/2" in err
     again = tmp_path / "reconstruction"
-    code, printed, err = train("reconstruction", runs.reconstruction(), "--adapters", out / lora.ADAPTERS, "-o", again)
+    code, printed, err = train("reconstruction", small_runs.reconstruction(), "--adapters", out / lora.ADAPTERS, "-o", again)
     assert (code, printed) == (0, f"{again}: done\n") and (again / "loss.png").is_file()
     assert [row[0] for row in cells(err)] == list(kinds.ReconstructionSettings.model_fields)
     engine = t2l.TextToLoRA.from_pretrained(again)
     assert engine.generate(["last"]).paths == t2l.AdapterStack.from_peft(out / lora.ADAPTERS / "last").paths
     code, _, err = train(
-        "reconstruction", runs.reconstruction(), "--adapters", out / lora.ADAPTERS, "-o", again, "--names", "last"
+        "reconstruction", small_runs.reconstruction(), "--adapters", out / lora.ADAPTERS, "-o", again, "--names", "last"
     )
     assert code == 1 and err.splitlines()[-1].startswith("t2l: target: z-score needs at least two adapters")
 
 
 def test_an_interrupted_command_goes_on(train, base_model, tasks, tmp_path, monkeypatch):
-    settings, step = runs.sft(base_model), loop._step
+    settings, step = small_runs.sft(base_model), loop._step
 
     def interrupted(run, number):
         if number == 4:
@@ -95,7 +95,7 @@ def test_an_interrupted_command_goes_on(train, base_model, tasks, tmp_path, monk
         code, printed, err = train("sft", settings, "--tasks", tasks, "-o", tmp_path)
     assert (code, printed) == (130, "") and "Traceback" not in err
     assert train("sft", settings, "--tasks", tasks, "-o", tmp_path)[0] == 0
-    assert [row["step"] for row in runs.rows(tmp_path) if "loss" in row] == list(range(1, 9))
+    assert [row["step"] for row in small_runs.rows(tmp_path) if "loss" in row] == list(range(1, 9))
 
 
 def test_plot(run, tmp_path):
@@ -122,7 +122,7 @@ def test_settings_that_are_wrong(train, tmp_path, text, arguments, message):
 
 def test_runs_that_cannot_start(train, run, base_model, tasks, tmp_path):
     """The last line says why; the settings stand before it."""
-    settings = runs.sft(base_model)
+    settings = small_runs.sft(base_model)
     there, cases = ("--tasks", tasks), [(("--tasks", tmp_path / "none"), "descriptions.json")]
     cases += [
         ((*there, f"--{option}", value), repr(value)) for option, value in (("device", "tpu"), ("manifest", "nowhere"))
@@ -133,7 +133,7 @@ def test_runs_that_cannot_start(train, run, base_model, tasks, tmp_path):
         last = err.splitlines()[-1]
         assert (code, out) == (1, "") and last.startswith("t2l: ") and message in last, err
         assert sum(line.startswith("t2l: ") for line in err.splitlines()) == 1
-    code, _, err = train("reconstruction", runs.reconstruction(), "--adapters", tasks, "-o", tmp_path / "out")
+    code, _, err = train("reconstruction", small_runs.reconstruction(), "--adapters", tasks, "-o", tmp_path / "out")
     assert code == 1 and "t2l: " in err.splitlines()[-1] and "adapter_config.json" in err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").write_text("a file")
@@ -152,13 +152,13 @@ def test_a_loss_that_is_no_number(train, base_model, tasks, tmp_path, monkeypatc
         return loss(*args) * (float("nan") if len(calls) == 5 else 1)
 
     monkeypatch.setattr(sft.SFT, "loss", worse)
-    code, out, err = train("sft", runs.sft(base_model), "--tasks", tasks, "-o", tmp_path / "out")
+    code, out, err = train("sft", small_runs.sft(base_model), "--tasks", tasks, "-o", tmp_path / "out")
     message = f"t2l: loss is nan at step 5; last good state: {tmp_path / 'out' / loop.STATE}, step 3"
     assert (code, out, err.splitlines()[-1]) == (1, "", message)
 
 
 def test_a_tier_needs_a_manifest(train, base_model, tasks, tmp_path):
-    code, _, err = train("sft", runs.sft(base_model), "--tasks", tasks, "--tier", "train", "-o", tmp_path / "out")
+    code, _, err = train("sft", small_runs.sft(base_model), "--tasks", tasks, "--tier", "train", "-o", tmp_path / "out")
     assert code == 1 and "--tier: expected --manifest beside it" in err and not (tmp_path / "out").exists()
 
 
@@ -172,7 +172,7 @@ def test_a_tier_of_a_manifest(train, base_model, tasks, tmp_path):
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps(manifest.build(load_tasks(tasks, None), facts, "For the test.")))
     command = ("--tasks", tasks, "--manifest", path)
-    settings = runs.sft(base_model, steps=1)
+    settings = small_runs.sft(base_model, steps=1)
     for tier, name in (("train", "first"), ("novel", "last")):
         code, _, err = train("sft", settings, *command, "--tier", tier, "-o", tmp_path / tier)
         assert code == 0, err
