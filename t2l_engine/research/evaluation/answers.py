@@ -50,8 +50,8 @@ def _base(model: nn.Module) -> Iterator[Use]:
 class Query:
     """A prompt with the key of its adapter.
 
-    Asks for a generated answer; for the log-likelihood of each of ``options``; or which of the texts ``accepted`` greedy
-    decoding gives, which takes one pass instead of one per token.  Both continue the prompt as they are.
+    Asks for a generated answer; or for the log-likelihood of each of ``options``; or whether greedy decoding gives one of
+    the texts ``accepted``, in one pass instead of one per token.  Options and texts continue the prompt as they are.
 
     ``max_new_tokens``: of a generated answer; ``one_line``: cut it at its first line break.
     """
@@ -64,7 +64,7 @@ class Query:
     accepted: tuple[str, ...] = ()
 
 
-#: Text of an answer that is none of those accepted; equal to none, the empty one included.
+#: Text of an answer that is not accepted; differs from every text, also from the empty one.
 NOT_ACCEPTED = "\0"
 
 

@@ -37,13 +37,6 @@ def average(stack: AdapterStack) -> AdapterStack:
 
     Raises:
         ValueError: no adapter, or adapters of different scalings or, in some module and layer, of different ranks.
-
-    >>> import torch
-    >>> import t2l_engine as t2l
-    >>> A, B = torch.randn(3, 2, 4, 16), torch.randn(3, 2, 8, 4)  # 3 adapters, 2 layers, rank 4, 16 -> 8 features
-    >>> stack = t2l.AdapterStack({"q_proj": A}, {"q_proj": B}, torch.full((3,), 2.0))
-    >>> average(stack)
-    AdapterStack(1 adapters, rank 4, scaling 2, float32, cpu; modules in->out x layers: q_proj 16->8 x2)
     """
     _check_library(stack)
     scalings = stack.scaling.unique().tolist()
@@ -78,14 +71,6 @@ def prototypes(stack: AdapterStack) -> dict[str, Tensor]:
 
     Raises:
         ValueError: ``stack`` is not an AdapterStack, or is empty.
-
-    >>> import torch
-    >>> import t2l_engine as t2l
-    >>> A = torch.tensor([[0.0, 3.0], [1.0, 1.0]]).view(2, 1, 1, 2)  # 2 adapters of rank 1, 2 -> 1 features
-    >>> B = torch.tensor([2.0, 0.0]).view(2, 1, 1, 1)
-    >>> prototypes(t2l.AdapterStack({"q_proj": A}, {"q_proj": B}, torch.ones(2)))["q_proj"][:, 0].abs()
-    tensor([[0., 1.],
-            [0., 0.]])
     """
     _check_library(stack)
     # Layer by layer, to bound the memory of float64 copies.
@@ -126,10 +111,6 @@ def routing_weights(x: Tensor, directions: Tensor, top_k: int) -> Tensor:
 
     Raises:
         RuntimeError: ``top_k`` exceeds N.
-
-    >>> import torch
-    >>> routing_weights(torch.tensor([[2.0, -3.0, 1.0]]), torch.eye(3), top_k=2)
-    tensor([[0.2689, 0.7311, 0.0000]])
     """
     acc = accumulation_dtype(x, directions)
     top = (x.to(acc) @ directions.to(acc).mT).abs().topk(top_k, dim=-1)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 #: Colours by kind of method; safe for red-green colour blindness.
-_COLOURS = {"generated": "#0072b2", "control": "#56b4e9", "base": "#999999", "other": "#d55e00"}
+_COLOURS = {"generated": "#0072b2", "baseline": "#56b4e9", "base": "#999999", "other": "#d55e00"}
 
 
 def means(result: Mapping[str, Any], path: Path) -> None:
@@ -46,7 +46,7 @@ def means(result: Mapping[str, Any], path: Path) -> None:
 
 def _kind(method: str) -> str:
     if method.endswith(("-shuffled", "-junk", "-constant")):
-        return "control"
+        return "baseline"
     if method.startswith(("base", "icl")):
         return "base"
     if method in ("oracle", "average", "arrow", "nearest") or method.startswith("multi-task"):

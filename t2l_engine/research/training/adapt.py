@@ -28,7 +28,7 @@ from t2l_engine.text.packaged import hub_name
 
 #: Name of the task and of its adapter, folder of the adapter as generated, name of the report.
 NAME, START, REPORT = "adapted", "start", "adapt.json"
-#: One example in so many is held out, but no more than so many.
+#: One example in HELD_OUT is held out, at most MOST_HELD_OUT.
 HELD_OUT, MOST_HELD_OUT = 4, 64
 #: Fewest examples: three to learn from, one held out.
 FEWEST = 4
@@ -50,11 +50,11 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What tuning did, on the held-out examples: mean loss of their answers before and after.
+    """The gain of tuning: mean loss of the held-out examples' answers before and after.
 
-    ``examples``, ``held_out``: numbers of examples that were trained on and held out, but for those of more than
-    ``max_tokens`` tokens, which count here alone; ``read``: of those that the adapter was generated from; ``steps``: that
-    were run, of which ``best_step`` was kept (0: the generated adapter); ``seconds``: of training.
+    ``examples``, ``held_out``: numbers of examples for training and held out, those above ``max_tokens`` included;
+    ``read``: number of examples that the adapter was generated from; ``steps``: of the run; ``best_step``: the step that
+    was kept (0: the generated adapter); ``seconds``: of training.
     """
 
     examples: int
@@ -70,7 +70,7 @@ class Report:
 def split(examples: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """(examples to train on, examples held out), by the SHA-256 of their inputs.
 
-    Of inputs that are alike but for case and white space the first counts.
+    Inputs that differ in case and white space alone count once, the first of them.
 
     Raises ConfigError for fewer than FEWEST different inputs.
     """
@@ -85,8 +85,7 @@ def split(examples: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], l
 def settings_for(engine: TextToLoRA, base_model: str, start: Path, changes: Mapping[str, Any]) -> LoRASettings:
     """Settings that tune an adapter that ``engine`` generated; ``changes`` override DEFAULTS.
 
-    Raises ConfigError for changes of what the adapter decides, or without validation from the start on, which decides what
-    is kept.
+    Raises ConfigError for changes of what the adapter decides, or for ``patience`` 0, which would not validate the start.
     """
     config = engine.hypernetwork.config
     of_adapter = {
@@ -123,9 +122,10 @@ def adapt(
         output: also gets ``start/``, the adapter as generated, ``run/``, that of training, and the report, ``adapt.json``.
         changes: fields of :class:`LoRASettings`, instead of DEFAULTS.
 
-    Raises ConfigError for too few examples or an ``output`` of other ones, FileExistsError for one with a model, or with an
-    adapter that no such call has written, and as
-    :func:`t2l_engine.research.training.lora.train`.
+    Raises:
+        ConfigError: too few examples, or ``output`` has an adapter of other examples.
+        FileExistsError: ``output`` has a model, or an adapter that no such call has written.
+        Others: as :func:`t2l_engine.research.training.lora.train`.
     """
     output = Path(output)
     check_place(output)

@@ -33,7 +33,7 @@ from t2l_engine.text.llm_encoder import AttentionPooling, LLMEncoder, condition_
 
 #: Folder in that of a run, until the run is complete, and what is in it for each process.
 STATES, STATES_FILE, INDEX = "states", "states.bin", "index.json"
-#: Of a task's example sets, one in so many has no description.
+#: One example set in this many has no description.
 _WITHOUT_DESCRIPTION = 8
 #: Tasks that are read together, between two saved indices, and the most texts of a batch.
 CHUNK, BATCH = 16, 48

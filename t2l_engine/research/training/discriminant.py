@@ -19,9 +19,8 @@ def initialise(linear: nn.Linear, classes: Sequence[Tensor], seed: int, scale: f
     """Initialise ``linear`` with the axes along which tasks differ most, compared with the wordings of a task.
 
     Embeddings are centred at the mean over tasks, whitened by the within-task covariance and projected onto the axes of
-    largest total variance, each divided by the fourth root of its variance; a random rotation by ``seed`` follows.  From a
-    random start most of the encoder's output is wording, or what all texts have in common, which the first steps learn to
-    suppress.
+    largest total variance, each divided by the fourth root of its variance; a random rotation by ``seed`` follows.  With a
+    random start most of the encoder's output is wording or common to all texts, and the first steps learn to suppress it.
 
     Args:
         classes: of each task, embeddings ``[descriptions, embed_dim]``.

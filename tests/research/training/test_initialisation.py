@@ -58,22 +58,6 @@ def test_the_first_delta_is_zero_for_every_task(variant, shapes, rank, num_layer
     check_start(net(task_emb), bound)
 
 
-@EXAMPLES
-@given(st.lists(st.tuples(sizes, sizes), min_size=1, max_size=3), st.integers(1, 16), st.integers(1, 3))
-def test_the_first_delta_of_a_bank_is_zero(shapes, rank, num_layers):
-    modules = Modules(NAMES[: len(shapes)], tuple(f"l.{{layer}}.{n}" for n in NAMES[: len(shapes)]),
-                      *zip(*shapes, strict=True), num_layers)  # fmt: skip
-    with torch.no_grad():
-        stack = LoRABank(modules, 3, rank, 2.0, seed=1)()
-        other = LoRABank(modules, 1, rank, 2.0, seed=2)()
-    check_start(stack, {name: n_in**-0.5 for name, (n_in, _) in zip(NAMES, shapes, strict=False)})
-    assert stack.scaling.tolist() == [2.0] * 3 and stack.paths == dict(zip(modules.names, modules.paths, strict=True))
-    for name, A in stack.lora_A.items():
-        assert not torch.equal(A[0], other.lora_A[name][0])
-        if num_layers > 1:
-            assert torch.equal(A[:, 0], A[:, 1])  # as Bias-HyperInit: one draw a module
-
-
 def peft_draw(n_in, n_out, rank):
     torch.manual_seed(3)
     model = nn.ModuleDict({"q_proj": nn.Linear(n_in, n_out)})
