@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 Parts = dict[str, int]  #: Name of a part -> FLOPs or bytes.
 #: Model types of remote code -> the same model in transformers.
 ALIASES = {"new": "gte"}
-#: Fields that hold a size, and those of them that may be 0; the largest value by the beginning of a name.
+#: Fields that hold a size, and those of them that cannot be 0; the largest value by the beginning of a name.
 SIZES = re.compile(r"(num|n)_\w+|(?!use_)\w+_(size|dim|window|step)|max_position_embeddings")
-ZERO = ("shared_expert_intermediate_size", "type_vocab_size")
+POSITIVE = re.compile(r"(hidden|intermediate|vocab)_size|num_(hidden_layers|attention_heads|key_value_heads)")
 LARGEST = {"num_hidden_layers": 512, "n_layer": 512, "num_layers": 512, "num_": 4096, "": MAX_SIZE}
 UNREAD = ("model_type", "quantization_config", "auto_map", "dtype", "torch_dtype")
 TOKENS = 2
@@ -61,8 +61,8 @@ class Attention:
 class Model:
     """Counted sizes of a language model or text encoder.
 
-    ``token_flops``: of one token, without attention's pairs and logits; ``logit_flops``: of the logits at one position.
-    ``parameters``: a tied matrix counts once.  Among them ``embeddings``: tables, read by rows; ``logits``: the output
+    ``attention``: of each layer that attends.  ``token_flops``: of one token, without attention's pairs and logits;
+    ``logit_flops``: of the logits at one position.  ``parameters``: a tied matrix counts once.  Among them ``embeddings``: tables, read by rows; ``logits``: the output
     matrix, tied to a table or not; ``expert_weights``: of ``experts`` routed experts, of which a token uses
     ``experts_per_token``.  ``linears``: (in, out) features of the linears of one name in every layer.
     """
@@ -70,6 +70,7 @@ class Model:
     model_type: str
     hidden: int
     vocabulary: int
+    layers: int
     attention: tuple[Attention, ...]
     token_flops: int
     logit_flops: int
@@ -81,10 +82,6 @@ class Model:
     experts: int
     experts_per_token: int
     linears: Mapping[str, tuple[int, int]]
-
-    @property
-    def layers(self) -> int:
-        return len(self.attention)
 
     def flops(self, tokens: int, before: int = 0, *, logits: int = 1) -> Parts:
         """FLOPs of ``tokens`` tokens of one sequence after ``before`` cached ones, with logits at ``logits`` positions.
@@ -160,11 +157,11 @@ def config_values(config: Any) -> tuple[dict[str, Any], str]:
 def _check_sizes(values: Mapping[str, Any], where: str) -> None:
     """ConfigError for a size that is none, or that would make building the module slow."""
     for name, value in values.items():
-        if not SIZES.fullmatch(name) or value is None:
-            continue
-        low, high = int(name not in ZERO), next(most for start, most in LARGEST.items() if name.startswith(start))
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise ConfigError(f"{where}: {name}: expected an integer from {low} to {high}, got {short_repr(value)}")
+        if not SIZES.fullmatch(name) or not isinstance(value, (int, float)):
+            continue  # transformers checks other types
+        low, high = bool(POSITIVE.fullmatch(name)), next(most for start, most in LARGEST.items() if name.startswith(start))
+        if isinstance(value, (bool, float)) or not low <= value <= high:
+            raise ConfigError(f"{where}: {name}: expected an integer from {low:d} to {high}, got {short_repr(value)}")
 
 
 def _counted(values: dict[str, Any], head: bool) -> Model:
@@ -211,6 +208,7 @@ def _counted(values: dict[str, Any], head: bool) -> Model:
         values["model_type"],
         hidden.shape[-1],
         config.vocab_size,
+        config.num_hidden_layers,
         tuple(seen),
         (counter.get_total_flops() - _rotary(counter)) // TOKENS,
         of_logits.get_total_flops(),
@@ -219,7 +217,7 @@ def _counted(values: dict[str, Any], head: bool) -> Model:
         logits=0 if matrix is None else matrix.weight.numel(),
         tied=matrix is not None and matrix.weight is whole.get_input_embeddings().weight,
         **experts,
-        linears=_linears(body, len(seen)),
+        linears=_linears(body, config.num_hidden_layers),
     )
 
 

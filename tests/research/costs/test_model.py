@@ -130,12 +130,14 @@ def test_text_encoders(family):
 
 
 def test_models_of_other_families():
-    """GPT-2 has linears of its own, DeepSeek-V3 compressed keys and values, gpt-oss biases of experts."""
+    """GPT-2 has linears of its own, DeepSeek-V3 compressed keys and values, gpt-oss biases of experts, Qwen3-Next a hybrid."""
     gpt2 = count({"model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 4, "vocab_size": 97})
     assert gpt2.token_flops == 2 * 2 * 12 * 48 * 48 and gpt2.linears == {}
     for kind in ("deepseek_v3", "gpt_oss"):
         sizes = SIZES | {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
         assert count({"model_type": kind, **sizes}).flops(3)["attention"] > 0
+    hybrid = count({"model_type": "qwen3_next", **sizes, "num_hidden_layers": 4})  # three layers have linear attention
+    assert hybrid.layers == 4 and len(hybrid.attention) == 1
 
 
 @pytest.mark.parametrize("form", range(4))
