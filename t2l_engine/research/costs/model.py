@@ -62,9 +62,10 @@ class Model:
     """Counted sizes of a language model or text encoder.
 
     ``attention``: of each layer that attends.  ``token_flops``: of one token, without attention's pairs and logits;
-    ``logit_flops``: of the logits at one position.  ``parameters``: a tied matrix counts once.  Among them ``embeddings``: tables, read by rows; ``logits``: the output
-    matrix, tied to a table or not; ``expert_weights``: of ``experts`` routed experts, of which a token uses
-    ``experts_per_token``.  ``linears``: (in, out) features of the linears of one name in every layer.
+    ``logit_flops``: of the logits at one position.  ``parameters``: a tied matrix counts once.  Among them ``embeddings``:
+    tables, read by rows; ``logits``: the output matrix, tied to a table or not; ``expert_weights``: of ``experts`` routed
+    experts, of which a token uses ``experts_per_token``.  ``linears``: (in, out) features of the linears of one name in
+    every layer.
     """
 
     model_type: str

@@ -130,7 +130,7 @@ def test_text_encoders(family):
 
 
 def test_models_of_other_families():
-    """GPT-2 has linears of its own, DeepSeek-V3 compressed keys and values, gpt-oss biases of experts, Qwen3-Next a hybrid."""
+    """GPT-2 has linears of its own, DeepSeek-V3 compressed keys, gpt-oss biases of experts; Qwen3-Next is a hybrid."""
     gpt2 = count({"model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 4, "vocab_size": 97})
     assert gpt2.token_flops == 2 * 2 * 12 * 48 * 48 and gpt2.linears == {}
     for kind in ("deepseek_v3", "gpt_oss"):
