@@ -19,7 +19,7 @@ OURS = "ours"
 #: The model without adapters: what a target may refer to; no competitor.
 BASE = "base"
 #: In the case of a row that generates over earlier adapters, and what the same call into new memory is beside it.
-PREALLOCATED, FRESH = "preallocated output", "fresh output"
+FRESH = "fresh output"
 #: On a GPU: ours called from the host, without a CUDA graph.
 HOST = "ours, from the host"
 #: Of the suite serving: vLLM without LoRA but compiled, ours where vLLM wraps every layer, and ours in transformers.

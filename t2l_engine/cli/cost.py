@@ -348,11 +348,9 @@ def _printable(name: str) -> str:
 def _break_even(about: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """Rows (what, by FLOPs, by roofline time if there are rates)."""
     labels = costs.LABELS
-    for flops, time in zip(
-        about["questions_won"], about["questions_won_in_least_time"] or about["questions_won"], strict=True
-    ):
-        found = (_range(of["questions"]) for of in ((flops, time) if about["rates"] else (flops,)))
-        yield f"{labels[flops['way']]} costs less than {labels[flops['rival']]}", *found
+    for found in zip(*filter(None, (about["questions_won"], about["questions_won_in_least_time"])), strict=True):
+        what = f"{labels[found[0]['way']]} costs less than {labels[found[0]['rival']]}"
+        yield what, *(_range(of["questions"]) for of in found)
     for rival, least in about["shots_to_win"].items():
         yield f"{labels[rival]} costs more than T2L per task", _from(least, "shots", f"never up to {MAX_SHOTS:,} shots")
     for rival, least in about["tasks_to_win"].items():
