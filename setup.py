@@ -1,4 +1,4 @@
-"""Calls CMake, which knows how to build; setuptools only packs the result."""
+"""Calls CMake, which builds; setuptools only packs the result."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OPTIONS = shlex.split(os.environ.get("T2L_CMAKE_ARGS", ""))
-#: _C holds no Python symbol.  _core is of one CPython, and so is a wheel that has it.
+#: _C has no Python symbol; _core, and a wheel with it, is for one CPython.
 NO_CORE = re.search(r"-D ?T2L_CORE(:\w+)?=(OFF|NO|FALSE|N|0)( |$)", " ".join(OPTIONS), re.IGNORECASE)
 NAMES = ("_C",) if NO_CORE else ("_C", "_core")
 NO_COMPILER = """t2l_engine: no C++ compiler found: installing without native kernels.
@@ -24,30 +24,19 @@ The plain-torch ops give the same results, slower. For the kernels install g++ a
 run pip install again, with --no-cache-dir --force-reinstall."""
 
 
-def cxx():
-    """The C++ compiler, as CMake chooses it; None: there is none."""
-    return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-
-
-def nvcc():
-    """The CUDA compiler, as cmake/cuda.cmake looks for it; None: there is none."""
-    homes = [os.path.join(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+def find(variable, *names):
+    """A compiler as CMake looks for it: what the environment variable names, else the first program; None: there is none."""
+    homes = [os.path.join(home, "bin") for home in map(os.environ.get, ("CUDA_HOME", "CUDA_PATH")) if home]
     path = os.pathsep.join([os.environ.get("PATH", ""), *homes])
-    return os.environ.get("CUDACXX") or shutil.which("nvcc", path=path)
+    return os.environ.get(variable) or next(filter(None, (shutil.which(name, path=path) for name in names)), None)
 
 
-def identity(compiler):
-    """What tells a compiler from another one: how it is called, and the version it says it has."""
-    try:
-        version = subprocess.run([*shlex.split(compiler), "--version"], capture_output=True, text=True).stdout
-    except OSError as error:
-        version = str(error)
-    return [compiler, version]
+CXX, NVCC = find("CXX", "c++", "g++", "clang++"), find("CUDACXX", "nvcc")
 
 
 class CMakeBuild(build_ext):
     def run(self):
-        if cxx() is None:
+        if CXX is None:
             print(NO_COMPILER, file=sys.stderr)
             self.extensions = []
         super().run()
@@ -56,14 +45,15 @@ class CMakeBuild(build_ext):
         own = [hashlib.sha256(" ".join(OPTIONS).encode()).hexdigest()[:8]] if OPTIONS else []
         build = ROOT / "build" / "-".join(["cmake", sys.implementation.cache_tag, *own])
         ninja = shutil.which("ninja")
-        # CMake keeps generator and compilers, and all it found out about them, for the life of a build folder.
-        made_by = json.dumps([identity(cxx()), nvcc() and identity(nvcc()), bool(ninja)])
+        # CMake keeps generator, compilers and their features for the life of a build folder.
+        versions = [compiler and subprocess.getoutput(f"{compiler} --version") for compiler in (CXX, NVCC)]
+        made_by = json.dumps([CXX, NVCC, *versions, bool(ninja)])
         stamp = build / "made-by.json"
         if not stamp.is_file() or stamp.read_text() != made_by:
             shutil.rmtree(build, ignore_errors=True)
             build.mkdir(parents=True)
             stamp.write_text(made_by)
-        # Ninja's path is said anew each time: pip's temporary build environments come and go.
+        # Ninja may be in a temporary build environment of pip: its path is set on every run.
         generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
         python = f"-DPython_EXECUTABLE={sys.executable}"
         for old in build.glob("_core.*so"):  # which CMake leaves out where there is no pybind11 now

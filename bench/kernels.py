@@ -1,4 +1,4 @@
-"""What the compiler makes of the CUDA kernels: registers, local memory and instructions, beside a committed table.
+"""Registers, local memory and instructions of the compiled CUDA kernels, compared with a committed table.
 
 It compiles the kernels and makes the table; ``--check`` compiles and compares; no device is needed.  Both fail, and
 name the kernel, where one breaks a rule: spills or other local memory, an atomic operation on global memory, other tensor
@@ -28,7 +28,7 @@ from bench.source import ROOT
 FILE = ROOT / "bench" / "results" / "kernels.jsonl"
 COMMAND = "python -m bench kernels"
 SOURCES = ("csrc/cuda/lora.cu", "csrc/cuda/hypernet.cu")
-#: With what code for each is made; for devices later than sm_90a from PTX, as their drivers make it.
+#: Architecture -> how nvcc compiles for it; after sm_90a from PTX, as drivers do.
 ARCHS = {
     "sm_80": "-arch=sm_80",
     "sm_90a": "-arch=sm_90a",
@@ -41,9 +41,9 @@ FLAGS = ("-O3", "-std=c++17", "-fmad=false", "-Icsrc", "-Icsrc/cuda", "-Werror",
 PTXAS_FLAGS = "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage"
 
 THREADS, REGISTERS = 256, 64 * 1024  # of a block; of an SM, which gives them to threads in eights
-#: Registers that a kernel may have more than in the table, made with the same nvcc and with another one.
+#: Registers that a kernel may gain over the table, with the same nvcc and with another one.
 SLACK, SLACK_OF_OTHERS = 8, 24
-#: How much longer its code may be: loops that lost their unrolling, or grew divisions, show there.
+#: How much longer its code may be: a lost unrolling or a new division shows here.
 GROWTH = 1.15
 #: Of the LoRA kernels of decode steps, at most.
 DECODE_INSTRUCTIONS = 1200
@@ -86,7 +86,7 @@ def find(tool: str) -> str:
 
 
 def run(tool: str, *arguments: str) -> str:
-    """What a program of the toolkit says, on both streams; KernelError with its complaints where it fails."""
+    """Output of a program of the toolkit, both streams; KernelError with its errors where it fails."""
     command = [find(tool), *arguments]
     path = os.pathsep.join([os.environ.get("PATH", ""), os.path.dirname(find("nvdisasm"))])  # cuobjdump starts it
     done = subprocess.run(
@@ -136,11 +136,11 @@ def demangled(text: str) -> str:
 
 
 def usages(ptxas: str, sass: str) -> dict[str, Usage]:
-    """The kernels of a cubin, by what ``ptxas -v`` and ``cuobjdump -sass`` say of it."""
+    """The kernels of a cubin, from the output of ``ptxas -v`` and ``cuobjdump -sass``."""
     code = dict(part.split("\n", 1) for part in sass.split("Function : ")[1:])
     properties = {said["name"]: said for said in _PTXAS.finditer(ptxas)}
     if code.keys() != properties.keys():
-        raise KernelError(f"ptxas told of {sorted(properties)}, cuobjdump of {sorted(code)}")
+        raise KernelError(f"ptxas names {sorted(properties)}, cuobjdump {sorted(code)}")
     found = {}
     for name, said in properties.items():
         instructions = _INSTRUCTION.findall(code[name])
@@ -156,9 +156,9 @@ def usages(ptxas: str, sass: str) -> dict[str, Usage]:
             "global_atomics": sum(families[family] for family in ("ATOM", "ATOMG", "RED", "REDG")),
             "async_copies": families["LDGSTS"],
             "cluster_barriers": families["UCGABAR_ARV"],
-            "early_waits": families[_WAIT],
-            "early_releases": families["PREEXIT"],
-            "early_accesses": _accesses(instructions[: instructions.index(_WAIT)]) if _WAIT in instructions else 0,
+            "pdl_waits": families[_WAIT],
+            "pdl_releases": families["PREEXIT"],
+            "pdl_accesses": _accesses(instructions[: instructions.index(_WAIT)]) if _WAIT in instructions else 0,
             "instructions": families.total(),
             "products": {opcode: n for opcode, n in opcodes.items() if opcode.split(".")[0].endswith("MMA")},
         }
@@ -166,7 +166,7 @@ def usages(ptxas: str, sass: str) -> dict[str, Usage]:
 
 
 def _accesses(instructions: Sequence[str]) -> int:
-    """Loads and stores of global memory but peek()'s: before the wait, earlier launches may still write there."""
+    """Loads and stores of global memory other than peek(): before the PDL wait, earlier launches may still write there."""
     kinds = ("LD.", "LDG.", "LDGSTS", "ST.", "STG.", "ATOM", "RED")
     return sum(opcode.startswith(kinds) and opcode != _PEEK for opcode in instructions)
 
@@ -202,11 +202,11 @@ def _faults(arch: str, kernel: str, usage: Usage) -> Iterator[str]:
     kind, dtype, tiles = parts(kernel)
     if bool(usage["cluster_barriers"]) != (clusters := kind in ("trunk", "lora") and arch != "sm_80"):
         yield f"{usage['cluster_barriers']} cluster barriers, expected {'some' if clusters else 'none'}"
-    for key, kinds in (("early_waits", ("lora", "head")), ("early_releases", ("trunk",))):
+    for key, kinds in (("pdl_waits", ("lora", "head")), ("pdl_releases", ("trunk",))):
         if bool(usage[key]) != (wanted := kind in kinds and arch != "sm_80"):
             yield f"{usage[key]} {key.replace('_', ' ')}, expected {'some' if wanted else 'none'}"
-    if usage["early_accesses"]:
-        yield f"{usage['early_accesses']} accesses of memory before it waits for earlier launches, expected none"
+    if usage["pdl_accesses"]:
+        yield f"{usage['pdl_accesses']} accesses of memory before it waits for earlier launches, expected none"
     if usage["spills"] or usage["stack"] or usage["local"]:
         yield f"{usage['spills']} bytes of spills, {usage['stack']} of stack, {usage['local']} LDL and STL; expected none"
     is_decode = kind == "lora" and tiles[-1] == 1
@@ -253,7 +253,7 @@ def read(file: Path) -> Table:
 def command(check: bool, jobs: int, file: Path = FILE) -> str:
     """Compile with ``jobs`` compilers at a time, and compare with the table in ``file``, or write it.
 
-    Returns what there is to say; raises KernelError with a line for every fault.
+    Returns a summary; raises KernelError with a line for every fault.
     """
     known = read(file) if check else None
     made = measured(jobs)

@@ -177,7 +177,7 @@ Tiles tiles() {
 }
 
 // Whether avx512_bf16_wide is faster than avx512_bf16, where that is the best.
-bool wide() {
+bool prefers_wide() {
 #if defined(__x86_64__)
   static const bool once = has_isa(Isa::avx512_bf16) && !has_isa(Isa::amx) && slow_pairs();
   return once;
@@ -196,7 +196,7 @@ Isa detected_isa() {
   Isa best = Isa::generic;
   for (const Isa isa : {Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx, Isa::neon, Isa::neon_bf16})
     if (has_isa(isa)) best = isa;
-  return wide() ? Isa::avx512_bf16_wide : best;
+  return prefers_wide() ? Isa::avx512_bf16_wide : best;
 }
 
 const char* detected_why() {
@@ -204,11 +204,11 @@ const char* detected_why() {
     case Tiles::granted:
       return "matrix tiles for bfloat16 weights";
     case Tiles::refused:
-      return wide() ? "this CPU has amx, but the system does not let this process use it, and its dot products of "
-                      "bfloat16 are slower than products of float32"
-                    : "this CPU has amx, but the system does not let this process use it";
+      return prefers_wide() ? "this CPU has amx, but the system does not let this process use it, and its dot products of "
+                              "bfloat16 are slower than products of float32"
+                            : "this CPU has amx, but the system does not let this process use it";
     default:
-      return wide() ? "its dot products of bfloat16 are slower than products of float32" : "the newest of this CPU";
+      return prefers_wide() ? "its dot products of bfloat16 are slower than products of float32" : "the newest of this CPU";
   }
 }
 
@@ -231,8 +231,8 @@ const char* chosen_isa(Isa* isa) {
   return unknown.c_str();
 }
 
-void lora(const LoraParams* members, int64_t count, Isa isa, ParallelFor parallel) {
-  kernels(isa).lora(members, count, parallel);
+void lora(const LoraParams* problems, int64_t count, Isa isa, ParallelFor parallel) {
+  kernels(isa).lora(problems, count, parallel);
 }
 void lora_backward(const LoraBackwardParams& p, Isa isa, ParallelFor parallel) { kernels(isa).lora_backward(p, parallel); }
 void hypernet_trunk(const TrunkParams& p, Isa isa, ParallelFor parallel) { kernels(isa).hypernet_trunk(p, parallel); }

@@ -7,8 +7,8 @@ namespace t2l {
 namespace T2L_ISA_NAMESPACE {
 
 constexpr int64_t kHeadCols = 96;  // weight rows of a tile: a multiple of kPanelCols and of kLanes
-// With many latent rows the operands change places: weights are packed, once for all rows, and results need no transpose.
-constexpr bool kHasMany = T2L_TILES != 0;
+// With many latent rows weights are packed instead, once for all rows, and results need no transpose.
+constexpr bool kPacksWeights = T2L_TILES != 0;
 constexpr int64_t kManyRows = 1024;
 constexpr int64_t kManyPanels = 8;         // of weights: stay in L2 while latent rows stream through
 constexpr int64_t kBytesAhead = 64 << 10;  // of weights, prefetched into L2
@@ -112,7 +112,7 @@ inline void head_epilogue(const HeadTarget<OT>& t, const float* y, int64_t task,
 #if T2L_ISA_LEVEL == T2L_AVX512_BF16
 // Epilogue of y[cols, kPanelRows], feature-major, without mul and add: rounded before the transpose, which then moves half
 // the bytes.  `first`: the latent row of y[0, 0].
-inline void turned_epilogue(const HeadTarget<bf16>& t, const float* y, int64_t first, int64_t rows, int64_t cols) {
+inline void transposed_epilogue(const HeadTarget<bf16>& t, const float* y, int64_t first, int64_t rows, int64_t cols) {
   const Vec scales = broadcast(t.p.scale[t.side]);
   bf16* out[kPanelRows];
   for (int64_t i = 0; i < rows; ++i) out[i] = t.row((first + i) / t.p.layers, (first + i) % t.p.layers);
@@ -146,9 +146,9 @@ inline void turned_epilogue(const HeadTarget<bf16>& t, const float* y, int64_t f
 template <class WT>
 struct HeadScratch {
   explicit HeadScratch(int64_t h)
-      : tile(kHeadCols * kPanelRows), transposed(kPanelRows * kHeadCols), wide(scratch_size(h)) {}
+      : tile(kHeadCols * kPanelRows), transposed(kPanelRows * kHeadCols), widened(scratch_size(h)) {}
   MatmulScope<WT> scope;
-  Scratch<float> tile, transposed, wide;
+  Scratch<float> tile, transposed, widened;
 };
 
 // Weight rows [row, row + cols), columns [column, column + cols) of one side, times all latent rows of that side.  A latent
@@ -168,12 +168,12 @@ inline void head_tile(const HeadParams& p, LatentPanels<WT>& panels, int side, i
         for (int64_t i = first; i < last; ++i)
           for (int64_t c = 0; c < cols; c += kCacheLine / sizeof(OT))
             __builtin_prefetch(target.row(i / p.layers, i % p.layers) + c, 1, 2);
-      matmul_panel<Keep::panel>(s.scope, panels.at(run, panel), weight, cols, p.h, s.wide.data, s.tile.data);
+      matmul_panel<Keep::panel>(s.scope, panels.at(run, panel), weight, cols, p.h, s.widened.data, s.tile.data);
       s.scope.expect(nullptr);
 #if T2L_ISA_LEVEL == T2L_AVX512_BF16
       if constexpr (sizeof(OT) == sizeof(bf16))
         if (target.contiguous && !target.mul && !target.plus) {
-          turned_epilogue(target, s.tile.data, first, last - first, cols);
+          transposed_epilogue(target, s.tile.data, first, last - first, cols);
           continue;
         }
 #endif
@@ -216,11 +216,11 @@ struct ManyScratch {
       : size(panel_size<WT>(h)),
         panels(kManyPanels * size),
         block(kManyPanels * kPanelRows * kPanelRows),
-        wide(scratch_size(h)) {}
+        widened(scratch_size(h)) {}
   MatmulScope<WT> scope;
   int64_t size;
   Scratch<typename PanelOf<WT>::Element> panels;
-  Scratch<float> block, wide;
+  Scratch<float> block, widened;
 };
 
 // As head_tile, for up to kManyPanels * kPanelRows weight rows.  The same bits: products of two numbers commute.
@@ -240,7 +240,7 @@ inline void head_tile_many(const HeadParams& p, LatentRows<WT>& latents, int sid
       const int64_t count = min(kPanelRows, latents.rows - first);
       for (int64_t i = 0; i < panels; ++i)
         matmul_panel<Keep::weights>(s.scope, s.panels.data + i * s.size, latents.at(run, first, p.h), count, p.h,
-                                    s.wide.data, s.block.data + i * kPanelRows * kPanelRows);
+                                    s.widened.data, s.block.data + i * kPanelRows * kPanelRows);
       for (int64_t r = 0; r < count; ++r) {
         for (int64_t i = 0; i < panels; ++i)
           head_epilogue(target, s.block.data + (i * kPanelRows + r) * kPanelRows, task, layer, i * kPanelRows,
@@ -289,7 +289,7 @@ inline void for_head_tiles(const HeadParams& p, int64_t width, ParallelFor paral
 template <class WT, class OT>
 inline void head_typed(const HeadParams& p, ParallelFor parallel) {
   if (p.tasks == 0 || p.layers == 0) return;
-  if constexpr (kHasMany) {
+  if constexpr (kPacksWeights) {
     if (p.tasks * p.layers >= kManyRows) {
       LatentRows<WT> latents(p);
       copy_latent(p, latents, parallel);

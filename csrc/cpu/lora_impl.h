@@ -186,15 +186,15 @@ inline void expand(T* const* y, int rows, int64_t first, const float* v, int64_t
 // b_transposed[j * kChunkStride + c] = b[c, j] for outputs c < cols of [out, rank] storage, in the order of PairOf<T>.
 template <class T, class BT>
 inline void transpose_chunk(const BT* b, int64_t ld_out, int64_t ld_rank, int64_t cols, int64_t rank, float* b_transposed) {
-  constexpr int64_t kQuad = 16 / sizeof(BT), kPair = 2 * kLanes;  // kQuad: ranks of 16 bytes
-  const int64_t whole_cols = cols / kPair * kPair, whole_rank = ld_rank == 1 ? rank / kQuad * kQuad : 0;
+  constexpr int64_t kVec16 = 16 / sizeof(BT), kPair = 2 * kLanes;  // kVec16: ranks of 16 bytes
+  const int64_t whole_cols = cols / kPair * kPair, whole_rank = ld_rank == 1 ? rank / kVec16 * kVec16 : 0;
   for (int64_t c = 0; c < whole_cols; c += kPair) {
     for (int half = 0; half < 2; ++half) {
       const int64_t first = PairOf<T>::kEvenOdd ? c + half : c + half * kLanes, step = PairOf<T>::kEvenOdd ? 2 : 1;
       float* out = b_transposed + c + half * kLanes;
       int64_t j = 0;
-      for (; j < whole_rank; j += kQuad)
-        transpose_quad(b + first * ld_out + j, step * ld_out, out + j * kChunkStride, kChunkStride);
+      for (; j < whole_rank; j += kVec16)
+        transpose_vec16(b + first * ld_out + j, step * ld_out, out + j * kChunkStride, kChunkStride);
       for (; j < rank; ++j)
         for (int i = 0; i < kLanes; ++i) out[j * kChunkStride + i] = to_float(b[(first + i * step) * ld_out + j * ld_rank]);
     }
@@ -204,14 +204,14 @@ inline void transpose_chunk(const BT* b, int64_t ld_out, int64_t ld_rank, int64_
 }
 
 inline int64_t rank_of(const LoraParams& p, int64_t adapter) {
-  return adapter < 0 ? 0 : p.ranks ? p.ranks[adapter] : p.rank;
+  return adapter < 0 ? 0 : p.true_ranks ? p.true_ranks[adapter] : p.rank;
 }
 
 // y (+)= v b for b [rank, outputs] with stride ldb.
 template <bool kAdd, class T, class BT>
 inline void expand_whole(T* const* y, int rows, const float* v, int64_t rank, const BT* b, int64_t ldb, int64_t outputs) {
-  constexpr bool kWide = kLanes == 16;  // AVX-512: enough registers for the weights of eight ranks
-  const int64_t done = kWide && rank == 8 ? expand_rank8<kAdd, false>(y, rows, v, b, ldb, outputs) : 0;
+  constexpr bool kManyRegisters = kLanes == 16;  // AVX-512: enough registers for the weights of eight ranks
+  const int64_t done = kManyRegisters && rank == 8 ? expand_rank8<kAdd, false>(y, rows, v, b, ldb, outputs) : 0;
   expand<kAdd>(y, rows, done, v, rank, b + done, ldb, outputs - done, false);
 }
 
@@ -250,17 +250,17 @@ inline void lora_block(const LoraParams& p, int64_t adapter, const int32_t* toke
   }
 }
 
-// A block of tokens goes through all members while its x is in cache.
+// A block of tokens goes through all problems while its x is in cache.
 template <class T, class WT>
-inline void lora_typed(const LoraParams* members, int64_t count, ParallelFor parallel) {
-  const LoraParams& p = members[0];  // x and segments are common to all members
+inline void lora_typed(const LoraParams* problems, int64_t count, ParallelFor parallel) {
+  const LoraParams& p = problems[0];  // x and segments are common to all problems
   const TokenOrder order(p);
   if (order.blocks == 0) return;
   int64_t rank = 0, width = 0, transposed_rank = 0;
   for (int64_t i = 0; i < count; ++i) {
-    rank = members[i].rank > rank ? members[i].rank : rank;
-    if (members[i].b_stride_out != 1) transposed_rank = rank;
-    width += members[i].rank * (p.in + members[i].out);
+    rank = problems[i].rank > rank ? problems[i].rank : rank;
+    if (problems[i].b_stride_out != 1) transposed_rank = rank;
+    width += problems[i].rank * (p.in + problems[i].out);
   }
   const auto block = p.accumulate ? lora_block<true, T, WT> : lora_block<false, T, WT>;
   auto body = [&](int64_t first, int64_t last) {
@@ -268,18 +268,18 @@ inline void lora_typed(const LoraParams* members, int64_t count, ParallelFor par
     SmallScratch<float, kChunkStride * 16> b_transposed(kChunkStride * transposed_rank);
     for (TokenOrder::BlockIterator it(order, first); it.block < last; it.next())
       for (int64_t i = 0; i < count; ++i)
-        block(members[i], it.adapter(), it.tokens(), it.count(), v.data, b_transposed.data);
+        block(problems[i], it.adapter(), it.tokens(), it.count(), v.data, b_transposed.data);
   };
   const int64_t macs = p.tokens * width / order.blocks + 1;
   for_range(parallel, order.blocks, kGrainMacs / macs + 1, body);
 }
 
-void lora(const LoraParams* members, int64_t count, ParallelFor parallel) {
-  const bool x16 = members[0].x_type == DType::bf16, w16 = members[0].w_type == DType::bf16;
-  if (x16 && w16) lora_typed<bf16, bf16>(members, count, parallel);
-  if (x16 && !w16) lora_typed<bf16, float>(members, count, parallel);
-  if (!x16 && w16) lora_typed<float, bf16>(members, count, parallel);
-  if (!x16 && !w16) lora_typed<float, float>(members, count, parallel);
+void lora(const LoraParams* problems, int64_t count, ParallelFor parallel) {
+  const bool x16 = problems[0].x_type == DType::bf16, w16 = problems[0].w_type == DType::bf16;
+  if (x16 && w16) lora_typed<bf16, bf16>(problems, count, parallel);
+  if (x16 && !w16) lora_typed<bf16, float>(problems, count, parallel);
+  if (!x16 && w16) lora_typed<float, bf16>(problems, count, parallel);
+  if (!x16 && !w16) lora_typed<float, float>(problems, count, parallel);
 }
 
 }  // namespace T2L_ISA_NAMESPACE

@@ -170,31 +170,27 @@ inline void pack_panel(const F& row, int64_t depth, typename PanelOf<WT>::Elemen
 // at most, which stay in L1.
 constexpr int64_t kWidened = 256;
 
-// n features of C rows of weights as the micro-kernel reads them: in place, or widened into `wide`.  *stride: of the rows of
-// w; then, of those that are returned.
-template <int C>
-inline const float* rows_to_read(const float* w, int64_t, float*, int64_t*) {
-  return w;
-}
-template <int C>
-inline const bf16* rows_to_read(const bf16* w, int64_t, bf16*, int64_t*) {
-  return w;
-}
-template <int C>
-inline const float* rows_to_read(const bf16* w, int64_t n, float* wide, int64_t* stride) {
-  for (int j = 0; j < C; ++j)
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const int left = static_cast<int>(min(kLanes, n - i));
-      store_as(wide + j * kWidened + i, load_up_to(w + j * *stride + i, left), left);
-    }
-  *stride = kWidened;
-  return wide;
+// n features of C rows of weights as the micro-kernel reads them: in place, or widened into `widened`.  *stride: of the rows
+// of w; then, of those that are returned.
+template <int C, class Weight, class WT>
+inline const Weight* rows_to_read(const WT* w, int64_t n, Weight* widened, int64_t* stride) {
+  if constexpr (std::is_same_v<Weight, WT>) {
+    return w;
+  } else {
+    for (int j = 0; j < C; ++j)
+      for (int64_t i = 0; i < n; i += kLanes) {
+        const int left = static_cast<int>(min(kLanes, n - i));
+        store_as(widened + j * kWidened + i, load_up_to(w + j * *stride + i, left), left);
+      }
+    *stride = kWidened;
+    return widened;
+  }
 }
 
 // Micro-kernel: c[j, i] = dot(panel row i, w[j]), j < C, feature-major.  The C rows of weights after these are prefetched,
 // also past the end: a prefetch does not fault.
 template <int C, class P, class WT>
-inline void panel_tile(const typename P::Element* x, const WT* w, int64_t depth, typename P::Weight* wide, float* c) {
+inline void panel_tile(const typename P::Element* x, const WT* w, int64_t depth, typename P::Weight* widened, float* c) {
   constexpr int64_t kLine = kCacheLine / sizeof(WT);
   Vec acc[C][kPanelVecs];
   for (int j = 0; j < C; ++j)
@@ -203,7 +199,7 @@ inline void panel_tile(const typename P::Element* x, const WT* w, int64_t depth,
   for (int64_t begin = 0; begin < whole; begin += block) {
     const int64_t end = min(whole, begin + block);
     int64_t stride = depth;
-    const typename P::Weight* rows = rows_to_read<C>(w + begin, end - begin, wide, &stride);
+    const typename P::Weight* rows = rows_to_read<C>(w + begin, end - begin, widened, &stride);
     for (int64_t line = begin; line < end; line += kLine) {
       for (int j = 0; j < C; ++j) __builtin_prefetch(w + (C + j) * depth + line, 0, 2);
       const int64_t line_end = min(end, line + kLine);
@@ -239,12 +235,12 @@ inline int64_t scratch_size(int64_t depth) { return T2L_TILES ? 8 * depth : kPan
 // Which operand of a product the next products use again: the panel, while weights come from memory, or the weights.
 enum class Keep { panel, weights };
 
-// c[cols, kPanelRows] = w[cols, depth] times the panel.  `wide`: scratch_size(depth) floats.
+// c[cols, kPanelRows] = w[cols, depth] times the panel.  `widened`: scratch_size(depth) floats.
 template <Keep, class WT>
 inline void matmul_panel(MatmulScope<WT>&, const typename PanelOf<WT>::Element* x, const WT* w, int64_t cols, int64_t depth,
-                         float* wide, float* c) {
+                         float* widened, float* c) {
   using P = PanelOf<WT>;
-  auto* scratch = reinterpret_cast<typename P::Weight*>(wide);
+  auto* scratch = reinterpret_cast<typename P::Weight*>(widened);
   constexpr int kTwoThirds = kPanelCols * 2 / 3, kThird = kPanelCols / 3;
   for (int64_t j = 0; j < cols;) {
     const int64_t left = cols - j;
@@ -339,10 +335,10 @@ inline void tile_product(MatmulScope<bf16>& scope, const uint32_t* x, const bf16
 // Fewer rows than a tile are copied; else the last tiles end with the last row, and give some results twice.
 template <Keep kKeep>
 inline void matmul_panel(MatmulScope<bf16>& scope, const uint32_t* x, const bf16* w, int64_t cols, int64_t depth,
-                         float* wide, float* c) {
+                         float* widened, float* c) {
   if (cols < kTileSide) {
     alignas(kCacheLine) float block[kTileSide * kPanelRows];
-    bf16* rows = reinterpret_cast<bf16*>(wide);
+    bf16* rows = reinterpret_cast<bf16*>(widened);
     std::memcpy(rows, w, cols * depth * sizeof(bf16));
     std::memset(rows + cols * depth, 0, (kTileSide - cols) * depth * sizeof(bf16));
     tile_product<false, kKeep>(scope, x, rows, rows, depth, block, nullptr);

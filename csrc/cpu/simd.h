@@ -82,9 +82,9 @@ struct bf16 {
 
 inline float to_float(float v) { return v; }
 inline float to_float(bf16 v) {
-  const uint32_t wide = static_cast<uint32_t>(v.bits) << 16;
+  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
   float f;
-  std::memcpy(&f, &wide, sizeof f);
+  std::memcpy(&f, &bits, sizeof f);
   return f;
 }
 
@@ -204,18 +204,18 @@ inline Vec load_up_to(const T* p, int n) {
 // Stores the first n lanes, rounded to T.
 template <class T>
 inline void store_as(T* p, Vec v, int n) {
-  float wide[kLanes];
-  store(wide, v);
-  for (int i = 0; i < n; ++i) from_float(wide[i], p + i);
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int i = 0; i < n; ++i) from_float(lanes[i], p + i);
 }
 inline void store_as(float* p, Vec v, int n) {
   if (n == kLanes) {
     store(p, v);
     return;
   }
-  float wide[kLanes];
-  store(wide, v);
-  std::memcpy(p, wide, n * sizeof(float));
+  float lanes[kLanes];
+  store(lanes, v);
+  std::memcpy(p, lanes, n * sizeof(float));
 }
 #if T2L_ISA_LEVEL == T2L_AVX512_BF16
 inline void store_as(bf16* p, Vec v, int n) {

@@ -35,34 +35,34 @@ T2L_ANYWHERE constexpr int64_t bytes_of(DType type) { return type == DType::f32 
 
 constexpr int kSortBins = 1024;   // histogram bins of the counting sort: adapters per pass
 constexpr int kWarpOutputs = 64;  // outputs of a warp tile of expand
-// 32-bit indices: those of parts and slices beyond the last are five times as large.
+// 32-bit indices: those of split-K slices and N-tiles beyond the last are five times as large.
 constexpr int64_t kMaxLoraFeatures = int64_t{1} << 28;  // in or out
 constexpr int64_t kMaxLoraTokens = int64_t{1} << 30;
 constexpr int64_t kMaxOneTokenBlocks = 64;  // batches of single tokens up to this size are not sorted
 constexpr int kShrinkParts = 4;             // of the features of x, at most
 
-// Features of a part: whole k-blocks of 64 bytes for every warp, four each, so that a part's loads can all be in flight.
-// They depend on the number of features alone: however many blocks share the parts, sums have the same bits.
-T2L_ANYWHERE constexpr int64_t lora_part_features(int64_t in, int64_t element) {
+// Features of a split-K slice: whole k-blocks of 64 bytes for every warp, four each, so that all loads of a slice can be in
+// flight.  They depend on the number of features alone: sums have the same bits, however many blocks share the slices.
+T2L_ANYWHERE constexpr int64_t lora_k_slice_features(int64_t in, int64_t element) {
   const int64_t step = 4 * kWarps * 64 / element;
   return step * max(1, ceil_div(in, step * kShrinkParts));
 }
-T2L_ANYWHERE constexpr int lora_parts(int64_t in, int64_t element) {
-  return static_cast<int>(max(1, ceil_div(in, lora_part_features(in, element))));
+T2L_ANYWHERE constexpr int lora_k_slices(int64_t in, int64_t element) {
+  return static_cast<int>(max(1, ceil_div(in, lora_k_slice_features(in, element))));
 }
 
 struct LoraConfig {
-  int m_tiles;                     // tokens of a chunk / 16
-  int n_tiles;                     // ranks of a pass over x / 8
-  bool one_token_per_block;        // ids are read in place, without the counting sort of tokens by adapter
-  bool decode;                     // the kernel without code for anything else
-  int64_t chunks;                  // upper bound of the chunks of tokens
-  int64_t outputs;                 // outputs of a slice
-  int slices;                      // of all members; those of a chunk are neighbours in the grid, so that they share x in L2
-  int first_slice[kMaxGroup + 1];  // of each member; last, the number of slices
-  int cluster;                     // neighbouring slices whose blocks share the rank vectors: each makes parts of all
-  int parts;                       // whose sums are kept apart: all of a cluster's, 1 of a block alone
-  int64_t v_stride;                // row stride of the rank vectors in shared memory, in floats
+  int m_tiles;               // tokens of a token tile / 16
+  int n_tiles;               // ranks of a pass over x / 8
+  bool one_token_per_block;  // ids are read in place, without the counting sort of tokens by adapter
+  bool decode;               // the kernel without code for anything else
+  int64_t token_tiles;       // upper bound
+  int64_t outputs;           // outputs of an N-tile
+  int output_tiles;          // N-tiles of all problems; those of a token tile are neighbours in the grid and share x in L2
+  int first_output_tile[kMaxGroup + 1];  // of each problem; last, the number of N-tiles
+  int cluster;       // neighbouring N-tiles whose blocks share the rank vectors: each sums some of the split-K slices
+  int k_slices;      // whose sums are kept apart: all of a cluster's, 1 of a block alone
+  int64_t v_stride;  // row stride of the rank vectors in shared memory, in floats
   int64_t shared_bytes;
 };
 
@@ -70,36 +70,36 @@ struct LoraConfig {
 inline DType lora_compute_type(const LoraParams& p) { return p.x_type == p.w_type ? p.x_type : DType::f32; }
 
 // Largest warp tiles without register spills: n tiles of 8 ranks for ranks above 16, and m tiles of 16 tokens of large
-// chunks, by the bytes of an operand.
+// token tiles, by the bytes of an operand.
 constexpr int kWideTiles = 4;
 constexpr int large_m_tiles(int64_t element, int n_tiles) { return element == 4 && n_tiles == kWideTiles ? 1 : 2; }
 
 // Occupancy by registers, in blocks per SM: a launch that has no more of them runs in one wave.
 constexpr int lora_blocks_per_sm(int64_t element, int m_tiles) { return element == 2 && m_tiles == 1 ? 2 : 1; }
 
-// Slices of one member: at least one where it leaves its rank vectors.
-inline int64_t lora_slices(const LoraParams& p, int64_t outputs) {
+// N-tiles of one problem: at least one where it leaves its rank vectors.
+inline int64_t lora_output_tiles(const LoraParams& p, int64_t outputs) {
   return max(p.rank_vectors ? 1 : 0, ceil_div(p.out, outputs));
 }
 
-// Outputs of a slice: the finest cut with which all chunks of all slices run at once, in `slots` blocks; where whole members
-// are too many already, those, since each slice reads x and A again.
-inline int64_t lora_slice_outputs(const LoraParams* members, int64_t count, int64_t chunks, int64_t slots) {
+// Outputs of an N-tile: the finest cut with which all token tiles of all N-tiles run at once, in `slots` blocks; where whole
+// problems are too many already, those, since each N-tile reads x and A again.
+inline int64_t lora_tile_outputs(const LoraParams* problems, int64_t count, int64_t token_tiles, int64_t slots) {
   constexpr int64_t kStep = kWarps * kWarpOutputs;
   int64_t outputs = 0, widest = 1;
   for (int64_t i = 0; i < count; ++i) {
-    outputs += members[i].out;
-    widest = max(widest, members[i].out);
+    outputs += problems[i].out;
+    widest = max(widest, problems[i].out);
   }
-  const auto slices = [&](int64_t size) {
+  const auto output_tiles = [&](int64_t size) {
     int64_t found = 0;
-    for (int64_t i = 0; i < count; ++i) found += lora_slices(members[i], size);
+    for (int64_t i = 0; i < count; ++i) found += lora_output_tiles(problems[i], size);
     return found;
   };
-  const int64_t most = max(1, slots / max(chunks, 1)), whole = round_up(widest, kStep);
+  const int64_t most = max(1, slots / max(token_tiles, 1)), whole = round_up(widest, kStep);
   int64_t size =
-      min(round_up(max(1, ceil_div(outputs, most)), kStep), whole);  // none is finer: slices end with their member
-  while (size < whole && slices(size) > most) size += kStep;
+      min(round_up(max(1, ceil_div(outputs, most)), kStep), whole);  // none is finer: N-tiles end with their problem
+  while (size < whole && output_tiles(size) > most) size += kStep;
   return size;
 }
 
@@ -107,15 +107,15 @@ inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(da
 
 // One token a block, 16-bit operands and weights stored as generated adapters are, rows of whole k-blocks or runs of eight
 // outputs at 16-byte boundaries, y added to.
-inline bool lora_is_decode(const LoraParams* members, int64_t count, const LoraConfig& c) {
-  bool all = c.one_token_per_block && bytes_of(lora_compute_type(members[0])) == 2;
+inline bool lora_is_decode(const LoraParams* problems, int64_t count, const LoraConfig& c) {
+  bool all = c.one_token_per_block && bytes_of(lora_compute_type(problems[0])) == 2;
   const auto aligned = [](const void* data, std::initializer_list<int64_t> strides) {
     bool whole = is_aligned(data);
     for (const int64_t stride : strides) whole = whole && stride % 8 == 0;
     return whole;
   };
   for (int64_t i = 0; i < count && all; ++i) {
-    const LoraParams& p = members[i];
+    const LoraParams& p = problems[i];
     all = p.accumulate && !p.rank_vectors && p.in % 32 == 0 && p.out % 8 == 0 && p.b_stride_out == 1 &&
           aligned(p.x, {p.x_stride}) && aligned(p.y, {p.y_stride}) && aligned(p.a, {p.a_stride_adapter, p.a_stride_rank}) &&
           aligned(p.b, {p.b_stride_adapter, p.b_stride_rank});
@@ -123,92 +123,95 @@ inline bool lora_is_decode(const LoraParams* members, int64_t count, const LoraC
   return all;
 }
 
-// Blocks of a cluster, where x has parts to share and is that of all members.  Slices are filled up to whole clusters with
-// empty ones, whose blocks make parts and leave, if all still run at once.  Clusters of 8 use seven eighths of the places:
-// their blocks must lie in one group of SMs, of which some hold no whole number of them.
-inline int lora_cluster(const LoraParams* members, int64_t count, int64_t chunks, int64_t slices, int64_t most,
+// Blocks of a cluster, where x has split-K slices to share and is that of all problems.  N-tiles are filled up to whole
+// clusters with empty ones, whose blocks only sum split-K slices, if all still run at once.  A cluster must fit one GPC, and
+// GPCs differ in size: clusters of 8 use at most 7/8 of the SMs.
+inline int lora_cluster(const LoraParams* problems, int64_t count, int64_t token_tiles, int64_t output_tiles, int64_t most,
                         int64_t slots) {
-  const LoraParams& p = members[0];
-  if (slices < 2 || lora_parts(p.in, bytes_of(lora_compute_type(p))) < 2) return 1;
+  const LoraParams& p = problems[0];
+  if (output_tiles < 2 || lora_k_slices(p.in, bytes_of(lora_compute_type(p))) < 2) return 1;
   for (int64_t i = 1; i < count; ++i) {
-    const LoraParams& other = members[i];
+    const LoraParams& other = problems[i];
     if (other.x != p.x || other.x_stride != p.x_stride || other.in != p.in || other.scaling != p.scaling) return 1;
   }
   for (const int cluster : {8, 4, 2}) {
-    const bool is_needed = cluster < 2 * slices;  // else half of its blocks would be enough
-    if (is_needed && cluster <= most && chunks * round_up(slices, cluster) <= (cluster == 8 ? slots - slots / 8 : slots))
+    const bool is_needed = cluster < 2 * output_tiles;  // else half of its blocks would be enough
+    if (is_needed && cluster <= most &&
+        token_tiles * round_up(output_tiles, cluster) <= (cluster == 8 ? slots - slots / 8 : slots))
       return cluster;
   }
-  return slices % 2 == 0 && most >= 2 ? 2 : 1;
+  return output_tiles % 2 == 0 && most >= 2 ? 2 : 1;
 }
 
 constexpr int lora_n_tiles(int64_t tiles) { return tiles <= 1 ? 1 : tiles == 2 ? 2 : kWideTiles; }
 
-// What follows from the tiles of 8 ranks that a block makes rank vectors of: those of one member or, in clusters, of all
-// members that a cluster has slices of.
-inline void choose_rank_tiles(const LoraParams* members, int64_t count, LoraConfig& c) {
-  const int64_t element = bytes_of(lora_compute_type(members[0]));
+// What follows from the tiles of 8 ranks that a block makes rank vectors of: those of one problem or, in clusters, of all
+// problems that a cluster has N-tiles of.
+inline void choose_rank_tiles(const LoraParams* problems, int64_t count, LoraConfig& c) {
+  const int64_t element = bytes_of(lora_compute_type(problems[0]));
   int64_t tiles = 1;
   for (int64_t first = 0; first < count; ++first) {
-    const int last_slice = c.first_slice[first + 1] - 1;  // the cluster that begins with it, or before, has the most members
+    const int last_output_tile =
+        c.first_output_tile[first + 1] - 1;  // the cluster that begins with it, or before, has the most problems
     int64_t all = 0;
-    for (int64_t i = first; i < count && (i == first || c.first_slice[i] < round_up(last_slice + 1, c.cluster)); ++i)
-      all += ceil_div(members[i].rank, 8);
+    for (int64_t i = first; i < count && (i == first || c.first_output_tile[i] < round_up(last_output_tile + 1, c.cluster));
+         ++i)
+      all += ceil_div(problems[i].rank, 8);
     tiles = max(tiles, all);
   }
-  c.parts = c.cluster > 1 ? lora_parts(members[0].in, element) : 1;
-  // Chunks are cut for the widest member's.  Where no kernel has so many tiles beside theirs, there are more passes.
+  c.k_slices = c.cluster > 1 ? lora_k_slices(problems[0].in, element) : 1;
+  // Token tiles are cut for the widest problem's.  Where no kernel has so many tiles beside theirs, there are more passes.
   if (c.m_tiles <= large_m_tiles(element, lora_n_tiles(tiles))) c.n_tiles = lora_n_tiles(tiles);
-  const int64_t width = 8 * round_up(tiles, c.n_tiles), chunk = 16 * c.m_tiles;
+  const int64_t width = 8 * round_up(tiles, c.n_tiles), token_tile = 16 * c.m_tiles;
   c.v_stride = width / 8 % 2 ? width : width + 8;  // rows are 8 or 24 banks apart: no bank conflicts
   c.shared_bytes = align16(16 * sizeof(int)) +
-                   (c.decode ? 0 : align16(chunk * sizeof(int)) + align16(kSortBins * sizeof(int))) +
-                   align16(c.parts * kWarps * (c.decode ? 1 : chunk) * 8 * c.n_tiles * sizeof(float)) +
-                   align16(chunk * c.v_stride * sizeof(float));
+                   (c.decode ? 0 : align16(token_tile * sizeof(int)) + align16(kSortBins * sizeof(int))) +
+                   align16(c.k_slices * kWarps * (c.decode ? 1 : token_tile) * 8 * c.n_tiles * sizeof(float)) +
+                   align16(token_tile * c.v_stride * sizeof(float));
 }
 
 // `max_cluster`: of the device.
-inline LoraConfig lora_config(const LoraParams* members, int64_t count, int64_t max_cluster, const DeviceLimits& limits,
+inline LoraConfig lora_config(const LoraParams* problems, int64_t count, int64_t max_cluster, const DeviceLimits& limits,
                               bool large_chunks) {
-  const LoraParams& p = members[0];
+  const LoraParams& p = problems[0];
   LoraConfig c{};
   int64_t rank = 1;
-  for (int64_t i = 0; i < count; ++i) rank = max(rank, members[i].rank);
+  for (int64_t i = 0; i < count; ++i) rank = max(rank, problems[i].rank);
   const int64_t element = bytes_of(lora_compute_type(p));
   c.one_token_per_block = !large_chunks && p.max_seg_len <= 1 && p.segments == p.tokens && p.tokens <= kMaxOneTokenBlocks;
   c.n_tiles = lora_n_tiles(ceil_div(rank, 8));
   c.m_tiles = large_chunks ? large_m_tiles(element, c.n_tiles) : 1;
-  const int64_t chunk = 16 * c.m_tiles;
+  const int64_t token_tile = 16 * c.m_tiles;
   const int64_t used_adapters = min(p.adapters + (p.accumulate ? 0 : 1), p.segments);  // adapters in use, at most
-  c.chunks = c.one_token_per_block ? p.tokens : min(p.tokens, p.tokens / chunk + used_adapters);
-  if (p.bad_ids && p.segments) c.chunks = max(c.chunks, 1);  // a block that counts, even without adapters
+  c.token_tiles = c.one_token_per_block ? p.tokens : min(p.tokens, p.tokens / token_tile + used_adapters);
+  if (p.bad_ids && p.segments) c.token_tiles = max(c.token_tiles, 1);  // a block that counts, even without adapters
   const int64_t blocks_per_sm = lora_blocks_per_sm(element, c.m_tiles);
-  c.outputs = lora_slice_outputs(members, count, c.chunks, blocks_per_sm * limits.num_sms);
+  c.outputs = lora_tile_outputs(problems, count, c.token_tiles, blocks_per_sm * limits.num_sms);
   for (int64_t i = 0; i < count; ++i)
-    c.first_slice[i + 1] = c.first_slice[i] + static_cast<int>(lora_slices(members[i], c.outputs));
-  c.slices = c.first_slice[count];
-  c.decode = lora_is_decode(members, count, c);
+    c.first_output_tile[i + 1] = c.first_output_tile[i] + static_cast<int>(lora_output_tiles(problems[i], c.outputs));
+  c.output_tiles = c.first_output_tile[count];
+  c.decode = lora_is_decode(problems, count, c);
   const LoraConfig alone = c;
-  c.cluster = lora_cluster(members, count, c.chunks, c.slices, max_cluster, blocks_per_sm * limits.num_sms);
-  c.first_slice[count] = c.slices = static_cast<int>(round_up(c.slices, c.cluster));
-  choose_rank_tiles(members, count, c);
+  c.cluster = lora_cluster(problems, count, c.token_tiles, c.output_tiles, max_cluster, blocks_per_sm * limits.num_sms);
+  c.first_output_tile[count] = c.output_tiles = static_cast<int>(round_up(c.output_tiles, c.cluster));
+  choose_rank_tiles(problems, count, c);
   if (c.cluster == 1 || blocks_per_sm * c.shared_bytes <= limits.shared_bytes) return c;
   c = alone;  // fewer blocks would run at once
   c.cluster = 1;
-  choose_rank_tiles(members, count, c);
+  choose_rank_tiles(problems, count, c);
   return c;
 }
 
-inline LoraConfig choose_lora_config(const LoraParams* members, int64_t count, int64_t max_cluster,
+inline LoraConfig choose_lora_config(const LoraParams* problems, int64_t count, int64_t max_cluster,
                                      const DeviceLimits& limits) {
-  const LoraConfig small = lora_config(members, count, max_cluster, limits, false);
-  const LoraConfig large = lora_config(members, count, max_cluster, limits, true);
-  // Large chunks read A and B least often.  They pay once they fill all SMs: with fewer chunks, outputs are split into
-  // slices, and every slice reads x again.
-  const int64_t element = bytes_of(lora_compute_type(members[0]));
+  const LoraConfig small = lora_config(problems, count, max_cluster, limits, false);
+  const LoraConfig large = lora_config(problems, count, max_cluster, limits, true);
+  // Large token tiles read A and B least often.  They pay once they fill all SMs: with fewer token tiles, outputs are split
+  // into N-tiles, and every N-tile reads x again.
+  const int64_t element = bytes_of(lora_compute_type(problems[0]));
   const int64_t wave = 16 * large.m_tiles * lora_blocks_per_sm(element, large.m_tiles) * limits.num_sms;
-  return !small.one_token_per_block && members[0].tokens >= wave && large.shared_bytes <= limits.shared_bytes ? large
-                                                                                                              : small;
+  return !small.one_token_per_block && problems[0].tokens >= wave && large.shared_bytes <= limits.shared_bytes ? large
+                                                                                                               : small;
 }
 
 // ---- gradients of A and B: a block has 16 ranks of an adapter and 64 columns of A or B
@@ -328,9 +331,9 @@ inline int64_t head_rows(const HeadParams& p) {
 inline int64_t head_latent_rows(const HeadParams& p) { return p.tasks * p.ranks * p.layers; }
 
 inline bool head_is_aligned(const HeadParams& p) {
-  const int64_t quad = 16 / bytes_of(p.w_type);
-  bool all = p.h % quad == 0 && is_aligned(p.weight) && is_aligned(p.latent);
-  for (const int64_t stride : p.latent_stride) all = all && stride % quad == 0;
+  const int64_t vec = 16 / bytes_of(p.w_type);
+  bool all = p.h % vec == 0 && is_aligned(p.weight) && is_aligned(p.latent);
+  for (const int64_t stride : p.latent_stride) all = all && stride % vec == 0;
   return all;
 }
 

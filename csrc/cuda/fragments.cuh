@@ -1,11 +1,11 @@
 // Tensor-core products a b^T (both operands K-major), one k-block of 64 bytes of every row at a time.
 //
-// A lane (g = lane / 4, t = lane % 4) loads 16 bytes: quad t of the k-block of its rows.  The assignment of features to
+// A lane (g = lane / 4, t = lane % 4) loads 16 bytes: vec t of the k-block of its rows.  The assignment of features to
 // operand registers is free as long as A and B agree, so one 128-bit load gives the fragments of two MMAs, without ldmatrix
 // or shuffles.
 //
 // float32 operands use 3xTF32 (x = high + low, 11 bits each): relative error at most 3 * 2^-22.  Tensor cores truncate when
-// accumulating, a bias that would exceed float32 bounds over a large K: multiply_quads of float32 accumulates one k-block on
+// accumulating, a bias that would exceed float32 bounds over a large K: multiply_vec16 of float32 accumulates one k-block on
 // tensor cores, and adds k-blocks with rounding.
 #pragma once
 #include "arithmetic.cuh"
@@ -29,8 +29,8 @@ struct TypeOf<float> {
 };
 template <class T>
 struct Traits : TypeOf<T> {
-  static constexpr int kPerQuad = 16 / static_cast<int>(sizeof(T));
-  static constexpr int kPerKBlock = 4 * kPerQuad;  // features of a k-block (64 bytes)
+  static constexpr int kPerVec16 = 16 / static_cast<int>(sizeof(T));
+  static constexpr int kPerKBlock = 4 * kPerVec16;  // features of a k-block (64 bytes)
 };
 
 struct Split {
@@ -45,9 +45,9 @@ T2L_DEVICE Split split(float v) {
 }
 T2L_DEVICE float finite_or_zero(float v) { return is_finite(v) ? v : 0.0f; }
 
-// d (16 x 8) += a b^T over one k-block; low_rows, high_rows: quad t of rows g and g + 8 of a; b: quad t of row g of b.
+// d (16 x 8) += a b^T over one k-block; low_rows, high_rows: vec t of rows g and g + 8 of a; b: vec t of row g of b.
 template <class T>
-T2L_DEVICE void multiply_quads(float (&d)[4], const Quad& low_rows, const Quad& high_rows, const Quad& b, T type) {
+T2L_DEVICE void multiply_vec16(float (&d)[4], const Vec16& low_rows, const Vec16& high_rows, const Vec16& b, T type) {
 #pragma unroll
   for (int step = 0; step < 2; ++step) {
     const uint32_t left[4] = {low_rows.word[2 * step], high_rows.word[2 * step], low_rows.word[2 * step + 1],
@@ -74,7 +74,7 @@ T2L_DEVICE void multiply_split(float (&d)[4], const Split (&left)[4], const Spli
   mma_16x8x8(d, left_high, right_high);
 }
 
-T2L_DEVICE void multiply_quads(float (&d)[4], const Quad& low_rows, const Quad& high_rows, const Quad& b, float) {
+T2L_DEVICE void multiply_vec16(float (&d)[4], const Vec16& low_rows, const Vec16& high_rows, const Vec16& b, float) {
   float sum[4] = {};
 #pragma unroll
   for (int step = 0; step < 2; ++step) {
@@ -123,11 +123,11 @@ T2L_DEVICE void unpack_pair(const Pair& pair, T type, float* out) {
   unpack_two(pair.word[1], type, &out[2], &out[3]);
 }
 template <class T>
-T2L_DEVICE void unpack(const Quad& q, T type, float* out) {
+T2L_DEVICE void unpack(const Vec16& q, T type, float* out) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) unpack_two(q.word[i], type, &out[2 * i], &out[2 * i + 1]);
 }
-T2L_DEVICE void unpack(const Quad& q, float, float* out) {
+T2L_DEVICE void unpack(const Vec16& q, float, float* out) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) out[i] = bits_to_float(q.word[i]);
 }
@@ -139,28 +139,28 @@ T2L_DEVICE uint32_t pack_two(float first, float second, T) {
   return static_cast<uint32_t>(low.bits) | static_cast<uint32_t>(high.bits) << 16;
 }
 template <class T>
-T2L_DEVICE Quad pack(const float* v, T type) {
-  Quad q;
+T2L_DEVICE Vec16 pack(const float* v, T type) {
+  Vec16 q;
 #pragma unroll
   for (int i = 0; i < 4; ++i) q.word[i] = pack_two(v[2 * i], v[2 * i + 1], type);
   return q;
 }
-T2L_DEVICE Quad pack(const float* v, float) {
-  Quad q;
+T2L_DEVICE Vec16 pack(const float* v, float) {
+  Vec16 q;
 #pragma unroll
   for (int i = 0; i < 4; ++i) q.word[i] = float_to_bits(v[i]);
   return q;
 }
-T2L_DEVICE void set_element(Quad* q, int i, bf16 v) { q->word[i / 2] |= static_cast<uint32_t>(v.bits) << (i % 2 * 16); }
-T2L_DEVICE void set_element(Quad* q, int i, f16 v) { q->word[i / 2] |= static_cast<uint32_t>(v.bits) << (i % 2 * 16); }
-T2L_DEVICE void set_element(Quad* q, int i, float v) { q->word[i] = float_to_bits(v); }
+T2L_DEVICE void set_element(Vec16* q, int i, bf16 v) { q->word[i / 2] |= static_cast<uint32_t>(v.bits) << (i % 2 * 16); }
+T2L_DEVICE void set_element(Vec16* q, int i, f16 v) { q->word[i / 2] |= static_cast<uint32_t>(v.bits) << (i % 2 * 16); }
+T2L_DEVICE void set_element(Vec16* q, int i, float v) { q->word[i] = float_to_bits(v); }
 
 // 16 bytes of a row of `size` features, from feature k on, zero beyond the end.  `aligned`: the row is 16-byte aligned.
 template <class T>
-T2L_DEVICE Quad load_features(const T* row, int64_t k, int64_t size, bool aligned) {
-  constexpr int n = Traits<T>::kPerQuad;
-  if (aligned && k + n <= size) return load_quad(row + k);
-  Quad q = zero_quad();
+T2L_DEVICE Vec16 load_features(const T* row, int64_t k, int64_t size, bool aligned) {
+  constexpr int n = Traits<T>::kPerVec16;
+  if (aligned && k + n <= size) return load_vec16(row + k);
+  Vec16 q = zero_vec16();
 #pragma unroll
   for (int i = 0; i < n; ++i)
     if (k + i < size) set_element(&q, i, load_one(row + k + i));

@@ -30,7 +30,7 @@ const char* launch_heads(const HeadParams* modules, int64_t count, void* stream)
   const HeadKernel kernel = type == DType::bf16  ? head_kernel_for<device::bf16>(c)
                             : type == DType::f16 ? head_kernel_for<device::f16>(c)
                                                  : device::head_kernel<float, kNarrowRows / 16, false>;
-  return launch(kernel, c.blocks, c.shared_bytes, limits, stream, argument, Start::early);
+  return launch(kernel, c.blocks, c.shared_bytes, limits, stream, argument, Start::pdl);
 }
 
 }  // namespace

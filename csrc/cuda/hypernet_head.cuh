@@ -125,23 +125,23 @@ T2L_DEVICE int first_latent(const HeadLaunch& launch, const HeadCursor& at, int 
 
 // ---- producer: global memory to a pipeline stage
 
-constexpr int kQuadsPerRow = kTileRowBytes / 16;  // per stage
-constexpr int kQuadsPerKBlock = kKBlockBytes / 16;
+constexpr int kVec16PerRow = kTileRowBytes / 16;  // per stage
+constexpr int kVec16PerKBlock = kKBlockBytes / 16;
 
-// Offset of a 16-byte quad in a stage, laid out [k-block, row, 64 bytes].  XOR swizzle of the second k-block: the 128 bytes
-// of a row are stored to all 32 banks, without bank conflicts.
-T2L_DEVICE int stage_offset(int rows, int row, int quad) {
-  const int k_block = quad / kQuadsPerKBlock;
-  return (k_block * rows + (row ^ k_block)) * kKBlockBytes + quad % kQuadsPerKBlock * 16;
+// Offset of a 16-byte vector in a stage, laid out [k-block, row, 64 bytes].  XOR swizzle of the second k-block: the 128
+// bytes of a row are stored to all 32 banks, without bank conflicts.
+T2L_DEVICE int stage_offset(int rows, int row, int vec) {
+  const int k_block = vec / kVec16PerKBlock;
+  return (k_block * rows + (row ^ k_block)) * kKBlockBytes + vec % kVec16PerKBlock * 16;
 }
 
-// Copies quad `quad` of k-tile `k_tile` of kPasses rows to `target` and every kStep rows of a stage on; zeros follow the end
+// Copies vec `vec` of k-tile `k_tile` of kPasses rows to `target` and every kStep rows of a stage on; zeros follow the end
 // of a row.  `row_of(i)`: row of pass i, null for zeros; `any`: an address that may be read.  Rows that are not aligned are
 // rare: their code is unrolled no more than kUnroll times.
 template <class T, int kPasses, int kStep, int kUnroll, class RowOf>
-T2L_DEVICE void load_rows(char* target, RowOf row_of, int row_bytes, int k_tile, int quad, bool aligned, const char* any) {
+T2L_DEVICE void load_rows(char* target, RowOf row_of, int row_bytes, int k_tile, int vec, bool aligned, const char* any) {
   constexpr int kSize = static_cast<int>(sizeof(T)), kStepBytes = kStep * kKBlockBytes;
-  const int k = k_tile * kTileRowBytes + quad * 16;
+  const int k = k_tile * kTileRowBytes + vec * 16;
   if (aligned) {
     const int left = row_bytes - k, valid = left < 0 ? 0 : left < 16 ? left : 16;
 #pragma unroll
@@ -155,32 +155,32 @@ T2L_DEVICE void load_rows(char* target, RowOf row_of, int row_bytes, int k_tile,
 #pragma unroll(kUnroll)
   for (int i = 0; i < kPasses; ++i) {
     const char* row = row_of(i);
-    *reinterpret_cast<Quad*>(target + i * kStepBytes) =
-        row ? load_features(reinterpret_cast<const T*>(row), k / kSize, row_bytes / kSize, false) : zero_quad();
+    *reinterpret_cast<Vec16*>(target + i * kStepBytes) =
+        row ? load_features(reinterpret_cast<const T*>(row), k / kSize, row_bytes / kSize, false) : zero_vec16();
   }
 }
 
 // The weight rows of a tile, whose copies all threads of the block share, in passes of kRows rows.
 template <class T>
 struct WeightSource {
-  static constexpr int kRows = kThreads / kQuadsPerRow;
+  static constexpr int kRows = kThreads / kVec16PerRow;
   const char* first;  // row of this thread's first pass
   const char* any;
   int rows_left, row_bytes;
 
   T2L_DEVICE void find(const HeadLaunch& launch, const HeadCursor& at) {
     const HeadParams& p = launch.module[at.module];
-    const int row = (at.tile - launch.config.first_tile[at.module]) * kHeadTile + thread_index() / kQuadsPerRow;
+    const int row = (at.tile - launch.config.first_tile[at.module]) * kHeadTile + thread_index() / kVec16PerRow;
     row_bytes = static_cast<int>(p.h * static_cast<int64_t>(sizeof(T)));
     rows_left = launch.config.rows[at.module] - row;
     any = static_cast<const char*>(p.weight);
     first = any + int64_t{row} * row_bytes;
   }
   T2L_DEVICE void load(bool aligned, int k_tile, char* stage) const {
-    const int row = thread_index() / kQuadsPerRow, quad = thread_index() % kQuadsPerRow;
+    const int row = thread_index() / kVec16PerRow, vec = thread_index() % kVec16PerRow;
     const auto row_of = [&](int i) { return i * kRows < rows_left ? first + int64_t{i} * kRows * row_bytes : nullptr; };
-    load_rows<T, kHeadTile / kRows, kRows, 1>(stage + stage_offset(kHeadTile, smem_row_of(row), quad),  // permutes in a pass
-                                              row_of, row_bytes, k_tile, quad, aligned, any);
+    load_rows<T, kHeadTile / kRows, kRows, 1>(stage + stage_offset(kHeadTile, smem_row_of(row), vec),  // permutes in a pass
+                                              row_of, row_bytes, k_tile, vec, aligned, any);
   }
 };
 
@@ -188,14 +188,14 @@ struct WeightSource {
 // stage: the kernel would otherwise be bound by instruction issue.
 template <class T, class Group>
 struct LatentSource {
-  static constexpr int kRows = Group::kGroupThreads / kQuadsPerRow, kPasses = Group::kLatentRows / kRows;
+  static constexpr int kRows = Group::kGroupThreads / kVec16PerRow, kPasses = Group::kLatentRows / kRows;
   const char* row[kPasses];  // null: padding
   const char* any;
   int row_bytes;
 
   T2L_DEVICE void find(const HeadLaunch& launch, const HeadCursor& at) {
     const HeadParams& p = launch.module[at.module];
-    const int first = first_latent(launch, at, Group::kLatentRows) + Group::thread() / kQuadsPerRow;
+    const int first = first_latent(launch, at, Group::kLatentRows) + Group::thread() / kVec16PerRow;
     row_bytes = static_cast<int>(p.h * static_cast<int64_t>(sizeof(T)));
     any = static_cast<const char*>(p.latent);
 #pragma unroll
@@ -207,10 +207,10 @@ struct LatentSource {
     }
   }
   T2L_DEVICE void load(bool aligned, int k_tile, char* stage) const {
-    const int quad = Group::thread() % kQuadsPerRow;
+    const int vec = Group::thread() % kVec16PerRow;
     const auto row_of = [&](int i) { return row[i]; };
-    load_rows<T, kPasses, kRows, kPasses>(stage + stage_offset(Group::kLatentRows, Group::thread() / kQuadsPerRow, quad),
-                                          row_of, row_bytes, k_tile, quad, aligned, any);
+    load_rows<T, kPasses, kRows, kPasses>(stage + stage_offset(Group::kLatentRows, Group::thread() / kVec16PerRow, vec),
+                                          row_of, row_bytes, k_tile, vec, aligned, any);
   }
 };
 
@@ -225,20 +225,20 @@ T2L_DEVICE void multiply_stage(const char* weights, const char* latents, HeadAcc
   const int warp_m = warp % kWarpsM, warp_n = warp / kWarpsM;
 #pragma unroll(sizeof(T) == 4 ? 1 : 2)  // float32 operands are split in registers
   for (int k_block = 0; k_block < kTileRowBytes / kKBlockBytes; ++k_block) {
-    const int quad = k_block * kQuadsPerKBlock + t;
-    const char* left_rows = weights + stage_offset(kHeadTile, warp_m * 16 * kMTiles + g, quad);
-    const char* right_rows = latents + stage_offset(Group::kLatentRows, warp_n * 8 * NT + g, quad);
-    Quad left[kMTiles][2];
+    const int vec = k_block * kVec16PerKBlock + t;
+    const char* left_rows = weights + stage_offset(kHeadTile, warp_m * 16 * kMTiles + g, vec);
+    const char* right_rows = latents + stage_offset(Group::kLatentRows, warp_n * 8 * NT + g, vec);
+    Vec16 left[kMTiles][2];
 #pragma unroll
     for (int mt = 0; mt < kMTiles; ++mt)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        left[mt][half] = *reinterpret_cast<const Quad*>(left_rows + (16 * mt + 8 * half) * kKBlockBytes);
+        left[mt][half] = *reinterpret_cast<const Vec16*>(left_rows + (16 * mt + 8 * half) * kKBlockBytes);
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
-      const Quad right = *reinterpret_cast<const Quad*>(right_rows + 8 * nt * kKBlockBytes);
+      const Vec16 right = *reinterpret_cast<const Vec16*>(right_rows + 8 * nt * kKBlockBytes);
 #pragma unroll
-      for (int mt = 0; mt < kMTiles; ++mt) multiply_quads(accum[mt][nt], left[mt][0], left[mt][1], right, T());
+      for (int mt = 0; mt < kMTiles; ++mt) multiply_vec16(accum[mt][nt], left[mt][0], left[mt][1], right, T());
     }
   }
 }
@@ -266,7 +266,7 @@ T2L_DEVICE void store_lane_rows(char* out, int64_t column_stride, DType type, co
   static_assert(kRowsPerLane == 4, "a 64-bit store of 16-bit outputs, a 128-bit one of float32");
   const uintptr_t address = reinterpret_cast<uintptr_t>(out);
   if (column_stride == 1) {
-    if (type == DType::f32 && address % 16 == 0) return store_quad(out, pack(v, float()));
+    if (type == DType::f32 && address % 16 == 0) return store_vec16(out, pack(v, float()));
     if (type == DType::bf16 && address % 8 == 0)
       return store_one(reinterpret_cast<Pair*>(out), Pair{{pack_two(v[0], v[1], bf16()), pack_two(v[2], v[3], bf16())}});
     if (type == DType::f16 && address % 8 == 0)

@@ -53,16 +53,16 @@ template <class T, class Element>
 T2L_DEVICE void exchange(const TrunkTile<T>& tile, Element* panel, int64_t stride, int columns, int rows) {
   block_barrier();
   if (tile.cluster == 1) return;
-  constexpr int kPerQuad = 16 / static_cast<int>(sizeof(Element));
+  constexpr int kPerVec16 = 16 / static_cast<int>(sizeof(Element));
   const Columns own = own_columns(tile, columns);
-  const int quads = (own.end - own.begin) / kPerQuad;
+  const int vectors = (own.end - own.begin) / kPerVec16;
 #pragma unroll 1
-  for (int i = thread_index(); i < rows * quads; i += kThreads) {
-    Element* at = panel + i / quads * stride + own.begin + i % quads * kPerQuad;
-    const Quad q = *reinterpret_cast<const Quad*>(at);
+  for (int i = thread_index(); i < rows * vectors; i += kThreads) {
+    Element* at = panel + i / vectors * stride + own.begin + i % vectors * kPerVec16;
+    const Vec16 q = *reinterpret_cast<const Vec16*>(at);
 #pragma unroll 1
     for (int distance = 1; distance < tile.cluster; ++distance)
-      OfBlock(at, sizeof(Quad), (tile.block + distance) & (tile.cluster - 1)).store(0, q);
+      OfBlock(at, sizeof(Vec16), (tile.block + distance) & (tile.cluster - 1)).store(0, q);
   }
   cluster_barrier();
 }
@@ -74,9 +74,9 @@ T2L_DEVICE void tile_linear(const TrunkTile<T>& tile, const T* inputs, int64_t s
                             int depth, Epilogue epilogue) {
   constexpr int kStep = Traits<T>::kPerKBlock,
                 kUnroll = sizeof(T) == 4 ? 2 : 4;  // k-blocks whose loads are in flight together
-  const int g = lane_index() / 4, t = lane_index() % 4, lane_k = t * Traits<T>::kPerQuad;
+  const int g = lane_index() / 4, t = lane_index() % 4, lane_k = t * Traits<T>::kPerVec16;
   const T* w = static_cast<const T*>(weight);
-  const bool aligned = reinterpret_cast<uintptr_t>(w) % 16 == 0 && depth % Traits<T>::kPerQuad == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(w) % 16 == 0 && depth % Traits<T>::kPerVec16 == 0;
   const T* low_row = inputs + g * stride + lane_k;
   const T* high_row = low_row + 8 * stride;
   const int rows = tile.rows;
@@ -84,12 +84,12 @@ T2L_DEVICE void tile_linear(const TrunkTile<T>& tile, const T* inputs, int64_t s
   constexpr int kColumns = cuda::kTrunkColumns;
   for (int first = own.begin + warp_index() * kColumns; first < own.end; first += kWarps * kColumns) {
     float accum[2][4] = {};
-    Quad weights[kUnroll][2];
-    const auto multiply = [&](int k, const Quad(&k_block)[2]) {
-      const Quad low = g < rows ? *reinterpret_cast<const Quad*>(low_row + k) : zero_quad();
-      const Quad high = g + 8 < rows ? *reinterpret_cast<const Quad*>(high_row + k) : zero_quad();
+    Vec16 weights[kUnroll][2];
+    const auto multiply = [&](int k, const Vec16(&k_block)[2]) {
+      const Vec16 low = g < rows ? *reinterpret_cast<const Vec16*>(low_row + k) : zero_vec16();
+      const Vec16 high = g + 8 < rows ? *reinterpret_cast<const Vec16*>(high_row + k) : zero_vec16();
 #pragma unroll
-      for (int i = 0; i < 2; ++i) multiply_quads(accum[i], low, high, k_block[i], T());
+      for (int i = 0; i < 2; ++i) multiply_vec16(accum[i], low, high, k_block[i], T());
     };
     const T* row[2];  // null: padding
 #pragma unroll
@@ -103,14 +103,14 @@ T2L_DEVICE void tile_linear(const TrunkTile<T>& tile, const T* inputs, int64_t s
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u)
 #pragma unroll
-          for (int i = 0; i < 2; ++i) weights[u][i] = row[i] ? load_quad(row[i] + k + u * kStep + lane_k) : zero_quad();
+          for (int i = 0; i < 2; ++i) weights[u][i] = row[i] ? load_vec16(row[i] + k + u * kStep + lane_k) : zero_vec16();
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) multiply(k + u * kStep, weights[u]);
       }
 #pragma unroll 1
     for (; k < depth; k += kStep) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) weights[0][i] = row[i] ? load_features(row[i], k + lane_k, depth, aligned) : zero_quad();
+      for (int i = 0; i < 2; ++i) weights[0][i] = row[i] ? load_features(row[i], k + lane_k, depth, aligned) : zero_vec16();
       multiply(k, weights[0]);
     }
 #pragma unroll
@@ -165,7 +165,7 @@ T2L_DEVICE float dot(const float* a, const float* b, int size) {
   if (aligned) {
 #pragma unroll 4
     for (int k = 4 * lane_index(); k < size; k += 128) {
-      const Quad left = load_quad(a + k), right = load_quad(b + k);
+      const Vec16 left = load_vec16(a + k), right = load_vec16(b + k);
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum[i] += bits_to_float(left.word[i]) * bits_to_float(right.word[i]);
     }

@@ -52,14 +52,14 @@ inline DeviceLimits device_limits() {
 }
 
 #ifndef T2L_EMULATOR
-// The current device, or kDevices for one whose properties are not kept.
+// The current device, or kDevices for one whose properties are not block_ranks.
 inline int kept_device() {
   int device = 0;
   return cudaGetDevice(&device) == cudaSuccess && device < kDevices ? device : kDevices;
 }
 
 // Whether the code of a kernel that device `device` runs, the current one, is of compute capability 9.0 or later, which has
-// clusters and early launches.
+// clusters and PDL launches.
 template <class Argument>
 bool is_for_clusters(void (*kernel)(Argument), int device) {
   static std::atomic<signed char> known[kDevices] = {};  // by device: 1 yes, -1 no; all kernels are compiled for the same
@@ -105,11 +105,11 @@ int64_t max_cluster([[maybe_unused]] void (*kernel)(Argument), [[maybe_unused]] 
 }
 
 // Whether a launch may begin before the one before it in its stream has ended, where the device has such launches.
-enum class Start { in_turn, early };
+enum class Start { in_turn, pdl };
 
-// Whether launches may be early: as of driver 12.3 they can be captured in a graph, too.
+// Whether launches may be PDL launches: as of driver 12.3 they can be captured in a graph, too.
 template <class Argument>
-bool has_early_launches([[maybe_unused]] void (*kernel)(Argument)) {
+bool has_pdl([[maybe_unused]] void (*kernel)(Argument)) {
 #ifdef T2L_EMULATOR
   return emu::max_cluster() > 1;  // devices that have clusters have them
 #else
@@ -132,7 +132,7 @@ const char* launch(void (*kernel)(Argument), int64_t blocks, int64_t shared_byte
   if (shared_bytes > limits.shared_bytes) return "more shared memory than this device has";
 #ifdef T2L_EMULATOR
   return emu::launch(emu::Launch{blocks, 1, kThreads, shared_bytes, stream, static_cast<int>(cluster),
-                                 start == Start::early && has_early_launches(kernel)},
+                                 start == Start::pdl && has_pdl(kernel)},
                      [&] { kernel(argument); });
 #else
   if (shared_bytes >
@@ -152,7 +152,7 @@ const char* launch(void (*kernel)(Argument), int64_t blocks, int64_t shared_byte
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   }
-  if (start == Start::early && has_early_launches(kernel)) {
+  if (start == Start::pdl && has_pdl(kernel)) {
     cudaLaunchAttribute& attribute = attributes[launch.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;

@@ -22,32 +22,32 @@ Kernel kernel_for(const LoraConfig& c) {
                         : device::lora_kernel<T, kManyWide, kWideTiles, false>;
 }
 
-const char* launch_group(const LoraParams* members, int64_t count, bool counts_bad_ids, void* stream) {
+const char* launch_group(const LoraParams* problems, int64_t count, bool counts_bad_ids, void* stream) {
   const DeviceLimits limits = device_limits();
   if (limits.error) return limits.error;
   device::LoraLaunch argument{};
   for (int64_t i = 0; i < count; ++i) {
-    if (members[i].rank > kMaxRank) return "lora: a rank above 1024";
-    if (max(members[i].in, members[i].out) > kMaxLoraFeatures) return "lora: more than 2^28 features";
-    if (members[i].tokens > kMaxLoraTokens) return "lora: more than 2^30 tokens";
-    argument.member[i] = members[i];
+    if (problems[i].rank > kMaxRank) return "lora: a rank above 1024";
+    if (max(problems[i].in, problems[i].out) > kMaxLoraFeatures) return "lora: more than 2^28 features";
+    if (problems[i].tokens > kMaxLoraTokens) return "lora: more than 2^30 tokens";
+    argument.problem[i] = problems[i];
   }
   argument.counts_bad_ids = counts_bad_ids;
   const LoraConfig& c = argument.config =
-      choose_lora_config(members, count, max_cluster(device::lora_kernel<float, 1, 1, false>, limits), limits);
-  if (c.chunks == 0 || c.slices == 0) return nullptr;
-  const DType type = lora_compute_type(members[0]);
+      choose_lora_config(problems, count, max_cluster(device::lora_kernel<float, 1, 1, false>, limits), limits);
+  if (c.token_tiles == 0 || c.output_tiles == 0) return nullptr;
+  const DType type = lora_compute_type(problems[0]);
   const Kernel kernel = type == DType::bf16  ? kernel_for<device::bf16>(c)
                         : type == DType::f16 ? kernel_for<device::f16>(c)
                                              : kernel_for<float>(c);
-  return launch(kernel, c.chunks * c.slices, c.shared_bytes, limits, stream, argument, Start::early, c.cluster);
+  return launch(kernel, c.token_tiles * c.output_tiles, c.shared_bytes, limits, stream, argument, Start::pdl, c.cluster);
 }
 
 }  // namespace
 
-const char* lora(const LoraParams* members, int64_t count, void* stream) {
+const char* lora(const LoraParams* problems, int64_t count, void* stream) {
   for (int64_t i = 0; i < count; i += kMaxGroup)
-    if (const char* error = launch_group(members + i, min(kMaxGroup, count - i), i == 0 && members[0].bad_ids, stream))
+    if (const char* error = launch_group(problems + i, min(kMaxGroup, count - i), i == 0 && problems[0].bad_ids, stream))
       return error;
   return nullptr;
 }
@@ -64,8 +64,8 @@ const char* lora_backward(const LoraBackwardParams& params, float* workspace, vo
   backward.a = p.b, backward.a_stride_adapter = p.b_stride_adapter, backward.a_stride_rank = p.b_stride_rank;
   backward.b = p.a, backward.b_stride_adapter = p.a_stride_adapter, backward.b_stride_rank = p.a_stride_rank;
   backward.rank_vectors = workspace + p.tokens * p.rank;
-  const LoraParams members[2] = {backward, forward};
-  if (const char* error = lora(members, 2, stream)) return error;
+  const LoraParams problems[2] = {backward, forward};
+  if (const char* error = lora(problems, 2, stream)) return error;
   const device::LoraGradLaunch argument{params, forward.rank_vectors, backward.rank_vectors, choose_lora_grad_config(p)};
   if (argument.config.blocks == 0) return nullptr;
   const auto kernel = lora_compute_type(p) == DType::bf16  ? device::lora_grad_kernel<device::bf16>

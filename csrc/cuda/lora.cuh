@@ -1,25 +1,25 @@
 // Batched LoRA in one launch: y[t] (+)= scaling[a] * B[a] (A[a] x[t]).
 //
-// A block takes a chunk of tokens of one adapter and a slice of the outputs of one member.
+// A block (CTA) takes a token tile of one adapter and an N-tile: outputs of one problem of the group.
 //
-// Shrink: v = A x is split-K over parts of the features and, in a part, over the eight warps of the block: warp w takes
-// k-blocks w, w + 8, ... of 64 bytes, and the partial sums are reduced in shared memory, in the order of parts and warps.
-// The blocks of a cluster share the slices of a chunk: each makes its parts of the rank vectors of all their members, so
-// that x and A are read once, and stores them in every block.  Without clusters each slice makes all of v anew: A comes from
-// L2. Expand: every warp computes 64 outputs at a time.  The order of every sum depends on the number of features and the
-// rank alone, so results are batch-invariant: prefill and decode agree bitwise.
+// Shrink: v = A x is summed in split-K slices of the features and, in a slice, by the eight warps of the block: warp w takes
+// k-blocks w, w + 8, ... of 64 bytes.  The partial sums are reduced in shared memory, in the order of slices and warps.  The
+// blocks of a cluster share the N-tiles of a token tile: each sums its slices for the ranks of all their problems, so that x
+// and A are read once, and stores them in every block.  Without clusters each N-tile computes all of v: A comes from L2.
+// Expand: every warp computes 64 outputs at a time.  The order of every sum depends on the number of features and the rank
+// alone, so results are batch-invariant: prefill and decode agree bitwise.
 #pragma once
 #include "config.h"
 #include "fragments.cuh"
-#include "lora_chunk.cuh"
 #include "lora_shrink.cuh"
+#include "lora_token_tile.cuh"
 
 namespace t2l::device {
 
 using cuda::kWarpOutputs;
 
 struct LoraLaunch {
-  LoraParams member[cuda::kMaxGroup];
+  LoraParams problem[cuda::kMaxGroup];
   cuda::LoraConfig config;
   bool counts_bad_ids;  // of this launch, if a call has several
 };
@@ -32,14 +32,14 @@ T2L_DEVICE void load_weights(const LoraParams& p, const char* b, int rank, int j
                              float (&second)[8]) {
   if constexpr (kDecode) {  // [rank, out] storage, whole runs of eight
     const bool inside = o < p.out;
-    unpack(inside && j < rank ? load_quad(b + (j * p.b_stride_rank + o) * 2) : zero_quad(), T(), first);
-    unpack(inside && j + 1 < rank ? load_quad(b + ((j + 1) * p.b_stride_rank + o) * 2) : zero_quad(), T(), second);
+    unpack(inside && j < rank ? load_vec16(b + (j * p.b_stride_rank + o) * 2) : zero_vec16(), T(), first);
+    unpack(inside && j + 1 < rank ? load_vec16(b + ((j + 1) * p.b_stride_rank + o) * 2) : zero_vec16(), T(), second);
     return;
   }
   const bool full = o + 8 <= p.out && j + 1 < rank && sizeof(T) == 2;
   if (full && p.b_stride_out == 1 && is_aligned(b, p.b_stride_rank * 2)) {  // [rank, out] storage
-    unpack(load_quad(b + (j * p.b_stride_rank + o) * 2), T(), first);
-    unpack(load_quad(b + ((j + 1) * p.b_stride_rank + o) * 2), T(), second);
+    unpack(load_vec16(b + (j * p.b_stride_rank + o) * 2), T(), first);
+    unpack(load_vec16(b + ((j + 1) * p.b_stride_rank + o) * 2), T(), second);
     return;
   }
   if constexpr (sizeof(T) == 2)
@@ -62,31 +62,31 @@ T2L_DEVICE void load_weights(const LoraParams& p, const char* b, int rank, int j
 
 // Eight consecutive outputs as stored in y.
 struct Outputs {
-  Quad quad[2];  // the second for float32 only
+  Vec16 vec[2];  // the second for float32 only
 };
 T2L_DEVICE Outputs load_outputs(const char* y, DType type) {
-  Outputs q{load_quad_mutable(y), zero_quad()};
-  if (type == DType::f32) q.quad[1] = load_quad_mutable(y + 16);
+  Outputs q{load_vec16_mutable(y), zero_vec16()};
+  if (type == DType::f32) q.vec[1] = load_vec16_mutable(y + 16);
   return q;
 }
 T2L_DEVICE void add_outputs(const Outputs& q, DType type, float (&v)[8]) {
   float before[8];
   if (type == DType::bf16) {
-    unpack(q.quad[0], bf16(), before);
+    unpack(q.vec[0], bf16(), before);
   } else if (type == DType::f16) {
-    unpack(q.quad[0], f16(), before);
+    unpack(q.vec[0], f16(), before);
   } else {
-    unpack(q.quad[0], float(), before);
-    unpack(q.quad[1], float(), before + 4);
+    unpack(q.vec[0], float(), before);
+    unpack(q.vec[1], float(), before + 4);
   }
 #pragma unroll
   for (int i = 0; i < 8; ++i) v[i] = before[i] + v[i];
 }
 T2L_DEVICE void store_outputs(char* y, DType type, const float (&v)[8]) {
-  if (type == DType::bf16) return store_quad(y, pack(v, bf16()));
-  if (type == DType::f16) return store_quad(y, pack(v, f16()));
-  store_quad(y, pack(v, float()));
-  store_quad(y + 16, pack(v + 4, float()));
+  if (type == DType::bf16) return store_vec16(y, pack(v, bf16()));
+  if (type == DType::f16) return store_vec16(y, pack(v, f16()));
+  store_vec16(y, pack(v, float()));
+  store_vec16(y + 16, pack(v + 4, float()));
 }
 // Tail, or a row that is not aligned: element by element.
 template <class T>
@@ -106,7 +106,7 @@ T2L_DEVICE Split split_weight(float weight, T) {
 }
 T2L_DEVICE Split split_weight(float weight, float) { return split(weight); }
 
-// Outputs [first, last) of every token of the chunk, in warp tiles of 64.  Column n of MMA tile i is permuted to output
+// Outputs [first, last) of every token of the token tile, in warp tiles of 64.  Column n of MMA tile i is permuted to output
 // 32 * (n % 2) + 8 * (n / 2) + i of 64, so that every lane has twice eight consecutive outputs: loads and stores of y are
 // coalesced 128-bit accesses.  The registers of an operand are ranks 2t and 2t + 1 of eight.
 template <class T, int MT, bool kDecode>
@@ -192,7 +192,7 @@ T2L_DEVICE void prefetch_weights(const LoraParams& p, int adapter, int rank, int
   for (int i = block + warp_index() * blocks; i < rank; i += kWarps * blocks)
 #pragma unroll 1
     for (int64_t at = lane_index() * kLine; at < a_bytes; at += 32 * kLine) prefetch(a + i * p.a_stride_rank * size + at);
-  // [rank, out] storage: a slice of every row; [out, rank] storage: whole rows, usually within one line.
+  // [rank, out] storage: an N-tile of every row; [out, rank] storage: whole rows, usually within one line.
   const bool by_rank = kDecode || p.b_stride_out == 1;
   const char* b =
       static_cast<const char*>(p.b) + (adapter * p.b_stride_adapter + first * (by_rank ? 1 : p.b_stride_out)) * size;
@@ -214,34 +214,35 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   int* scratch = shared.take<int>(16);
   Tokens<kDecode> tokens{kDecode ? nullptr : shared.take<int>(16 * MT), 0};
   int* bins = kDecode ? nullptr : shared.take<int>(kSortBins);
-  constexpr int kRows = kDecode ? 1 : 16 * MT, kPart = kWarps * kRows * (8 * NT);  // partial sums of a part
-  float* partial = shared.take<float>(c.parts * kPart);
+  constexpr int kRows = kDecode ? 1 : 16 * MT, kSlice = kWarps * kRows * (8 * NT);  // partial sums of a split-K slice
+  float* partial = shared.take<float>(c.k_slices * kSlice);
   float* v = shared.take<float>(16 * MT * c.v_stride);
   const int block = static_cast<int>(block_index());
-  const int place = block / c.slices, slice = block - place * c.slices;
+  const int place = block / c.output_tiles, output_tile = block - place * c.output_tiles;
   int index = 0;
-  while (slice >= c.first_slice[index + 1]) ++index;
-  const LoraParams& p = launch.member[index];
+  while (output_tile >= c.first_output_tile[index + 1]) ++index;
+  const LoraParams& p = launch.problem[index];
   const int outputs = static_cast<int>(c.outputs), out = static_cast<int>(p.out);
-  const int first = (slice - c.first_slice[index]) * outputs, last = first + outputs < out ? first + outputs : out;
+  const int first = (output_tile - c.first_output_tile[index]) * outputs,
+            last = first + outputs < out ? first + outputs : out;
   const bool clustered = c.cluster > 1;
   const auto prefetch_share = [&](int adapter, int rank) {
-    prefetch_weights<T, kDecode>(p, adapter, rank, first, last, clustered ? slice - c.first_slice[index] : 0,
-                                 clustered ? c.first_slice[index + 1] - c.first_slice[index] : 1);
+    prefetch_weights<T, kDecode>(p, adapter, rank, first, last, clustered ? output_tile - c.first_output_tile[index] : 0,
+                                 clustered ? c.first_output_tile[index + 1] - c.first_output_tile[index] : 1);
   };
-  if (kDecode && kEarlyLaunches) {  // beside the end of the product before it, whose y this adds to
+  if (kDecode && kPdl) {  // beside the end of the product before it, whose y this adds to
     const int guess = peek(p.seg_adapters + place);
     if (guess >= 0 && guess < p.adapters) {
-      const int rank = p.ranks ? peek(p.ranks + guess) : static_cast<int>(p.rank);
+      const int rank = p.true_ranks ? peek(p.true_ranks + guess) : static_cast<int>(p.rank);
       if (rank > 0 && rank <= p.rank) prefetch_share(guess, rank);
     }
   }
   wait_for_earlier_launches();
   if (launch.counts_bad_ids && block == 0 && warp_index() == 0) count_bad_ids<kDecode>(p);
-  Chunk chunk;
+  TokenTile tile;
   if (kDecode || c.one_token_per_block) {
     const int end = read_index(p.seg_indptr + place + 1);
-    chunk = Chunk{adapter_of(p, place), 1};
+    tile = TokenTile{adapter_of(p, place), 1};
     require(end == place + 1, "seg_indptr: not one token a segment");
     if (kDecode) {
       tokens.one = place;
@@ -250,29 +251,30 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
       block_barrier();
     }
   } else {
-    chunk = find_chunk(p, place, 16 * MT, scratch, bins, tokens.many);
+    tile = find_token_tile(p, place, 16 * MT, scratch, bins, tokens.many);
   }
-  if (chunk.count == 0) return;
-  // The scaling, and ranks of the members of the cluster's slices, one a lane: loaded before the first that waits for one.
+  if (tile.count == 0) return;
+  // The scaling, and ranks of the problems of the cluster's N-tiles, one a lane: loaded before the first that waits for one.
   float scaling = 0.0f;
-  if (thread_index() == 0 && chunk.adapter >= 0) scaling = read_index(p.scaling + chunk.adapter);
-  const int block_in_cluster = index_in_cluster(c.cluster), last_slice = slice - block_in_cluster + c.cluster - 1;
-  int first_member = index, members = 1;
-  while (slice - block_in_cluster < c.first_slice[first_member]) --first_member;
-  while (last_slice >= c.first_slice[first_member + members]) ++members;
+  if (thread_index() == 0 && tile.adapter >= 0) scaling = read_index(p.scaling + tile.adapter);
+  const int block_in_cluster = index_in_cluster(c.cluster),
+            last_output_tile = output_tile - block_in_cluster + c.cluster - 1;
+  int first_problem = index, problems = 1;
+  while (output_tile - block_in_cluster < c.first_output_tile[first_problem]) --first_problem;
+  while (last_output_tile >= c.first_output_tile[first_problem + problems]) ++problems;
   int lane_rank = 0;
-  if (chunk.adapter >= 0 && lane_index() < members) {
-    const LoraParams& member = launch.member[first_member + lane_index()];
-    lane_rank = member.ranks ? read_index(member.ranks + chunk.adapter) : static_cast<int>(member.rank);
-    require(lane_rank >= 0 && lane_rank <= member.rank, "ranks: a rank out of range");
+  if (tile.adapter >= 0 && lane_index() < problems) {
+    const LoraParams& problem = launch.problem[first_problem + lane_index()];
+    lane_rank = problem.true_ranks ? read_index(problem.true_ranks + tile.adapter) : static_cast<int>(problem.rank);
+    require(lane_rank >= 0 && lane_rank <= problem.rank, "ranks: a rank out of range");
   }
-  const int in = static_cast<int>(p.in), part_features = static_cast<int>(cuda::lora_part_features(p.in, sizeof(T)));
-  Kept& kept = *reinterpret_cast<Kept*>(scratch);
-  if (thread_index() == 0) kept.scaling = scaling;
+  const int in = static_cast<int>(p.in), slice_features = static_cast<int>(cuda::lora_k_slice_features(p.in, sizeof(T)));
+  BlockRanks& block_ranks = *reinterpret_cast<BlockRanks*>(scratch);
+  if (thread_index() == 0) block_ranks.scaling = scaling;
   int total, first_tile = 0;
 #pragma unroll 1
   do {
-    const RankTiles tiles = find_ranks(lane_rank, members, index - first_member, 8 * first_tile + lane_index() % (8 * NT));
+    const RankTiles tiles = find_ranks(lane_rank, problems, index - first_problem, 8 * first_tile + lane_index() % (8 * NT));
     total = tiles.total;
     if (total == 0) break;
     if (clustered) {
@@ -281,47 +283,48 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
       else
         cluster_arrive();  // it has read what others stored
     }
-    if (!(kDecode && kEarlyLaunches) && first_tile == 0 && tiles.rank > 0) prefetch_share(chunk.adapter, tiles.rank);
-    const RowsOfA<T, NT> a(launch.member + first_member, chunk.adapter, tiles);
+    if (!(kDecode && kPdl) && first_tile == 0 && tiles.rank > 0) prefetch_share(tile.adapter, tiles.rank);
+    const RowsOfA<T, NT> a(launch.problem + first_problem, tile.adapter, tiles);
     if (thread_index() == 0) {
-      kept.ranks = a.ranks;
-      kept.first = 8 * tiles.first;
-      kept.rank = tiles.rank;
+      block_ranks.valid = a.valid;
+      block_ranks.first = 8 * tiles.first;
+      block_ranks.rank = tiles.rank;
     }
-    int part = block_in_cluster, begin;  // its first feature
+    int k_slice = block_in_cluster, begin;  // its first feature
 #pragma unroll 1
     do {
-      begin = part * part_features;
-      const bool has_part = begin < in || part == 0;  // there may be fewer than blocks
+      begin = k_slice * slice_features;
+      const bool has_slice = begin < in || k_slice == 0;  // there may be fewer than blocks
       float sum[MT][NT][4] = {};
-      if (has_part) shrink(p, a, begin, cuda::min(begin + part_features, in), tokens, chunk.count, sum);
-      if (clustered && part == block_in_cluster) cluster_wait();  // the others have begun, or read what was stored before
-      if (has_part) store_partial<MT, NT, kDecode>(partial + (clustered ? part * kPart : 0), sum, chunk.count, c.cluster);
-      part += c.cluster;
-      begin = part * part_features;
-      // A block alone adds part by part to v, a cluster all of them at the end: the order is the same.
+      if (has_slice) shrink(p, a, begin, cuda::min(begin + slice_features, in), tokens, tile.count, sum);
+      if (clustered && k_slice == block_in_cluster) cluster_wait();  // the others have begun, or read what was stored before
+      if (has_slice)
+        store_partial<MT, NT, kDecode>(partial + (clustered ? k_slice * kSlice : 0), sum, tile.count, c.cluster);
+      k_slice += c.cluster;
+      begin = k_slice * slice_features;
+      // A block alone adds each split-K slice to v at once, a cluster all of them at the end: in the same order.
       if (clustered) {
         if (begin < in) continue;
         cluster_barrier();
       } else {
         block_barrier();
       }
-      add_partial<kRows, NT>(partial, clustered ? c.parts : 1, chunk.count, clustered || part == 1, begin >= in,
-                             v + 8 * first_tile, static_cast<int>(c.v_stride), kept);
+      add_partial<kRows, NT>(partial, clustered ? c.k_slices : 1, tile.count, clustered || k_slice == 1, begin >= in,
+                             v + 8 * first_tile, static_cast<int>(c.v_stride), block_ranks);
       block_barrier();  // before partial is overwritten or v is read
     } while (begin < in);
     first_tile += NT;
   } while (first_tile < total);
-  const int rank = total == 0 ? 0 : kept.rank;
+  const int rank = total == 0 ? 0 : block_ranks.rank;
   if (rank == 0) {
-    if (!kDecode && !p.accumulate) write_zeros<T>(p, tokens.many, chunk.count, first, last);
+    if (!kDecode && !p.accumulate) write_zeros<T>(p, tokens.many, tile.count, first, last);
     return;
   }
-  const float* mine = v + kept.first;
+  const float* mine = v + block_ranks.first;
   if (!kDecode && p.rank_vectors && first == 0)
-    for (int i = thread_index(); i < chunk.count * rank; i += kThreads)
+    for (int i = thread_index(); i < tile.count * rank; i += kThreads)
       store_one(p.rank_vectors + tokens[i / rank] * p.rank + i % rank, mine[i / rank * c.v_stride + i % rank]);
-  expand<T, MT, kDecode>(p, chunk.adapter, rank, tokens, chunk.count, mine, static_cast<int>(c.v_stride), first, last);
+  expand<T, MT, kDecode>(p, tile.adapter, rank, tokens, tile.count, mine, static_cast<int>(c.v_stride), first, last);
 }
 
 }  // namespace t2l::device

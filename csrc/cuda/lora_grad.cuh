@@ -25,20 +25,20 @@ using GradAccumulators = float[kGradColumns / 8][4];  // of a warp
 // Eight columns of a row, as stored or, if they are not T, as float32.
 template <class T>
 struct EightColumns {
-  static constexpr int kQuads = 8 / Traits<T>::kPerQuad;
-  Quad quad[kQuads];
+  static constexpr int kVectors = 8 / Traits<T>::kPerVec16;
+  Vec16 vec[kVectors];
   // Zero from `columns` on, and without a row.
   T2L_DEVICE void load(const Rows<T>& rows, const char* row, int64_t first, int64_t columns) {
     const bool full = rows.aligned && first + 8 <= columns;
 #pragma unroll
-    for (int i = 0; i < kQuads; ++i) {
-      const int64_t at = first + i * Traits<T>::kPerQuad;
-      quad[i] = !row ? zero_quad() : full ? rows.load_full(row, at) : rows.load_tail(row, at, columns);
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t at = first + i * Traits<T>::kPerVec16;
+      vec[i] = !row ? zero_vec16() : full ? rows.load_full(row, at) : rows.load_tail(row, at, columns);
     }
   }
   T2L_DEVICE void to_floats(float (&v)[8]) const {
 #pragma unroll
-    for (int i = 0; i < kQuads; ++i) unpack(quad[i], T(), v + i * Traits<T>::kPerQuad);
+    for (int i = 0; i < kVectors; ++i) unpack(vec[i], T(), v + i * Traits<T>::kPerVec16);
   }
 };
 
@@ -97,7 +97,7 @@ lora_grad_kernel(T2L_ARGUMENT(LoraGradLaunch) launch) {
   float* partial = shared.take<float>(kWarps * kGradRanks * kGradStride);
   const int block = static_cast<int>(block_index()), of_adapter = block / c.tiles, tile = block % c.tiles;
   const int adapter = of_adapter / c.rank_tiles, first_rank = of_adapter % c.rank_tiles * kGradRanks;
-  const int rank = p.ranks ? read_index(p.ranks + adapter) : static_cast<int>(p.rank);
+  const int rank = p.true_ranks ? read_index(p.true_ranks + adapter) : static_cast<int>(p.rank);
   const bool of_b = tile >= c.tiles_a;
   const int64_t first_column = int64_t{of_b ? tile - c.tiles_a : tile} * kGradColumns;
   const GradSum<T> of = of_b ? GradSum<T>{launch.v, Rows<T>(q.grad, q.grad_stride, x_type_of<T>(p)), p.out}

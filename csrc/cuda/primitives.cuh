@@ -28,10 +28,10 @@ struct f16 {
 };
 
 // 128-bit vector load or store.
-struct alignas(16) Quad {
+struct alignas(16) Vec16 {
   uint32_t word[4];
 };
-T2L_DEVICE Quad zero_quad() { return Quad{{0, 0, 0, 0}}; }
+T2L_DEVICE Vec16 zero_vec16() { return Vec16{{0, 0, 0, 0}}; }
 // 64-bit vector load or store.
 struct alignas(8) Pair {
   uint32_t word[2];
@@ -121,24 +121,24 @@ T2L_DEVICE void named_arrive(int name) {
 #endif
 }
 
-// ---- early launches: their blocks may begin while the launch before them in the stream still runs (compute capability
-// 9.0 and later)
+// ---- PDL (programmatic dependent launch): blocks may begin while the launch before them in the stream still runs (compute
+// capability 9.0 and later)
 
 #if defined(T2L_EMULATOR)
-constexpr bool kEarlyLaunches = true;
+constexpr bool kPdl = true;
 #elif defined(__CUDA_ARCH__)
-constexpr bool kEarlyLaunches = __CUDA_ARCH__ >= 900;
+constexpr bool kPdl = __CUDA_ARCH__ >= 900;
 #else
-constexpr bool kEarlyLaunches = false;  // host code
+constexpr bool kPdl = false;  // host code
 #endif
 
-// Lets an early launch behind this one begin, once all blocks have called it or exited.
+// Lets a PDL launch behind this one begin, once all blocks have called it or exited.
 T2L_DEVICE void let_next_launch_begin() {
 #if !defined(T2L_EMULATOR) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-// Waits until all launches before this one have ended, with visibility of their writes.  Every thread of an early launch
+// Waits until all launches before this one have ended, with visibility of their writes.  Every thread of a PDL launch
 // calls it, before it reads or writes memory: only peek() and prefetch() may come before.
 T2L_DEVICE void wait_for_earlier_launches() {
 #if defined(T2L_EMULATOR)
@@ -209,7 +209,7 @@ class OfBlock {
   T2L_DEVICE OfBlock(void* mine, int64_t bytes, int block);
   T2L_DEVICE void store(int offset, uint32_t word) const;
   T2L_DEVICE void store(int offset, Pair two) const;
-  T2L_DEVICE void store(int offset, Quad q) const;
+  T2L_DEVICE void store(int offset, Vec16 q) const;
 
  private:
 #ifdef T2L_EMULATOR
@@ -223,7 +223,7 @@ inline OfBlock::OfBlock(void* mine, int64_t bytes, int block)
     : data_(static_cast<char*>(emu::map_to_block(mine, bytes, block))) {}
 inline void OfBlock::store(int offset, uint32_t word) const { emu::store_shared(data_ + offset, word); }
 inline void OfBlock::store(int offset, Pair two) const { emu::store_shared(data_ + offset, two); }
-inline void OfBlock::store(int offset, Quad q) const { emu::store_shared(data_ + offset, q); }
+inline void OfBlock::store(int offset, Vec16 q) const { emu::store_shared(data_ + offset, q); }
 #else
 T2L_DEVICE OfBlock::OfBlock(void* mine, int64_t, int block) : data_(static_cast<uint32_t>(__cvta_generic_to_shared(mine))) {
 #if __CUDA_ARCH__ >= 900
@@ -244,7 +244,7 @@ T2L_DEVICE void OfBlock::store(int offset, Pair two) const {
   asm volatile(T2L_STORE_SHARED ".v2.b32 [%0], {%1, %2};" ::"r"(data_ + offset), "r"(two.word[0]), "r"(two.word[1])
                : "memory");
 }
-T2L_DEVICE void OfBlock::store(int offset, Quad q) const {
+T2L_DEVICE void OfBlock::store(int offset, Vec16 q) const {
   asm volatile(T2L_STORE_SHARED ".v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(data_ + offset), "r"(q.word[0]), "r"(q.word[1]),
                "r"(q.word[2]), "r"(q.word[3])
                : "memory");
@@ -323,12 +323,12 @@ T2L_DEVICE void require(bool holds, const char* what) {
 // ---- global memory
 
 // 128-bit load through the read-only path; 16-byte aligned.
-T2L_DEVICE Quad load_quad(const void* p) {
+T2L_DEVICE Vec16 load_vec16(const void* p) {
 #ifdef T2L_EMULATOR
-  return emu::load<Quad>(p);
+  return emu::load<Vec16>(p);
 #else
   const uint4 v = __ldg(static_cast<const uint4*>(p));
-  return Quad{{v.x, v.y, v.z, v.w}};
+  return Vec16{{v.x, v.y, v.z, v.w}};
 #endif
 }
 // An id, a rank, a bound of a segment or a scaling, which are not counted as bytes.
@@ -348,17 +348,17 @@ T2L_DEVICE T load_one(const T* p) {
 #endif
 }
 // 128-bit load of memory that this launch also writes: not through the read-only path.
-T2L_DEVICE Quad load_quad_mutable(const void* p) {
+T2L_DEVICE Vec16 load_vec16_mutable(const void* p) {
 #ifdef T2L_EMULATOR
-  return emu::load<Quad>(p);
+  return emu::load<Vec16>(p);
 #else
   const uint4 v = *static_cast<const uint4*>(p);
-  return Quad{{v.x, v.y, v.z, v.w}};
+  return Vec16{{v.x, v.y, v.z, v.w}};
 #endif
 }
-T2L_DEVICE void store_quad(void* p, Quad q) {
+T2L_DEVICE void store_vec16(void* p, Vec16 q) {
 #ifdef T2L_EMULATOR
-  emu::store<Quad>(p, q);
+  emu::store<Vec16>(p, q);
 #else
   *static_cast<uint4*>(p) = make_uint4(q.word[0], q.word[1], q.word[2], q.word[3]);
 #endif

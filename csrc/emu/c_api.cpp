@@ -32,14 +32,14 @@ T2L_EMU_EXPORT int64_t t2l_emu_counter(const char* name) {
                                 : -1;
 }
 
-// "grid_x", "grid_y", "cluster", "early", "shared_bytes", "device" or "stream" of the latest launch; -1 for another name.
+// "grid_x", "grid_y", "cluster", "pdl", "shared_bytes", "device" or "stream" of the latest launch; -1 for another name.
 T2L_EMU_EXPORT int64_t t2l_emu_last_launch(const char* name) {
   const emu::LaunchRecord last = emu::last_launch();
   const std::string wanted = name;
   return wanted == "grid_x"         ? last.launch.grid_x
          : wanted == "grid_y"       ? last.launch.grid_y
          : wanted == "cluster"      ? last.launch.cluster
-         : wanted == "early"        ? last.launch.early
+         : wanted == "pdl"          ? last.launch.pdl
          : wanted == "shared_bytes" ? last.launch.shared_bytes
          : wanted == "device"       ? last.device
          : wanted == "stream"       ? static_cast<int64_t>(reinterpret_cast<uintptr_t>(last.launch.stream))

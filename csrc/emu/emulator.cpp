@@ -79,7 +79,7 @@ const char* Machine::run_cluster(int64_t index) {
   first_x_ = index % clusters_x * launch_.cluster;
   block_y = static_cast<int>(index / clusters_x);
   at_cluster_barrier_ = exited_ = 0;
-  for (int i = 0; i < fiber_count_; ++i) threads_[i]->waited = !launch_.early;
+  for (int i = 0; i < fiber_count_; ++i) threads_[i]->waited = !launch_.pdl;
   for (int w = 0; w < warp_count_; ++w) warps_[w] = Warp{~0u, 0, 0, 0, 0, 0, 0, 0, 0};
   for (int b = 0; b < launch_.cluster; ++b) {
     blocks_[b]->exited = 0;

@@ -47,8 +47,8 @@ struct Launch {
   int threads;
   int64_t shared_bytes;
   void* stream;
-  int cluster = 1;     // blocks, neighbours along x, that run together
-  bool early = false;  // may begin before the launch before it has ended
+  int cluster = 1;   // blocks, neighbours along x, that run together
+  bool pdl = false;  // may begin before the launch before it has ended
 };
 
 // Runs `body` for every thread of every block; checks what a driver checks, and that the stream is the current one.
@@ -117,7 +117,7 @@ LaunchRecord last_launch();
 // The running thread, its block, and the counters of the launch.
 struct Running {
   int thread = 0;
-  bool may_access = true;  // memory: of an early launch, once the thread has waited for earlier ones
+  bool may_access = true;  // memory: of a PDL launch, once the thread has waited for earlier ones
   int block_y = 0;
   int64_t block_x = 0;
   Counters counters{};
@@ -139,9 +139,9 @@ struct SharedCursor {
 };
 void* take_shared(SharedCursor* cursor, int64_t bytes);
 
-// In an early launch, memory may be accessed after it.
+// In a PDL launch, memory may be accessed after it.
 void wait_for_earlier_launches();
-// The value at `p` or, in an early launch that has not waited and under other schedules than "forward", what it may have
+// The value at `p` or, in a PDL launch that has not waited and under other schedules than "forward", what it may have
 // been: no id.
 int peek(const int* p);
 

@@ -1,4 +1,4 @@
-// Barriers, exchanges, early launches: where a thread waits for others, and what it lets go on.
+// Barriers, exchanges, PDL launches: where a thread waits for others, and what it lets go on.
 #include "machine.h"
 
 namespace t2l::emu {

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "parallel.h"
+#include "t2l/strides.h"
 
 namespace t2l::lib {
 namespace {
@@ -27,25 +28,16 @@ std::string at(const std::string& name, int64_t index, const char* field) {
 
 // The strides (task, layer, rank, column) of one output: none of its elements shares a place with another.
 void check_strides(const std::string& name, const int64_t (&strides)[4], const int64_t (&sizes)[4]) {
-  std::pair<int64_t, int64_t> order[4];
-  int dims = 0;
-  for (int i = 0; i < 4; ++i) {
-    if (sizes[i] < 2) continue;
-    if (strides[i] < 1) invalid(name, "positive strides", std::to_string(strides[i]) + " at " + std::to_string(i));
-    order[dims++] = {strides[i], sizes[i]};
-  }
-  for (int i = 1; i < dims; ++i)
-    for (int j = i; j > 0 && order[j] < order[j - 1]; --j) std::swap(order[j], order[j - 1]);
-  int64_t reach = 1;  // elements that the dimensions so far span
-  for (int i = 0; i < dims; ++i) {
-    int64_t span = 0;
-    if (order[i].first < reach)
-      invalid(name, "strides of which none falls into the span of smaller ones",
-              std::to_string(order[i].first) + " within " + std::to_string(reach) + " elements");
-    if (__builtin_mul_overflow(order[i].first, order[i].second - 1, &span) || __builtin_add_overflow(reach, span, &reach) ||
-        reach > (int64_t{1} << 60))
-      invalid(name, "strides within the address space", std::to_string(order[i].first));
-  }
+  for (int i = 0; i < 4; ++i)
+    if (sizes[i] > 1 && strides[i] < 1)
+      invalid(name, "positive strides", std::to_string(strides[i]) + " at " + std::to_string(i));
+  const StrideFault fault = find_stride_fault(strides, sizes);
+  if (fault.dimension < 0) return;
+  const std::string stride = std::to_string(strides[fault.dimension]);
+  if (fault.overlaps)
+    invalid(name, "strides of which none falls into the span of smaller ones",
+            stride + " within " + std::to_string(fault.span) + " elements");
+  invalid(name, "strides within the address space", stride);
 }
 
 }  // namespace

@@ -118,7 +118,7 @@ void lora_add(const t2l_lora& l, const t2l_parallel* caller) {
   p.scaling = l.scaling;
   p.seg_indptr = l.seg_indptr;
   p.seg_adapters = l.seg_adapters;
-  p.ranks = l.ranks;
+  p.true_ranks = l.ranks;
   p.tokens = l.num_tokens;
   p.in = l.in_features;
   p.out = l.out_features;

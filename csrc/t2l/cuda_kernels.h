@@ -16,8 +16,8 @@ constexpr int64_t kMaxRank = 1024;
 constexpr int64_t kMaxTrunkWidth = 4096;
 
 // As t2l::lora.  Ids, ranks and the ends of segments are validated on the device: out of range, the launch fails (ids:
-// unless bad_ids of the members, the same for all, is set).
-const char* lora(const LoraParams* members, int64_t count, void* stream);
+// unless bad_ids of the problems, the same for all, is set).
+const char* lora(const LoraParams* problems, int64_t count, void* stream);
 // As t2l::lora_backward, in two launches.  b: [rank, out] storage (b_stride_out 1); workspace: 2 * tokens * rank floats.
 const char* lora_backward(const LoraBackwardParams& params, float* workspace, void* stream);
 const char* hypernet_trunk(const TrunkParams& params, void* stream);

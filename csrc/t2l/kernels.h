@@ -43,9 +43,9 @@ struct ParallelFor {
 };
 
 // `isa`: one of which has_isa is true.
-// `members`: linears that share x, segments, dtypes and `accumulate`, each with its own y, a, b and ranks.  Their y may be
+// `problems`: linears that share x, segments, dtypes and `accumulate`, each with its own y, a, b and ranks.  Their y may be
 // disjoint column slices of one tensor.
-void lora(const LoraParams* members, int64_t count, Isa isa, ParallelFor parallel);
+void lora(const LoraParams* problems, int64_t count, Isa isa, ParallelFor parallel);
 void lora_backward(const LoraBackwardParams& params, Isa isa, ParallelFor parallel);
 void hypernet_trunk(const TrunkParams& params, Isa isa, ParallelFor parallel);
 void hypernet_head(const HeadParams& params, Isa isa, ParallelFor parallel);

@@ -18,7 +18,7 @@ struct LoraParams {
   const float* scaling;         // [adapters]
   const int32_t* seg_indptr;    // [segments + 1]
   const int32_t* seg_adapters;  // [segments]
-  const int32_t* ranks;         // [adapters], or null: all `rank`
+  const int32_t* true_ranks;    // [adapters], the rank of each, or null: all `rank`
   int64_t tokens, in, out, rank, segments, adapters;
   int64_t max_seg_len;  // upper bound of the tokens of a segment
   int64_t x_stride, y_stride;
@@ -63,8 +63,7 @@ struct EncoderParams {
   int64_t e;
 };
 
-// Of the trunk and the heads: `ranks` counts latent rows of a side, 1 or one a rank (R in docs/ops.md); in LoraParams it is
-// an array, the rank of each adapter.
+// Of the trunk and the heads, `ranks` counts latent rows of a side: 1, or one a rank (R in docs/ops.md).
 
 // Hypernetwork trunk: latent[task, module, side, rank, layer, h].
 struct TrunkParams {

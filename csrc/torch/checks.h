@@ -1,20 +1,19 @@
-// Argument checks of all ops: errors name the op and the argument, what was expected and what came.
+// Argument checks of all ops: errors name the op and the argument, with the expected and the actual value.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <optional>
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 #include "t2l/params.h"
+#include "t2l/strides.h"
 
 namespace t2l::torch_ops {
 
@@ -149,20 +148,15 @@ inline void check_contiguous(const Op& op, std::string_view name, const Tensor& 
   if (!t.is_contiguous()) fail(op, name, "a contiguous tensor", "strides of another layout");
 }
 
-// For outputs: no element shares a place with another, for none of the strides is within what smaller ones span.
+// Checks that no element of an output of four dimensions shares a place with another.
 inline void check_strides(const Op& op, std::string_view name, const Tensor& t) {
-  std::vector<std::pair<int64_t, int64_t>> order;  // (stride, dimension)
-  for (int64_t i = 0; i < t.dim(); ++i)
-    if (t.size(i) > 1) order.emplace_back(t.stride(i), i);
-  std::sort(order.begin(), order.end());
-  int64_t reach = 1;  // elements
-  for (const auto& [stride, i] : order) {
-    if (stride < reach)
-      fail(op, name, "strides that do not overlap",
-           "stride " + std::to_string(stride) + " at dimension " + std::to_string(i) + ", where smaller ones span " +
-               std::to_string(reach));
-    reach += stride * (t.size(i) - 1);
-  }
+  int64_t strides[4], sizes[4];
+  for (int i = 0; i < 4; ++i) strides[i] = t.stride(i), sizes[i] = t.size(i);
+  const StrideFault fault = find_stride_fault(strides, sizes);
+  if (fault.dimension >= 0)
+    fail(op, name, "strides that do not overlap",
+         "stride " + std::to_string(strides[fault.dimension]) + " at dimension " + std::to_string(fault.dimension) +
+             ", where smaller ones span " + std::to_string(fault.span));
 }
 
 inline void check_floating(const Op& op, std::string_view name, ScalarType type) {

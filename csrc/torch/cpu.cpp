@@ -36,7 +36,8 @@ struct Cpu {
 
   static bool covers(ScalarType type) { return type == ScalarType::Float || type == ScalarType::BFloat16; }
   static void lora(const Op& op, const LoraParams* members, int64_t count) { t2l::lora(members, count, isa(op), parallel); }
-  static Tensor new_written(const Tensor& like, const std::vector<int64_t>& sizes) {
+  // The kernels of gradients do not write all of it.
+  static Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes) {
     return torch::stable::new_zeros(like, sizes);
   }
   static void lora_backward(const Op& op, const LoraBackwardParams& p, const Tensor&, const Tensor&) {

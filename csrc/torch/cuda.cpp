@@ -71,8 +71,8 @@ struct Cuda {
   static void lora(const Op& op, const LoraParams* members, int64_t count) {
     check_launch(op, cuda::lora(members, count, OnDevice(op).stream()));
   }
-  // Memory that a kernel writes all of; the emulator makes it NaN first.
-  static Tensor new_written(const Tensor& like, const std::vector<int64_t>& sizes) {
+  // The kernels of gradients write all of it; the emulator fills it with NaN first.
+  static Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes) {
     Tensor fresh = torch::stable::new_empty(like, sizes);
 #ifdef T2L_EMULATOR
     if (fresh.numel())
@@ -88,7 +88,7 @@ struct Cuda {
       p.lora.b = by_rank.const_data_ptr();
       p.lora.b_stride_adapter = by_rank.stride(0), p.lora.b_stride_rank = by_rank.stride(1), p.lora.b_stride_out = 1;
     }
-    const Tensor workspace = new_written(scaling, {2, p.lora.tokens, p.lora.rank});
+    const Tensor workspace = new_output(scaling, {2, p.lora.tokens, p.lora.rank});
     check_launch(op, cuda::lora_backward(p, static_cast<float*>(workspace.mutable_data_ptr()), OnDevice(op).stream()));
   }
   static void hypernet_trunk(const Op& op, const TrunkParams& p) {

@@ -122,7 +122,7 @@ LoraParams prepare_lora(const Op& op, const char* name, const Tensor& y, const T
   p.scaling = static_cast<const float*>(scaling.const_data_ptr());
   p.seg_indptr = static_cast<const int32_t*>(seg_indptr.const_data_ptr());
   p.seg_adapters = static_cast<const int32_t*>(seg_adapters.const_data_ptr());
-  p.ranks = ranks ? static_cast<const int32_t*>(ranks->const_data_ptr()) : nullptr;
+  p.true_ranks = ranks ? static_cast<const int32_t*>(ranks->const_data_ptr()) : nullptr;
   p.tokens = x_rows.count;
   p.in = x.size(x.dim() - 1);
   p.out = lora_B.size(1);
@@ -185,9 +185,9 @@ std::tuple<Tensor, Tensor> lora_backward(const Tensor& grad_x, const Tensor& gra
   const int64_t adapters = lora_A.size(0), rank = lora_A.size(1), out = lora_B.size(1);
   // Same storage order as lora_B, so that autograd need not transpose it.
   const bool by_rank = lora_B.stride(1) == 1;
-  Tensor grad_A = Backend::new_written(lora_A, {adapters, rank, lora_A.size(2)});
-  Tensor grad_B = by_rank ? torch::stable::transpose(Backend::new_written(lora_B, {adapters, rank, out}), 1, 2)
-                          : Backend::new_written(lora_B, {adapters, out, rank});
+  Tensor grad_A = Backend::new_output(lora_A, {adapters, rank, lora_A.size(2)});
+  Tensor grad_B = by_rank ? torch::stable::transpose(Backend::new_output(lora_B, {adapters, rank, out}), 1, 2)
+                          : Backend::new_output(lora_B, {adapters, out, rank});
   q.lora.accumulate = true;
   q.grad = grad.const_data_ptr();
   q.grad_stride = q.lora.y_stride;

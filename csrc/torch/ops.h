@@ -7,18 +7,17 @@
 #include "hypernet.h"
 #include "lora.h"
 
-// What torch says of the call that failed last in this thread.  torch 2.13 and later have it, and then only it knows: the
-// error of the call names the call alone.
+// Torch's message of the last failed call in this thread: torch 2.13 and later, whose exception names only the call.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace t2l::torch_ops {
 
-// `function` with torch's reason in the error of a call of torch that fails in it, such as for want of memory.
+// Calls `function`; where a torch call in it fails, the error has torch's message, such as lack of memory.
 template <auto function>
-struct Told;
+struct WithTorchMessage;
 
 template <class Result, class... Args, Result (*function)(Args...)>
-struct Told<function> {
+struct WithTorchMessage<function> {
   static Result call(Args... args) {
     try {
       return function(std::forward<Args>(args)...);
@@ -33,13 +32,13 @@ struct Told<function> {
 
 template <class Backend>
 void register_ops(torch::stable::detail::StableLibrary& m) {
-  m.impl("hypernet_trunk", TORCH_BOX((&Told<&hypernet_trunk<Backend>>::call)));
-  m.impl("hypernet_heads", TORCH_BOX((&Told<&hypernet_heads<Backend>>::call)));
-  m.impl("hypernet_heads_out_", TORCH_BOX((&Told<&hypernet_heads_out<Backend>>::call)));
-  m.impl("lora_delta", TORCH_BOX((&Told<&lora_delta<Backend>>::call)));
-  m.impl("lora_backward_", TORCH_BOX((&Told<&lora_backward<Backend>>::call)));
-  m.impl("lora_add_", TORCH_BOX((&Told<&lora_add<Backend>>::call)));
-  m.impl("lora_add_group_", TORCH_BOX((&Told<&lora_add_group<Backend>>::call)));
+  m.impl("hypernet_trunk", TORCH_BOX((&WithTorchMessage<&hypernet_trunk<Backend>>::call)));
+  m.impl("hypernet_heads", TORCH_BOX((&WithTorchMessage<&hypernet_heads<Backend>>::call)));
+  m.impl("hypernet_heads_out_", TORCH_BOX((&WithTorchMessage<&hypernet_heads_out<Backend>>::call)));
+  m.impl("lora_delta", TORCH_BOX((&WithTorchMessage<&lora_delta<Backend>>::call)));
+  m.impl("lora_backward_", TORCH_BOX((&WithTorchMessage<&lora_backward<Backend>>::call)));
+  m.impl("lora_add_", TORCH_BOX((&WithTorchMessage<&lora_add<Backend>>::call)));
+  m.impl("lora_add_group_", TORCH_BOX((&WithTorchMessage<&lora_add_group<Backend>>::call)));
 }
 
 }  // namespace t2l::torch_ops

@@ -1,6 +1,6 @@
 """What the kernels give for the small cases of the tests, by backend.
 
-``python tests/cuda/kernel_outputs.py --backend NAME --out FILE [--few] [--emulator LIBRARY]`` writes them; sanitizers run it
+``python tests/cuda/kernel_outputs.py --backend NAME --out FILE [--few] [--library LIBRARY]`` writes them; sanitizers run it
 with ``--few``.
 """
 
@@ -145,8 +145,8 @@ if __name__ == "__main__":
     parser.add_argument("--backend", choices=backends.NAMES, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--few", action="store_true")
-    parser.add_argument("--emulator", type=Path, help="library of backend emu (built where it is not given)")
+    parser.add_argument("--library", type=Path, help="native library in place of the package's; of emu, else it is built")
     chosen = parser.parse_args()
-    results = compute(backends.select(chosen.backend, chosen.emulator), chosen.few)
+    results = compute(backends.select(chosen.backend, chosen.library), chosen.few)
     torch.save(results, chosen.out)
     print(f"{len(results)} outputs")

@@ -45,7 +45,7 @@ def test_beside_the_emulator(gpu, tmp_path):
     file, library = tmp_path / "emulator.pt", backends.emulator_library()
     command = [*OUTPUTS, "--out", str(file), "--backend", "emu"]
     if library.exists() and of_these_sources(library):
-        command += ["--emulator", str(library)]
+        command += ["--library", str(library)]
     subprocess.run(command, env=os.environ | OF_THIS_TREE | {native.DISABLE_VARIABLE: "1"}, check=True)
     assert kernel_outputs.differing(kernel_outputs.compute(gpu), torch.load(file, weights_only=True)) == {}
 

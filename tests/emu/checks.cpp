@@ -315,8 +315,8 @@ std::string check_clusters() {
         float* names = shared.take<float>(4 * kCluster);
         const int64_t block = emu::block_index_y() * kColumns + block_index(), place = block % kCluster;
         cluster_barrier();
-        const Quad name{{float_to_bits(static_cast<float>(1 + block)), 0, 0, 0}};
-        if (thread_index() < kCluster) OfBlock(names + 4 * place, sizeof(Quad), thread_index()).store(0, name);
+        const Vec16 name{{float_to_bits(static_cast<float>(1 + block)), 0, 0, 0}};
+        if (thread_index() < kCluster) OfBlock(names + 4 * place, sizeof(Vec16), thread_index()).store(0, name);
         cluster_barrier();
         if (thread_index() < kCluster) told[block * kCluster + thread_index()] = names[4 * thread_index()];
       });

@@ -12,7 +12,7 @@ namespace {
 namespace cuda = t2l::cuda;
 namespace emu = t2l::emu;
 
-// Over sizes of models and batches: blocks of LoRA fit the device at once where whole members do, and no finer cut would.
+// Over sizes of models and batches: blocks of LoRA fit the device at once where whole problems do, and no finer cut would.
 std::string check_lora_cut() {
   constexpr int64_t kStep = cuda::kWarps * cuda::kWarpOutputs;
   const std::vector<std::vector<int64_t>> groups = {
@@ -20,28 +20,28 @@ std::string check_lora_cut() {
   int64_t cases = 0;
   for (const std::vector<int64_t>& outs : groups)
     for (const int64_t slots : {108, 132, 216, 264})
-      for (int64_t chunks = 1; chunks <= 2 * slots; ++chunks) {
-        std::vector<t2l::LoraParams> members(outs.size());
-        for (size_t i = 0; i < outs.size(); ++i) members[i].out = outs[i];
+      for (int64_t token_tiles = 1; token_tiles <= 2 * slots; ++token_tiles) {
+        std::vector<t2l::LoraParams> problems(outs.size());
+        for (size_t i = 0; i < outs.size(); ++i) problems[i].out = outs[i];
         const int64_t count = static_cast<int64_t>(outs.size());
-        const int64_t size = cuda::lora_slice_outputs(members.data(), count, chunks, slots);
+        const int64_t size = cuda::lora_tile_outputs(problems.data(), count, token_tiles, slots);
         const auto blocks = [&](int64_t outputs) {
-          int64_t slices = 0;
-          for (const int64_t out : outs) slices += cuda::ceil_div(out, outputs);
-          return slices * chunks;
+          int64_t output_tiles = 0;
+          for (const int64_t out : outs) output_tiles += cuda::ceil_div(out, outputs);
+          return output_tiles * token_tiles;
         };
         const int64_t whole = cuda::round_up(*std::max_element(outs.begin(), outs.end()), kStep);
         EXPECT(size >= kStep && size % kStep == 0 && size <= whole, static_cast<double>(size));
-        EXPECT(blocks(size) <= slots || size == whole, static_cast<double>(chunks));
-        EXPECT(size == kStep || blocks(size - kStep) > slots, static_cast<double>(chunks));
+        EXPECT(blocks(size) <= slots || size == whole, static_cast<double>(token_tiles));
+        EXPECT(size == kStep || blocks(size - kStep) > slots, static_cast<double>(token_tiles));
         ++cases;
       }
   EXPECT(cases == 10 * 2 * (108 + 132 + 216 + 264));
   return "";
 }
 
-// Clusters are of 2, 4 or 8 blocks, need parts of x to share, and with the slices that fill them up all run at once, as do
-// the blocks that registers allow beside each other.  Every rank that a launch may have fits every device.
+// Clusters are of 2, 4 or 8 blocks, need split-K slices of x to share, and with the N-tiles that fill them up all run at
+// once, as do the blocks that registers allow beside each other.  Every rank that a launch may have fits every device.
 std::string check_lora_clusters() {
   const float scaling = 1;
   int64_t clustered = 0, filled = 0;
@@ -53,30 +53,31 @@ std::string check_lora_clusters() {
           for (const int64_t rank : {1, 8, 12, 64, 1024})
             for (const int64_t tokens : {1, 7, 33, 64, 512, 8192})
               for (const int64_t most : {1, 2, 3, 8}) {
-                std::vector<t2l::LoraParams> members(outs.size());
+                std::vector<t2l::LoraParams> problems(outs.size());
                 for (size_t i = 0; i < outs.size(); ++i) {
-                  t2l::LoraParams& p = members[i];
+                  t2l::LoraParams& p = problems[i];
                   p.x_type = p.w_type = type, p.in = in, p.out = outs[i], p.rank = rank, p.scaling = &scaling;
                   p.tokens = tokens, p.segments = tokens <= 64 ? tokens : 8, p.max_seg_len = tokens <= 64 ? 1 : tokens / 8;
                   p.adapters = 64, p.accumulate = true;
                 }
                 const int64_t count = static_cast<int64_t>(outs.size()), shared = kib * 1024;
-                const auto choose = [&] { return cuda::choose_lora_config(members.data(), count, most, {132, shared}); };
+                const auto choose = [&] { return cuda::choose_lora_config(problems.data(), count, most, {132, shared}); };
                 const cuda::LoraConfig c = choose();
                 const int64_t element = cuda::bytes_of(type), per_sm = cuda::lora_blocks_per_sm(element, c.m_tiles);
                 EXPECT(c.shared_bytes <= shared, static_cast<double>(rank));
                 EXPECT(c.m_tiles <= cuda::large_m_tiles(element, c.n_tiles), c.n_tiles);  // there is such a kernel
                 EXPECT(c.cluster == 1 || c.cluster == 2 || c.cluster == 4 || c.cluster == 8, c.cluster);
-                EXPECT(c.cluster <= most && c.slices % c.cluster == 0 && c.first_slice[count] == c.slices, c.cluster);
-                EXPECT(c.parts == (c.cluster == 1 ? 1 : cuda::lora_parts(in, element)), c.parts);
+                EXPECT(c.cluster <= most && c.output_tiles % c.cluster == 0 && c.first_output_tile[count] == c.output_tiles,
+                       c.cluster);
+                EXPECT(c.k_slices == (c.cluster == 1 ? 1 : cuda::lora_k_slices(in, element)), c.k_slices);
                 if (c.cluster == 1) continue;
                 EXPECT(in * element > 4 * cuda::kWarps * 64, static_cast<double>(in));
                 EXPECT(per_sm * c.shared_bytes <= shared, static_cast<double>(rank));
                 const int64_t last = outs.size() - 1, whole = cuda::ceil_div(outs[last], c.outputs);
-                const int64_t empty = c.slices - c.first_slice[last] - whole;
+                const int64_t empty = c.output_tiles - c.first_output_tile[last] - whole;
                 EXPECT(empty >= 0 && empty < c.cluster, static_cast<double>(empty));
-                EXPECT(empty == 0 || c.chunks * c.slices <= per_sm * 132, static_cast<double>(tokens));
-                members.back().x = &scaling;  // another x than the others'
+                EXPECT(empty == 0 || c.token_tiles * c.output_tiles <= per_sm * 132, static_cast<double>(tokens));
+                problems.back().x = &scaling;  // another x than the others'
                 EXPECT(outs.size() == 1 || choose().cluster == 1);
                 ++clustered, filled += empty > 0;
               }

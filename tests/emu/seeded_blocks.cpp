@@ -113,7 +113,7 @@ const Case kCases[] = {
      [](bool fixed, const float* x, float* y) {
        return launch(0, [=] {
          const int first = element() / 4 * 4;
-         const Quad quad = load_quad(x + (fixed || first < 4 ? first : first - 1));
+         const Vec16 quad = load_vec16(x + (fixed || first < 4 ? first : first - 1));
          store_one(y + element(), bits_to_float(quad.word[element() % 4]));
        });
      },

@@ -40,8 +40,8 @@ inline void copy_row(float* target, const float* row) {
 // Sends this block's part of x to the row of the other block.
 inline void send_row(float* row, const float* x) {
   if (thread_index() < kThreads / 4)
-    OfBlock(row + 4 * thread_index(), sizeof(Quad), 1 - static_cast<int>(block_index()))
-        .store(0, load_quad(x + block_index() * kThreads + 4 * thread_index()));
+    OfBlock(row + 4 * thread_index(), sizeof(Vec16), 1 - static_cast<int>(block_index()))
+        .store(0, load_vec16(x + block_index() * kThreads + 4 * thread_index()));
 }
 
 // A case reads x[i] = i + 1 and writes y, both of kBlocks * kThreads floats.

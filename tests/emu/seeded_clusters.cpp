@@ -1,4 +1,4 @@
-// Seeded bugs of clusters and of early launches.
+// Seeded bugs of clusters and of PDL launches.
 #include "seeded_cases.h"
 
 namespace seeded {
@@ -90,8 +90,8 @@ const Case kCases[] = {
          SharedMemory shared;
          float* row = shared.take<float>(kThreads);
          if (thread_index() < kThreads / 4)
-           OfBlock(row + 4 * thread_index(), sizeof(Quad), fixed ? 0 : 1)
-               .store(0, load_quad(x + block_index() * kThreads + 4 * thread_index()));
+           OfBlock(row + 4 * thread_index(), sizeof(Vec16), fixed ? 0 : 1)
+               .store(0, load_vec16(x + block_index() * kThreads + 4 * thread_index()));
          block_barrier();
          store_one(y + element(), row[thread_index()]);
        });

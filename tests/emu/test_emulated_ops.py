@@ -21,7 +21,7 @@ pytestmark = pytest.mark.emu
 
 TESTS = Path(__file__).parents[1]
 OPS = TESTS / "ops"
-HERE = [TESTS / "emu" / name for name in ("emulated_counts.py", "emulated_host.py")]
+HERE = [TESTS / "emu" / name for name in ("emulated_lora_counts.py", "emulated_hypernet_counts.py", "emulated_host.py")]
 RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
 
 
@@ -42,7 +42,7 @@ ALL = Selection("not slow and not cuda", (), at_least() + 100)  # registration, 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A process of pytest: schedule, files, tests, sanitizer, and a device: with few SMs, blocks have long runs of work,
-    and LoRA takes its large chunks; with little shared memory, tiles of the trunk and of latents are smaller."""
+    and LoRA takes its large token tiles; with little shared memory, tiles of the trunk and of latents are smaller."""
 
     name: str
     tests: Selection
@@ -50,7 +50,7 @@ class Run:
     files: tuple = (OPS,)
     sanitize: str = ""
     num_sms: int = 132
-    max_cluster: int = 8  # 1: a card without clusters and early launches
+    max_cluster: int = 8  # 1: a card without clusters and PDL launches
     shared_kib: int = 227  # of a block
 
 

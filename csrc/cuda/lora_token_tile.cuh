@@ -1,5 +1,6 @@
-// Chunks of tokens of batched LoRA.  For a few single tokens, one block per token reads its id in place.  Otherwise every
-// block runs the counting sort of tokens by adapter for its own chunk: no workspace and no extra launch.
+// Token tiles of batched LoRA: up to 16 MT tokens of one adapter.  For a few single tokens, one block per token reads its id
+// in place.  Otherwise every block runs the counting sort of tokens by adapter for its own token tile: no workspace and no
+// extra launch.
 #pragma once
 #include "config.h"
 #include "primitives.cuh"
@@ -78,11 +79,11 @@ T2L_DEVICE void count_tokens(const LoraParams& p, int64_t first, int* bins) {
   block_barrier();
 }
 
-struct Chunk {
+struct TokenTile {
   int adapter, count;
 };
 
-// The tokens of a chunk: in shared memory or, in a decode step, one.
+// The tokens of a token tile: in shared memory or, in a decode step, one.
 template <bool kDecode>
 struct Tokens {
   int* many;
@@ -90,31 +91,31 @@ struct Tokens {
   T2L_DEVICE int operator[](int i) const { return kDecode ? one : many[i]; }
 };
 
-// Chunk `index` of the batch and its tokens, or count 0 if there are fewer chunks.  Chunks are ordered by adapter, then
-// token.
-T2L_DEVICE Chunk find_chunk(const LoraParams& p, int64_t index, int size, int* scratch, int* bins, int* tokens) {
+// Token tile `index` of the batch and its tokens, or count 0 if there are fewer token tiles.  Token tiles are ordered by
+// adapter, then token.
+T2L_DEVICE TokenTile find_token_tile(const LoraParams& p, int64_t index, int size, int* scratch, int* bins, int* tokens) {
   constexpr int kPerThread = kSortBins / kThreads;
-  int* found = scratch + kWarps;  // adapter, index of the chunk within it, tokens of the adapter
-  int64_t before = 0;             // chunks of bins below `first`
+  int* found = scratch + kWarps;  // adapter, index of the token tile within it, tokens of the adapter
+  int64_t before = 0;             // token tiles of bins below `first`
   for (int64_t first = 0;; first += kSortBins) {
-    if (first > p.adapters) return Chunk{-1, 0};
+    if (first > p.adapters) return TokenTile{-1, 0};
     count_tokens(p, first, bins);
-    int chunks[kPerThread], mine = 0, total;
+    int token_tiles[kPerThread], mine = 0, total;
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      chunks[i] = (bins[thread_index() * kPerThread + i] + size - 1) / size;
-      mine += chunks[i];
+      token_tiles[i] = (bins[thread_index() * kPerThread + i] + size - 1) / size;
+      mine += token_tiles[i];
     }
     int64_t place = before + scan_block(mine, scratch, &total);
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      if (index >= place && index < place + chunks[i]) {
+      if (index >= place && index < place + token_tiles[i]) {
         const int bin = thread_index() * kPerThread + i;
         found[0] = static_cast<int>(first + bin) - 1;
         found[1] = static_cast<int>(index - place);
         found[2] = bins[bin];
       }
-      place += chunks[i];
+      place += token_tiles[i];
     }
     before += total;
     block_barrier();  // found is visible; bins may be reused
@@ -133,7 +134,7 @@ T2L_DEVICE Chunk find_chunk(const LoraParams& p, int64_t index, int size, int* s
     seen += total;
   }
   block_barrier();
-  return Chunk{adapter, count};
+  return TokenTile{adapter, count};
 }
 
 }  // namespace t2l::device
