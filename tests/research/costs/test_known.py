@@ -20,10 +20,10 @@ from t2l_engine.research.costs import (
     ways,
 )
 from t2l_engine.research.costs.serving import merged_values
-from t2l_engine.testing.counter import counted
 from t2l_engine.testing.models import SHAPES
 from tests.hypernetwork.plain_network import MODULES
 from tests.research.costs import tiny_decoders
+from tests.research.costs.flop_counter import counted
 
 KNOWN = {  # parameters of the language model, and of its hypernetwork
     "mistral-7b": (7_241_732_096, 55_424_000),
@@ -97,8 +97,6 @@ def test_applying_and_merging_adapters():
     assert counted(lambda: model(input_ids=ids[:1], logits_to_keep=1)) == base
 
 
-@pytest.mark.parametrize(
-    "name", ["research.costs.model", "research.costs.known", "cli.cost", "ops.flops", "testing.counter"]
-)
+@pytest.mark.parametrize("name", ["research.costs.model", "research.costs.known", "cli.cost", "ops.flops"])
 def test_examples(name):
     assert doctest.testmod(importlib.import_module(f"t2l_engine.{name}")).failed == 0

@@ -8,9 +8,9 @@ from transformers import BertConfig, BertModel, DynamicCache
 
 from t2l_engine import HyperNetwork, attach
 from t2l_engine.research.costs import Setup, Workload, count, hypernetwork_for, ways
-from t2l_engine.testing.counter import counted
 from t2l_engine.testing.models import cache_argument
 from tests.research.costs import tiny_decoders
+from tests.research.costs.flop_counter import counted
 from tests.research.costs.tiny_decoders import prompt
 
 LOAD = Workload(question=6, answer=5, shots=2, shot=4, description=11, instruction=3, system=2)
