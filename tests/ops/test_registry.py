@@ -9,6 +9,9 @@ from t2l_engine import ops
 from t2l_engine.testing.cases import GROUP_CASES, HYPER_CASES, LORA_CASES
 from tests.ops.kernel_cases import SMALL, TINY_HYPERS, by_name, without_y
 
+#: Of torch's checks all but the compiled one, which takes seconds.
+UNCOMPILED = {"test_utils": ("test_schema", "test_autograd_registration", "test_faketensor")}
+
 
 @pytest.mark.parametrize(("name", "grad"), [("mixed_rows", True), ("bf16_mixed_ranks", False), ("out_r_layout", False)])
 def test_opcheck_lora(name, grad):
@@ -21,7 +24,7 @@ def test_opcheck_lora(name, grad):
     if not grad:
         torch.library.opcheck(torch.ops.t2l_engine.lora_add_.default, (y, *rest))
         bad_ids = torch.zeros(1, dtype=torch.int32)
-        torch.library.opcheck(torch.ops.t2l_engine.lora_add_.default, (y, *rest, bad_ids))
+        torch.library.opcheck(torch.ops.t2l_engine.lora_add_.default, (y, *rest, bad_ids), **UNCOMPILED)
         delta, grad_x = ops.lora_delta(*rest), torch.ones_like(rest[0], memory_format=torch.contiguous_format)
         torch.library.opcheck(torch.ops.t2l_engine.lora_backward_.default, (grad_x, delta, *rest))
 
@@ -47,7 +50,7 @@ def test_opcheck_hypernet(case):
     torch.library.opcheck(torch.ops.t2l_engine.hypernet_trunk.default, (*trunk, []))
     torch.manual_seed(2)
     task_emb, encoder = torch.randn(case.tasks, 24), [torch.randn(case.task_width, 24), *torch.randn(3, case.task_width)]
-    torch.library.opcheck(torch.ops.t2l_engine.hypernet_trunk.default, (task_emb, *trunk[1:], encoder))
+    torch.library.opcheck(torch.ops.t2l_engine.hypernet_trunk.default, (task_emb, *trunk[1:], encoder), **UNCOMPILED)
     order = ("latent", "weight", "bias", "mul_A", "add_A", "mul_B", "add_B", "rank", "in_features", "out_features")
     heads = dataclasses.replace(case, modules=2).make_heads()
     heads["bias"] = heads["bias"] or []
@@ -66,7 +69,8 @@ def test_opcheck_hypernet(case):
     for tensor in (heads["latent"], *heads["weight"], *heads["bias"]):
         tensor.requires_grad_(False)
     stored = [torch.empty(t.shape) for t in out]
-    torch.library.opcheck(torch.ops.t2l_engine.hypernet_heads_out_.default, (stored[::2], stored[1::2], *arguments, 1.0))
+    outputs = stored[::2], stored[1::2]
+    torch.library.opcheck(torch.ops.t2l_engine.hypernet_heads_out_.default, (*outputs, *arguments, 1.0), **UNCOMPILED)
 
 
 def compiled(function):
