@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -11,20 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from t2l_engine.cli.common import (
-    DEFAULT_CHECKPOINT,
-    BaseDType,
-    BaseModel,
-    Checkpoint,
-    DType,
-    Encoder,
-    Scaling,
-    TrustRemoteCode,
-    named,
-    say,
-    standard_input,
-)
+from t2l_engine.cli.common import BaseDType, DType, EngineOptions, named, say, standard_input
 from t2l_engine.cli.desk import open_desk
+from t2l_engine.cli.options import takes
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.text import is_unicode
 
@@ -186,18 +176,19 @@ def _lines(interactive: bool) -> Iterator[str]:
         yield line
 
 
-def chat(
-    task: Annotated[str, typer.Option("--task", help="Task description; change it with /task.")],
-    checkpoint: Checkpoint = DEFAULT_CHECKPOINT,
-    base_model: BaseModel = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0: greedy decoding.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed of sampling, the same for every answer.")] = 0,
-    dtype: BaseDType = DType.float32,
-    scaling: Scaling = "",
-    encoder: Encoder = "",
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The first task, and how the model answers."""
+
+    task: Annotated[str, typer.Option(help="Task description; change it with /task.")]
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64
+    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0: greedy decoding.")] = 0.0
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed of sampling, the same for every answer.")] = 0
+    dtype: BaseDType = DType.float32
+
+
+@takes(Options, EngineOptions)
+def chat(options: Options, engine: EngineOptions) -> None:
     """Chat with the base model and the adapters of descriptions; /help lists the commands.
 
     Every line is answered independently, without history: adapters are trained on single user turns.  Standard output has
@@ -207,13 +198,10 @@ def chat(
     if hasattr(source, "reconfigure"):
         source.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 are reported with their line
     interactive = source.isatty()
-    desk = open_desk(
-        checkpoint, base_model, slots=SLOTS, max_new_tokens=max_new_tokens, dtype=dtype, scaling=scaling, encoder=encoder,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    desk = open_desk(engine, slots=SLOTS, max_new_tokens=options.max_new_tokens, dtype=options.dtype)
+    sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "seed")}
     with named({"texts[0]": "--task"}):
-        session = Chat(desk.side_by_side, desk.save, task=task, interactive=interactive, options=options)
+        session = Chat(desk.side_by_side, desk.save, task=options.task, interactive=interactive, options=sampling)
     if interactive:
         rank = desk.side_by_side.engine.hypernetwork.config.rank
         say(f"{desk.base_model}, adapters of rank {rank}; /help lists the commands")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import enum
 import json
 import sys
@@ -162,6 +163,21 @@ def load_engine(
             trust_remote_code=trust_remote_code,
         )
     return engine, folder
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """The checkpoint that generates, and how it is loaded."""
+
+    checkpoint: Checkpoint = DEFAULT_CHECKPOINT
+    base_model: BaseModel = ""
+    scaling: Scaling = ""
+    encoder: Encoder = ""
+    trust_remote_code: TrustRemoteCode = False
+
+    def load(self) -> tuple[TextToLoRA, Path]:
+        """As :func:`load_engine`."""
+        return load_engine(self.checkpoint, self.scaling, self.encoder, self.trust_remote_code, self.base_model)
 
 
 def expect_descriptions(folder: Path) -> None:

@@ -19,7 +19,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
     """Structure, sizes and origin of a T2L checkpoint (native or Sakana format) or of a PEFT adapter folder.
 
     Files are read and checked completely.  Checkpoints: ``kind`` "checkpoint"; ``parameters`` counts ``heads``, ``trunk``
-    (including all but the heads), ``offsets`` (buffers) and a reader's ``pooling``; ``gflop_per_adapter``: from
+    (all but the heads), ``offsets`` (buffers) and the attention ``pooling`` of an LLM encoder; ``gflop_per_adapter``: from
     ``research.costs.hypernet_flops``; ``prompt``: the template of its training, and whether its prompts had the description.
     Adapters: ``kind`` "adapter"; ``parameters`` counts true ranks; ``partial``: the base model may have more layers.
     ``file_bytes`` is the size of the weights file.

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t2l_engine.cli.common import DType, base_model_of, expect_descriptions, load_engine, named
+from t2l_engine.cli.common import DType, EngineOptions, base_model_of, expect_descriptions, named
 from t2l_engine.cli.export import GGUF, prompt_prefix
 from t2l_engine.cli.export import save as save_gguf
 from t2l_engine.text import packaged
@@ -36,24 +36,14 @@ class Desk:
             stack.save_pretrained(path, base_model_name_or_path=packaged.hub_name(self.base_model))
 
 
-def open_desk(
-    checkpoint: str,
-    base_model: str,
-    *,
-    slots: int,
-    max_new_tokens: int,
-    dtype: DType,
-    scaling: str,
-    encoder: str,
-    trust_remote_code: bool,
-) -> Desk:
+def open_desk(options: EngineOptions, *, slots: int, max_new_tokens: int, dtype: DType) -> Desk:
     """Load checkpoint and base model; ValueError if answers of ``max_new_tokens`` do not fit the model's context."""
     from t2l_engine.serving.side_by_side import SideBySide
     from t2l_engine.text import base_model as models
 
-    engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code, base_model)
+    engine, folder = options.load()
     expect_descriptions(folder)
-    name = base_model_of(folder, base_model)
+    name = base_model_of(folder, options.base_model)
     with named({"base_model": "--base-model"}):
         model, tokenizer = models.load(name, dtype.torch)
     side_by_side = SideBySide(engine, model, tokenizer, slots=slots)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import enum
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,21 +14,17 @@ import typer
 
 from t2l_engine.cli import export
 from t2l_engine.cli.common import (
-    DEFAULT_CHECKPOINT,
-    Checkpoint,
-    Encoder,
+    EngineOptions,
     Json,
-    Scaling,
-    TrustRemoteCode,
     base_model_of,
     differ,
-    load_engine,
     named,
     print_json,
     say,
     standard_input,
     stored_base,
 )
+from t2l_engine.cli.options import takes
 
 if TYPE_CHECKING:
     from t2l_engine.adapters.stack import AdapterStack
@@ -46,51 +42,58 @@ class Format(str, enum.Enum):
     gguf = "gguf"
 
 
-Output = Annotated[
-    Path, typer.Option("--output", "-o", help="Folder of the adapter; for several, of DIR/0, DIR/1, ... and index.json.")
-]
-Descriptions = Annotated[list[str] | None, typer.Argument(help="Task descriptions, one adapter each.")]
-File = Annotated[Path | None, typer.Option("--file", "-f", help="File of descriptions, one per line; -: standard input.")]
-Examples = Annotated[
-    Path | None,
-    typer.Option(help="JSON Lines of worked examples, input and output, which the adapters are generated from too."),
-]
-Form = Annotated[
-    Format, typer.Option("--format", help="peft: folders; gguf: DIR/adapter.gguf or DIR/0.gguf, ..., for llama.cpp.")
-]
-Library = Annotated[
-    Path | None, typer.Option(help="Folder of stored adapters with descriptions.json: take the nearest one from there.")
-]
-TopK = Annotated[int, typer.Option("--top-k", min=1, help="With --library: mix the nearest ones, weighted by nearness.")]
-MinSimilarity = Annotated[
-    float,
-    typer.Option("--min-similarity", min=-1, max=1, help="With --library: generate where the nearest has a lower cosine."),
-]
-StatedModel = Annotated[
-    str,
-    typer.Option(
-        "--base-model",
-        help="Name or folder that the adapters state; default: the checkpoint's base model.  For GGUF a local folder.",
-    ),
-]
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Descriptions, where their adapters are taken from, and where they are written."""
+
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the adapter; for several, of DIR/0, DIR/1, ... and index.json.")
+    ]
+    descriptions: Annotated[list[str] | None, typer.Argument(help="Task descriptions, one adapter each.")] = None
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="File of descriptions, one per line; -: standard input.")
+    ] = None
+    examples: Annotated[Path | None, typer.Option(help="JSON Lines of worked examples (input, output) for the encoder.")] = (
+        None
+    )
+    form: Annotated[
+        Format, typer.Option("--format", help="peft: folders; gguf: DIR/adapter.gguf or DIR/0.gguf, ..., for llama.cpp.")
+    ] = Format.peft
+    library: Annotated[
+        Path | None, typer.Option(help="Folder of stored adapters with descriptions.json: take the nearest one from there.")
+    ] = None
+    top_k: Annotated[int, typer.Option(min=1, help="With --library: mix the nearest ones, weighted by nearness.")] = 1
+    min_similarity: Annotated[
+        float, typer.Option(min=-1, max=1, help="With --library: generate where the nearest has a lower cosine.")
+    ] = -1.0
+    as_json: Json = False
+
+    @property
+    def several(self) -> bool:
+        """Whether adapters are DIR/0, DIR/1, ... with an index."""
+        return self.file is not None or len(self.descriptions or ()) > 1
+
+    @property
+    def ending(self) -> str:
+        """Of the names of adapters."""
+        return "" if self.form is Format.peft else export.GGUF
 
 
-def generate(
-    output: Output,
-    descriptions: Descriptions = None,
-    file: File = None,
-    examples: Examples = None,
-    form: Form = Format.peft,
-    library: Library = None,
-    top_k: TopK = 1,
-    min_similarity: MinSimilarity = -1.0,
-    base_model: StatedModel = "",
-    checkpoint: Checkpoint = DEFAULT_CHECKPOINT,
-    scaling: Scaling = "",
-    encoder: Encoder = "",
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Engine(EngineOptions):
+    """``base_model`` is also the name that PEFT folders state."""
+
+    base_model: Annotated[
+        str,
+        typer.Option(
+            "--base-model",
+            help="Name or folder that the adapters state; default: the checkpoint's base model.  For GGUF a local folder.",
+        ),
+    ] = ""
+
+
+@takes(Options, Engine)
+def generate(options: Options, engine_options: Engine) -> None:
     """Write one PEFT adapter folder, or GGUF file, per description, replacing existing adapters.
 
     A single description as argument is written to DIR itself; several, or those of --file, to DIR/0, DIR/1, ..., with
@@ -100,51 +103,42 @@ def generate(
     """
     from t2l_engine.text.examples import read_examples
 
-    if bool(descriptions) == (file is not None):
-        raise typer.BadParameter("expected descriptions as arguments, or --file; not both")
-    _check_library(library, top_k, min_similarity, {"--scaling": scaling, "--encoder": encoder}, examples)
-    several = file is not None or len(descriptions) > 1
-    _check_output(output, several)
-    lines = _read(file) if file else {f"description {i}": text for i, text in enumerate(descriptions, start=1)}
-    texts = list(lines.values())
-    shots = None if examples is None else read_examples(examples)
-    engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code, base_model)
+    _check(options, engine_options)
+    given = enumerate(options.descriptions or (), start=1)
+    lines = {f"description {i}": text for i, text in given} if options.file is None else _read(options.file)
+    shots = None if options.examples is None else read_examples(options.examples)
+    engine, folder = engine_options.load()
     _check_texts(engine, lines, shots)
-    base, config = _base_model(folder, base_model, form)
-    known = None if library is None else _open_library(library, base, top_k)
-    adapters = _adapters(engine, texts, shots, known, top_k, min_similarity)
-    results = []
-    with _index(output, texts, form) if several else contextlib.nullcontext(_only(form)) as names:
+    base, config = _base_model(folder, engine_options.base_model, options.form)
+    library = None if options.library is None else _open_library(options.library, base, options.top_k)
+    texts, results = list(lines.values()), []
+    adapters = _adapters(engine, texts, shots, library, options.top_k, options.min_similarity)
+    with _index(options, texts) as names:
         for name, text, (stack, i, matches) in zip(names, texts, adapters, strict=True):
-            path = output / name
+            path = options.output / name
             if config is None:
                 stack.save_pretrained(path, adapter=i, base_model_name_or_path=base)
             else:
                 export.save(stack, i, path, config, None, text, export.prompt_prefix(engine, text))
-            results.append(_about(text, path, form, stack, i, matches))
-            if not as_json:
+            results.append(_about(text, path, options.form, stack, i, matches))
+            if not options.as_json:
                 _print(results[-1], path)
-    if as_json:
+    if options.as_json:
         print_json(results)
 
 
-def _check_library(
-    library: Path | None, top_k: int, min_similarity: float, of_engine: Mapping[str, str], examples: Path | None
-) -> None:
-    """Options that --library needs, or excludes; ``of_engine``: options of generated adapters alone."""
-    if library is None:
-        if top_k != 1 or min_similarity != -1:
-            raise typer.BadParameter("--top-k and --min-similarity: expected --library too")
-        return
-    if examples is not None:
+def _check(options: Options, engine: Engine) -> None:
+    """Errors for options that do not go together, and for an output that is not to be replaced."""
+    output, library = options.output, options.library
+    if bool(options.descriptions) == (options.file is not None):
+        raise typer.BadParameter("expected descriptions as arguments, or --file; not both")
+    if library is None and (options.top_k != 1 or options.min_similarity != -1):
+        raise typer.BadParameter("--top-k and --min-similarity: expected --library too")
+    if library is not None and options.examples is not None:
         raise ValueError("--examples: expected none with --library, whose adapters are found by their descriptions")
-    for option, value in of_engine.items():
-        if value and min_similarity == -1:
+    for option, value in (("--scaling", engine.scaling), ("--encoder", engine.encoder)):
+        if value and library is not None and options.min_similarity == -1:
             raise ValueError(f"{option}: expected none with --library, unless --min-similarity lets adapters be generated")
-
-
-def _check_output(output: Path, several: bool) -> None:
-    """Errors for an ``output`` that is a file, or has an index.json that this command has not written."""
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"--output: {output}: expected a folder, got a file")
     if output.suffix.lower() == export.GGUF and not output.exists():
@@ -152,7 +146,7 @@ def _check_output(output: Path, several: bool) -> None:
             f"--output: expected a folder, got {output}; t2l export DESCRIPTION -o FILE{export.GGUF} writes a file"
         )
     index = output / INDEX_NAME
-    if several and index.exists() and not _is_index(index):
+    if options.several and index.exists() and not _is_index(index):
         raise FileExistsError(
             f"--output: {index}: expected an index of adapters, or none, got another file; choose another folder"
         )
@@ -171,19 +165,16 @@ def _base_model(folder: Path, given: str, form: Format) -> tuple[str | None, Any
         return name and packaged.hub_name(name), config_of(base_model_of(folder, given))
 
 
-def _only(form: Format) -> list[str]:
-    """Name of a single adapter in its folder; of a PEFT adapter it is the folder itself."""
-    return ["" if form is Format.peft else f"adapter{export.GGUF}"]
-
-
 @contextlib.contextmanager
-def _index(output: Path, texts: list[str], form: Format) -> Iterator[list[str]]:
-    """Names of several adapters; index.json is gone while they are written, and complete afterwards."""
+def _index(options: Options, texts: list[str]) -> Iterator[list[str]]:
+    """Names of the adapters in the output; index.json is gone while several are written, and complete afterwards."""
     from t2l_engine.files.weights import write_text
 
-    index = output / INDEX_NAME
+    if not options.several:  # a PEFT adapter is the output itself
+        yield [options.ending and f"adapter{options.ending}"]
+        return
+    index, names = options.output / INDEX_NAME, [f"{i}{options.ending}" for i in range(len(texts))]
     index.unlink(missing_ok=True)
-    names = [f"{i}{'' if form is Format.peft else export.GGUF}" for i in range(len(texts))]
     yield names
     write_text(index, json.dumps(dict(zip(names, texts, strict=True)), indent=1, ensure_ascii=False) + "\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import itertools
 import os
@@ -11,19 +12,9 @@ from typing import Annotated
 
 import typer
 
-from t2l_engine.cli.common import (
-    FREE_TEXT_CHECKPOINT,
-    BaseDType,
-    BaseModel,
-    Checkpoint,
-    DType,
-    Encoder,
-    Scaling,
-    TrustRemoteCode,
-    keep_freed_memory,
-    say,
-)
+from t2l_engine.cli.common import FREE_TEXT_CHECKPOINT, BaseDType, Checkpoint, DType, EngineOptions, keep_freed_memory, say
 from t2l_engine.cli.desk import open_desk
+from t2l_engine.cli.options import takes
 
 #: Limits of the landmarks on the map: bytes of their adapters, and their number.
 MAP_BYTES, LANDMARKS = 1 << 27, 44
@@ -32,20 +23,28 @@ DESCRIPTIONS = ("File the sentence under computers, cooking or law.", "Extract t
 INPUT = "On Monday Clara talked about the recipe."
 
 
-def ui(
-    checkpoint: Checkpoint = FREE_TEXT_CHECKPOINT,
-    base_model: BaseModel = "",
-    host: Annotated[
-        str, typer.Option(help="Bind address; anything but loopback is exposed without authentication.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 7860,
-    adapters: Annotated[int, typer.Option(min=1, max=64, help="Adapters held; the least recently used is replaced.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    dtype: BaseDType = DType.float32,
-    scaling: Scaling = "",
-    encoder: Encoder = "",
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Where the page is served, and limits of adapters and answers."""
+
+    host: Annotated[str, typer.Option(help="Bind address; anything but loopback is exposed without authentication.")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 7860
+    adapters: Annotated[int, typer.Option(min=1, max=64, help="Adapters held; the least recently used is replaced.")] = 8
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256
+    dtype: BaseDType = DType.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine(EngineOptions):
+    """The default is the checkpoint for sentences of the user's own."""
+
+    checkpoint: Checkpoint = FREE_TEXT_CHECKPOINT
+
+
+@takes(Options, Engine)
+def ui(options: Options, engine: Engine) -> None:
     """Open a page on which the base model and the adapters of several descriptions answer the same input, in one batch.
 
     Needs Gradio: pip install "t2l_engine[ui]".  Nothing is sent anywhere: fonts, statistics and sharing are off.
@@ -58,25 +57,23 @@ def ui(
     from t2l_engine.text.encoder import OneHotEncoder
 
     keep_freed_memory()
+    host, port = options.host, options.port
     _check_address(host, port)
-    desk = open_desk(
-        checkpoint, base_model, slots=adapters, max_new_tokens=max_new_tokens, dtype=dtype, scaling=scaling, encoder=encoder,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    desk = open_desk(engine, slots=options.adapters, max_new_tokens=options.max_new_tokens, dtype=options.dtype)
     if isinstance(desk.side_by_side.engine.encoder, OneHotEncoder):
         raise ValueError(
-            f"--checkpoint: expected one for sentences, got {checkpoint}, whose encoder knows names of tasks alone"
+            f"--checkpoint: expected one for sentences, got {engine.checkpoint}, whose encoder knows names of tasks alone"
         )
-    first = DESCRIPTIONS[:adapters]
+    first = DESCRIPTIONS[: options.adapters]
     desk.side_by_side.hold(first)  # raises now if adapters do not fit the base model
     config = desk.side_by_side.engine.hypernetwork.config
     size = 4 * config.num_layers * config.rank * (sum(config.in_features) + sum(config.out_features))
     page = Page(
         desk.side_by_side,
         desk.save,
-        title=f"`{checkpoint}`, adapters of rank {config.rank} on {', '.join(config.modules)} of `{desk.base_model}`",
+        title=f"`{engine.checkpoint}`, adapters of rank {config.rank} on {', '.join(config.modules)} of `{desk.base_model}`",
         landmarks=landmarks(max(3, min(LANDMARKS, MAP_BYTES // size))),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=options.max_new_tokens,
     )
     if not _is_loopback(host):
         say(f"warning: --host {host}: the page is exposed without authentication")

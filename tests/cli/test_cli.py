@@ -124,7 +124,7 @@ def test_a_file_of_a_tasks_name_is_kept(run, expect_error, tmp_path):
     assert run(*command, "--force")[0] == 0 and file.read_text() != "mine"
 
 
-def test_no_reader_of_descriptions(expect_error, checkpoint, tmp_path):
+def test_a_checkpoint_trained_on_inputs(expect_error, checkpoint, tmp_path):
     net = t2l.HyperNetwork.from_pretrained(checkpoint)
     net.save_pretrained(tmp_path / "inputs", metadata={"training": {"condition": "input"}})
     message = f"--checkpoint: expected one trained on descriptions, got {tmp_path / 'inputs'}, which was trained on inputs"

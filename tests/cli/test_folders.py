@@ -116,12 +116,12 @@ def test_show_checks_the_encoder(expect_error, checkpoint, tmp_path):
     from_config(encoder={"name": 5, "pooling": "max"})
     expect_error("encoder.name: expected", "show", checkpoint)
     expect_error("encoder.name: expected", "convert", checkpoint, tmp_path / "new")
-    reader = resolve_checkpoint("smollm2-135m-specs")
-    shutil.copytree(reader, tmp_path / "reader")
-    config = json.loads((reader / "config.json").read_text())
-    (tmp_path / "reader" / "config.json").write_text(json.dumps(config | {"encoder": config["encoder"] | {"queries": 3}}))
-    expect_error("pooling.", "show", tmp_path / "reader")
-    expect_error("pooling.", "convert", tmp_path / "reader", tmp_path / "new", "--to", "native")
+    bundled = resolve_checkpoint("smollm2-135m-specs")
+    shutil.copytree(bundled, tmp_path / "llm")
+    config = json.loads((bundled / "config.json").read_text())
+    (tmp_path / "llm" / "config.json").write_text(json.dumps(config | {"encoder": config["encoder"] | {"queries": 3}}))
+    expect_error("pooling.", "show", tmp_path / "llm")
+    expect_error("pooling.", "convert", tmp_path / "llm", tmp_path / "new", "--to", "native")
 
 
 @pytest.mark.parametrize("given", ['{"a": ' * 600 + "1" + "}" * 600, "NaN", "[]"])

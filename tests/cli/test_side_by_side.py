@@ -90,7 +90,7 @@ def test_errors_leave_it_usable(desk, rows, text, options, message):
     assert last(desk, adapted(TASKS[0])).texts == before
 
 
-def test_a_reader_who_leaves_stops_the_model(desk):
+def test_closing_the_answers_stops_the_model(desk):
     desk, calls = desk(), []
     desk.model.register_forward_pre_hook(lambda *_: calls.append(1))
     answers = desk.answers(TEXT, [Row()], max_new_tokens=100)
@@ -155,7 +155,7 @@ def test_sampling_follows_the_seed(desk):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_two_readers_at_once(desk):
+def test_two_threads_at_once(desk):
     """Their questions are answered one after the other, each with its own adapters."""
     desk = desk(slots=1)
     right = {task: last(desk, adapted(task)).texts for task in TASKS[:2]}
@@ -165,11 +165,11 @@ def test_two_readers_at_once(desk):
         for _ in range(3):
             found[task].append(last(desk, adapted(task)).texts)
 
-    readers = [threading.Thread(target=ask, args=(task,)) for task in right]
-    for reader in readers:
-        reader.start()
-    for reader in readers:
-        reader.join()
+    threads = [threading.Thread(target=ask, args=(task,)) for task in right]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert found == {task: [texts] * 3 for task, texts in right.items()}
 
 
@@ -191,16 +191,16 @@ def test_closing_ends_what_runs_and_what_waits(desk):
         else:
             ended.append("answered")
 
-    readers = [threading.Thread(target=ask) for _ in range(3)]
-    for reader in readers:
-        reader.start()
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
     while not calls or one._thread._work_queue.qsize() < 2:
         time.sleep(0.01)
     closing = threading.Thread(target=one.close)
     closing.start()
     assert one._stop.wait(60)
     go.set()
-    for thread in (*readers, closing):
+    for thread in (*threads, closing):
         thread.join(60)
         assert not thread.is_alive()
     assert sorted(ended) == ["answered", "cancelled", "cancelled"] and len(calls) <= 2

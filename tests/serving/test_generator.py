@@ -7,6 +7,7 @@ import fcntl
 import logging
 import shutil
 import threading
+import types
 import warnings
 
 import pytest
@@ -29,6 +30,26 @@ def gather(generator, texts):
     return asyncio.run(run())
 
 
+@pytest.fixture
+def held(monkeypatch):
+    """Checkpoint.write waits: ``await held.entered()`` until it has begun, ``held.leave.set()``; its ``threads``."""
+    entered, leave, threads = threading.Event(), threading.Event(), set()
+    write = Checkpoint.write
+
+    def wait(*arguments):
+        threads.add(threading.get_ident())
+        entered.set()
+        assert leave.wait(60), "the event loop did not go on"
+        return write(*arguments)
+
+    async def begun():
+        while not entered.is_set():
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(Checkpoint, "write", wait)
+    return types.SimpleNamespace(entered=begun, leave=leave, threads=threads)
+
+
 def test_the_same_text_is_generated_once(settings, loaded):
     generator = Generator(settings())
     # White space at the ends and a missing full stop are the encoder's to normalise.
@@ -49,33 +70,22 @@ def test_what_waits_is_generated_together(settings, loaded, monkeypatch):
     assert generator.generated == 10 and 2 <= generator.passes <= 5, "at most 8 in a pass"
 
 
-def test_the_event_loop_only_waits(settings, loaded, monkeypatch):
+def test_the_event_loop_only_waits(settings, loaded, held):
     """Encoder, hypernetwork and writing run in the generator's thread, and the loop takes steps while they do."""
-    main, threads, steps = threading.get_ident(), set(), []
-    entered, leave = threading.Event(), threading.Event()
-    write = Checkpoint.write
-
-    def watched(*arguments):
-        threads.add(threading.get_ident())
-        entered.set()
-        assert leave.wait(60), "the loop did not go on"
-        return write(*arguments)
-
-    monkeypatch.setattr(Checkpoint, "write", watched)
+    steps = []
 
     async def run():
         waiter = asyncio.ensure_future(generator.folder(None, TEXTS[0]))
-        while not entered.is_set():
-            await asyncio.sleep(0)
+        await held.entered()
         for _ in range(100):
             await asyncio.sleep(0)
             steps.append(waiter.done())
-        leave.set()
+        held.leave.set()
         return await waiter
 
     generator = Generator(settings())
     assert asyncio.run(run()).is_dir()
-    assert steps == [False] * 100 and len(threads) == 1 and main not in threads
+    assert steps == [False] * 100 and len(held.threads) == 1 and threading.get_ident() not in held.threads
 
 
 def test_the_event_loop_does_not_wait_for_the_store(settings, loaded):
@@ -101,22 +111,17 @@ def test_a_store_that_cannot_be_opened_names_the_variable(settings, loaded, tmp_
     assert type(found) is RuntimeError and str(found).startswith("T2L_VLLM_STORE: ") and str(tmp_path / "file") in str(found)
 
 
-def test_a_waiter_that_leaves_takes_nothing_along(settings, loaded, monkeypatch):
-    entered, leave = threading.Event(), threading.Event()
-    write = Checkpoint.write
-    monkeypatch.setattr(Checkpoint, "write", lambda *a: (entered.set(), leave.wait(60), write(*a))[-1])
-
+def test_a_waiter_that_leaves_takes_nothing_along(settings, loaded, held):
     async def run():
         waiters = [asyncio.ensure_future(generator.folder(None, TEXTS[0])) for _ in range(2)]
         alone = asyncio.ensure_future(generator.folder(None, TEXTS[1]))
-        while not entered.is_set():
-            await asyncio.sleep(0)
+        await held.entered()
         late = asyncio.ensure_future(generator.folder(None, TEXTS[2]))
         while len(generator._futures) < 3:  # the one of late, too
             await asyncio.sleep(0)
         for gone in (waiters[0], alone, late):
             gone.cancel()
-        leave.set()
+        held.leave.set()
         folder = await waiters[1]
         assert waiters[0].cancelled() and alone.cancelled() and late.cancelled()
         await generator.folder(None, TEXTS[2])
@@ -151,20 +156,16 @@ def test_checkpoints_have_adapters_of_their_own(settings, tmp_path):
         asyncio.run(generator.folder("third", TEXTS[0]))
 
 
-def test_a_full_queue_refuses(settings, loaded, monkeypatch):
+def test_a_full_queue_refuses(settings, loaded, held, monkeypatch):
     monkeypatch.setattr(module, "MAX_WAITING", 5)
-    entered, leave = threading.Event(), threading.Event()
-    write = Checkpoint.write
-    monkeypatch.setattr(Checkpoint, "write", lambda *a: (entered.set(), leave.wait(60), write(*a))[-1])
 
     async def run():
         first = asyncio.ensure_future(generator.folder(None, TEXTS[0]))
-        while not entered.is_set():
-            await asyncio.sleep(0)
+        await held.entered()
         others = [asyncio.ensure_future(generator.folder(None, text)) for text in (*TEXTS[1:9], TEXTS[1])]
         while sum(other.done() for other in others) < 3:
             await asyncio.sleep(0)
-        leave.set()
+        held.leave.set()
         return await asyncio.gather(first, *others, return_exceptions=True)
 
     generator = Generator(settings())

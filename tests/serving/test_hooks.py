@@ -71,21 +71,15 @@ def test_installing_twice_is_installing_once(settings, warnings):
     assert installed() == first and not warnings
 
 
-@pytest.mark.parametrize("name", hooks.OVERRIDDEN)
-def test_a_wrapper_with_other_parameters_keeps_its_code(name, settings, warnings, monkeypatch):
-    """Of each function that is replaced, in some later vLLM."""
-    monkeypatch.setattr(PunicaWrapperCPU, name, lambda self, something, new: None)
+@pytest.mark.parametrize("name", [*hooks.OVERRIDDEN, "register_module", "_get_punica_wrapper"])
+def test_functions_with_other_parameters_are_kept(name, settings, warnings, monkeypatch):
+    """Each function that is replaced, in some later vLLM."""
+    owner = PunicaWrapperCPU if name in hooks.OVERRIDDEN else LoRAModelManager
+    monkeypatch.setattr(owner, name, lambda self, something, new: None)
     before = installed()
     assert not hooks.install(settings(kernels=True)).kernels
     assert installed() == before and current_platform.get_punica_wrapper() == STOCK
     assert len(warnings) == 1 and name in warnings[0]
-
-
-def test_a_manager_with_other_parameters_keeps_its_code(settings, warnings, monkeypatch):
-    monkeypatch.setattr(LoRAModelManager, "register_module", lambda self, module: None)
-    assert not hooks.install(settings(kernels=True)).kernels
-    assert current_platform.get_punica_wrapper() == STOCK
-    assert len(warnings) == 1 and "register_module" in warnings[0]
 
 
 @pytest.mark.parametrize("owner, name", [

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.conftest import run  # noqa: F401
+
 CHECKPOINT, SLOTS, LONGEST = "smollm2-135m-specs", 4, 200
 
 
@@ -17,13 +19,10 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def desk():
     pytest.importorskip("gradio", reason='pip install "t2l_engine[ui]"')
-    from t2l_engine.cli.common import DType
+    from t2l_engine.cli.common import DType, EngineOptions
     from t2l_engine.cli.desk import open_desk
 
-    made = open_desk(
-        CHECKPOINT, "", slots=SLOTS, max_new_tokens=LONGEST, dtype=DType.float32, scaling="", encoder="",
-        trust_remote_code=False,
-    )  # fmt: skip
+    made = open_desk(EngineOptions(CHECKPOINT), slots=SLOTS, max_new_tokens=LONGEST, dtype=DType.float32)
     yield made
     made.side_by_side.close()
 

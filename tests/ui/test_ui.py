@@ -81,16 +81,15 @@ def port():
         return free.getsockname()[1]
 
 
-def test_the_command(port):
+def test_the_command(run, port):
     """It says where the page is, which answers, and ends when it is told to; a port in use is an error."""
     process = subprocess.Popen(command("--port", port), stderr=subprocess.PIPE, text=True)
     try:
         said = next(line for line in process.stderr if "the page is at" in line)
         url = re.search(r"http://\S+?(?=;)", said)[0]
         assert url == f"http://127.0.0.1:{port}" and "Text-to-LoRA" in urllib.request.urlopen(url).read().decode()
-        second = subprocess.run(command("--port", port), capture_output=True, text=True)
-        assert second.returncode == 1 and second.stderr.startswith(f"t2l: --host, --port: 127.0.0.1:{port}: Address already")
-        assert second.stderr.count("\n") == 1
+        code, _, err = run("ui", "--port", port)
+        assert code == 1 and err.startswith(f"t2l: --host, --port: 127.0.0.1:{port}: Address already in use\n"), err
         process.terminate()
         assert process.wait(60) == 0
     finally:
@@ -106,6 +105,6 @@ def test_the_command(port):
         (("--max-new-tokens", 9000), "t2l: --max-new-tokens: expected fewer than the model's 8192 positions, got 9000"),
     ],
 )
-def test_what_cannot_be_opened(arguments, said, port):
-    run = subprocess.run(command("--port", port, *arguments), capture_output=True, text=True)
-    assert run.returncode == 1 and run.stderr.startswith(said) and run.stderr.count("\n") == 1, run.stderr
+def test_what_cannot_be_opened(run, arguments, said, port):
+    code, _, err = run("ui", "--port", port, *arguments)
+    assert code == 1 and err.startswith(said) and err.count("\n") == 1, err
