@@ -89,7 +89,8 @@ def test_the_command(run, port):
         url = re.search(r"http://\S+?(?=;)", said)[0]
         assert url == f"http://127.0.0.1:{port}" and "Text-to-LoRA" in urllib.request.urlopen(url).read().decode()
         code, _, err = run("ui", "--port", port)
-        assert code == 1 and err.startswith(f"t2l: --host, --port: 127.0.0.1:{port}: Address already") and err.count("\n") == 1, err
+        assert code == 1 and err.count("\n") == 1
+        assert err.startswith(f"t2l: --host, --port: 127.0.0.1:{port}: Address already"), err
         process.terminate()
         assert process.wait(60) == 0
     finally:
