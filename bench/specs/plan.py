@@ -18,8 +18,8 @@ KINDS = {"sft": SFTSettings, "lora": LoRASettings}
 #: Fields of a run that are no settings: read the tasks of part MORE or FURTHER instead of TRAINED; how many tasks (default:
 #: all); only tasks with two different answers.
 OTHER = ("more", "further", "tasks", "two_answers")
-#: Parts of the result: a sample of the trained tasks, tasks kept for choosing settings, in-family and out-of-family tasks.
-TRAINED, DEVELOPMENT, HELD_OUT = "trained", "development", ("sibling", "novel")
+#: Parts of the result: a sample of the trained tasks, tasks kept for choosing settings, and by task split those held out.
+TRAINED, DEVELOPMENT, HELD_OUT = "trained", "development", {"sibling": "in-family", "novel": "out-of-family"}
 PARTS = (TRAINED, DEVELOPMENT, *HELD_OUT)
 #: Trained on, too: more tasks; the same with further descriptions.
 MORE, FURTHER = "more", "further"

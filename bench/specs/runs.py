@@ -42,13 +42,13 @@ def specifications() -> Specifications:
     """
     found = suite.suite(PLAN["more"])
     first, later = found[: PLAN["specifications"]], found[PLAN["specifications"] :]
-    known = {placed.spec.name: placed for placed in first if placed.tier == "train"}
+    known = {placed.spec.name: placed for placed in first if placed.task_split == "train"}
     development = set(drawn(known, PLAN["development"], DEVELOPMENT))
     second = held_out_set("second", first[suite.SPECIFICATIONS :], first)
-    siblings = {placed.spec.name: placed for placed in later if placed.tier == "sibling"}
+    siblings = {placed.spec.name: placed for placed in later if placed.task_split == "in-family"}
     tuned = [siblings.pop(name) for name in ordered(siblings, "adapted")[: PLAN["adapted"]["siblings"]]]
     for seed in PLAN["adapted"]["novel_seeds"]:
-        tuned += suite.more_novel([*found, *second, *tuned], seed)
+        tuned += suite.more_out_of_family([*found, *second, *tuned], seed)
     return Specifications(
         trained=[placed for name, placed in known.items() if name not in development],
         development=[known[name] for name in sorted(development)],
@@ -59,10 +59,10 @@ def specifications() -> Specifications:
 
 def held_out_set(name: str, of: Iterable[suite.Placed], known: Sequence[suite.Placed]) -> list[suite.Placed]:
     """Set ``name`` of the plan: a sample of the in-family ones among ``of``, and new out-of-family ones beside ``known``."""
-    wanted, by_name = PLAN[name], {placed.spec.name: placed for placed in of if placed.tier == "sibling"}
+    wanted, by_name = PLAN[name], {placed.spec.name: placed for placed in of if placed.task_split == "in-family"}
     held_out = [by_name[sibling] for sibling in drawn(by_name, wanted["siblings"], name)]
     for seed in wanted["novel_seeds"]:
-        held_out += suite.more_novel([*known, *held_out], seed)
+        held_out += suite.more_out_of_family([*known, *held_out], seed)
     return held_out
 
 
@@ -75,13 +75,13 @@ def tasks(work: Path, found: Specifications) -> None:
 
     Raises BenchError if a held-out description is trained on, ConfigError if ``work`` holds other tasks already.
     """
-    parts = {part: [placed for placed in found.held_out if placed.tier == part] for part in HELD_OUT}
+    parts = {part: [placed for placed in found.held_out if placed.task_split == split] for part, split in HELD_OUT.items()}
     parts |= {TRAINED: found.trained, DEVELOPMENT: found.development, MORE: [*found.trained, *found.more]}
     made = {part: [suite.task(placed.spec, suite.EXAMPLES, 0) for placed in of] for part, of in parts.items()}
     made[FURTHER] = [suite.task(placed.spec, suite.EXAMPLES, 0, PLAN["further"]) for placed in parts[MORE]]
-    tiers = [("train", task) for part in (MORE, FURTHER) for task in made[part]]
-    tiers += [(part, task) for part in (DEVELOPMENT, *HELD_OUT) for task in made[part]]
-    if leaks := suite.leaks(tiers):
+    splits = [("train", task) for part in (MORE, FURTHER) for task in made[part]]
+    splits += [(part, task) for part in (DEVELOPMENT, *HELD_OUT) for task in made[part]]
+    if leaks := suite.leaks(splits):
         raise BenchError(f"tasks: expected no held-out description among those trained on, got {leaks[0]}")
     for part, of in made.items():
         write(folder_of(work, part), of)

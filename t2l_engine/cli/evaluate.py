@@ -292,11 +292,11 @@ def _groups(names: list[str], trained: set[str], manifest: str, *, apart: bool) 
         groups["not trained"] = [n for n in names if n not in trained]
     if manifest:
         read = manifests.read(manifest)
-        for part in manifests.TIERS:
+        for part in manifests.TASK_SPLITS:
             members = set(read.names(part))
             groups[part] = [n for n in names if n in members]
     groups = {group: members for group, members in groups.items() if members}
-    disjoint = manifests.TIERS if manifest else ("trained", "not trained")
+    disjoint = manifests.TASK_SPLITS if manifest else ("trained", "not trained")
     return {group: members for group, members in groups.items() if not apart or group in disjoint} or groups
 
 

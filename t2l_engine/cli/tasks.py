@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import collections
 import enum
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from t2l_engine.cli.common import Json, console, named, print_json, say, split_names
 
+if TYPE_CHECKING:
+    from t2l_engine.research.tasks.folder import Task
+
 app = typer.Typer(no_args_is_help=True, help="Import, generate, select and check task folders.")
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Task folder: NAME.jsonl files and descriptions.json.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Task folder to write.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace the tasks of a folder, those of other names too.")]
-Manifest = Annotated[str, typer.Option(help="Name of a packaged manifest, or a manifest file.")]
+Manifest = Annotated[str, typer.Option(help="Packaged manifest, or a file of one.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the tasks of a folder, including those of other names.")]
 
 
 class Suite(str, enum.Enum):
@@ -25,12 +30,12 @@ class Suite(str, enum.Enum):
     specs = "specs"
 
 
-class Tier(str, enum.Enum):
-    """Tiers of a manifest."""
+class TaskSplit(str, enum.Enum):
+    """Task splits of a manifest."""
 
     train = "train"
-    sibling = "sibling"
-    novel = "novel"
+    in_family = "in-family"
+    out_of_family = "out-of-family"
 
 
 @app.command("import-sni")
@@ -43,25 +48,23 @@ def import_sni(
     tasks: Annotated[str, typer.Option(help="Comma-separated names or numbers of tasks; default: all.")] = "",
     licence: Annotated[
         list[str] | None,
-        typer.Option(help="Allowed licence, such as 'CC BY'; may be repeated; default: any, or none stated."),
+        typer.Option(help="Allowed licence, such as 'CC BY'; may be repeated; default: any or none."),
     ] = None,
     category: Annotated[list[str] | None, typer.Option(help="Category to import; may be repeated; default: all.")] = None,
     max_instances: Annotated[
         int | None, typer.Option(min=1, help="Examples per task, chosen by hash; default: 200, or the manifest's.")
     ] = None,
-    manifest: Annotated[
-        str, typer.Option(help="Use the examples and splits of this manifest: name of a packaged one, or a file.")
-    ] = "",
+    manifest: Manifest = "",
     force: Force = False,
 ) -> None:
-    """Import tasks of Super-NaturalInstructions, without those made from T2L's ten benchmarks."""
+    """Import tasks of Super-NaturalInstructions, without those made from T2L's ten benchmarks; with --manifest, its tasks
+    with its examples and splits."""
     from t2l_engine.research.tasks import manifest as manifests
     from t2l_engine.research.tasks import sni
     from t2l_engine.research.tasks.examples import MAX_EXAMPLES
-    from t2l_engine.research.tasks.folder import write_tasks
 
     if manifest and max_instances is not None:
-        raise ValueError("--max-instances: expected none with --manifest, which says what examples a task has")
+        raise ValueError("--max-instances: expected none with --manifest, which fixes the examples of a task")
     imported = sni.import_sni(
         source,
         split_names(tasks) or None,
@@ -75,11 +78,9 @@ def import_sni(
         say(f"left out: {name}: {reason}")
     for name, count in imported.missing.items():
         say(f"{name}: {count} examples of the manifest not found")
-    found = imported.tasks
-    if not found:
+    if not imported.tasks:
         raise ValueError(f"{source}: no task to write, {len(imported.left_out)} left out")
-    write_tasks(output, found, overwrite=force)
-    _wrote(output, found)
+    _write(output, imported.tasks, force)
     if imported.left_out:
         say(f"{len(imported.left_out)} tasks left out")
 
@@ -94,7 +95,6 @@ def import_benchmarks(
 ) -> None:
     """Import T2L's ten benchmarks with their metrics."""
     from t2l_engine.research.tasks import benchmarks
-    from t2l_engine.research.tasks.folder import write_tasks
 
     if source.exists() and output.exists() and output.samefile(source):
         raise ValueError(f"--output: expected another folder than SOURCE, whose files it would replace, got {output}")
@@ -104,119 +104,114 @@ def import_benchmarks(
             say(f"left out: {count} rows of {name}: {reason}")
     if not imported.tasks:
         raise ValueError(f"{source}: no task to write, all rows are left out")
-    write_tasks(output, imported.tasks, overwrite=force)
-    _wrote(output, imported.tasks)
+    _write(output, imported.tasks, force)
 
 
 @app.command()
 def synthetic(
     output: Output,
-    suite: Annotated[Suite, typer.Option(help="Twelve small tasks, or thousands of specifications in tiers.")] = Suite.words,
+    suite: Annotated[Suite, typer.Option(help="Twelve small tasks, or thousands of specifications.")] = Suite.words,
     examples: Annotated[
         int | None, typer.Option(help="Examples per task; words: 20 to 120, default 120; specs: default 60.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Random seed; the manifest of specs is that of seed 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed; the packaged manifest specs fixes seed 0.")] = 0,
     specifications: Annotated[int | None, typer.Option(help="Number of tasks of specs; default: the manifest's.")] = None,
-    tier: Annotated[list[Tier] | None, typer.Option(help="Tier of specs to write; may be repeated; default: all.")] = None,
+    task_split: Annotated[
+        list[TaskSplit] | None, typer.Option(help="Task split of specs to write; may be repeated; default: all.")
+    ] = None,
     further_descriptions: Annotated[
-        int,
-        typer.Option(
-            min=0, help="So many more descriptions of each task of specs, in other words, for training: tier train."
-        ),
+        int, typer.Option(min=0, help="Number of further descriptions per task; needs --task-split train.")
     ] = 0,
     force: Force = False,
 ) -> None:
     """Write generated tasks: twelve small ones on lists, letters and words, or the suite of specifications."""
     from t2l_engine.research.tasks import synthetic as words
-    from t2l_engine.research.tasks.folder import write_tasks
     from t2l_engine.research.tasks.specs import suite as specs
 
     if suite is Suite.words:
-        if specifications is not None or tier or further_descriptions:
-            raise ValueError("--specifications, --tier and --further-descriptions: expected none without --suite specs")
+        if specifications is not None or task_split or further_descriptions:
+            raise ValueError(
+                "--specifications, --task-split and --further-descriptions: expected none without --suite specs"
+            )
         made = words.suite(words.MAX_EXAMPLES if examples is None else examples, seed)
     else:
-        wanted = {t.value for t in tier or Tier}
+        wanted = {split.value for split in task_split or TaskSplit}
         if further_descriptions and wanted != {"train"}:
-            raise ValueError("--further-descriptions: expected --tier train alone, for others are not trained on")
+            raise ValueError("--further-descriptions: expected --task-split train alone, since others are not trained on")
         count = specs.EXAMPLES if examples is None else examples
         placed = specs.suite(specs.SPECIFICATIONS if specifications is None else specifications, seed)
-        made = [specs.task(p.spec, count, seed, further_descriptions) for p in placed if p.tier in wanted]
-    write_tasks(output, made, overwrite=force)
-    _wrote(output, made)
+        made = [specs.task(p.spec, count, seed, further_descriptions) for p in placed if p.task_split in wanted]
+    _write(output, made, force)
 
 
 @app.command()
 def select(
     folder: Folder,
-    tier: Annotated[Tier, typer.Option(help="Tier of the tasks to copy.")],
+    task_split: Annotated[TaskSplit, typer.Option(help="Task split to copy.")],
     output: Output,
     manifest: Manifest = "skills",
     permissive: Annotated[bool, typer.Option("--permissive", help="Only tasks under permissive licences.")] = False,
     force: Force = False,
 ) -> None:
-    """Copy the tasks of one tier of a manifest to another folder, with unchanged examples and splits."""
+    """Copy the tasks of one task split of a manifest to another folder, with unchanged examples and splits."""
     from t2l_engine.research.tasks import manifest as manifests
-    from t2l_engine.research.tasks.folder import load_tasks, read_descriptions, write_tasks
+    from t2l_engine.research.tasks.folder import load_tasks, read_descriptions
 
     present = read_descriptions(folder)
-    names = manifests.select(present, manifests.read(manifest), tier.value, permissive=permissive)
+    names = manifests.select(present, manifests.read(manifest), task_split.value, permissive=permissive)
     if not names:
-        kind = f"{'permissive and ' if permissive else ''}of tier {tier.value}"
+        kind = f"{'permissive and ' if permissive else ''}of task split {task_split.value}"
         raise ValueError(f"{folder}: none of its {len(present)} tasks is {kind} in manifest {manifest}")
-    chosen = load_tasks(folder, None, names=names)
-    write_tasks(output, chosen, overwrite=force)
-    _wrote(output, chosen)
+    _write(output, load_tasks(folder, None, names=names), force)
 
 
 @app.command()
 def check(
     folder: Folder,
-    manifest: Annotated[str, typer.Option(help="Name of a packaged manifest, or a manifest file, to compare with.")] = "",
-    tier: Annotated[Tier | None, typer.Option(help="Only the tasks of this tier of the manifest; default: all.")] = None,
+    manifest: Manifest = "",
+    task_split: Annotated[TaskSplit | None, typer.Option(help="Only this task split of the manifest; default: all.")] = None,
     examples: Annotated[int | None, typer.Option(help="Examples per task of manifest specs; default: 60.")] = None,
     as_json: Json = False,
 ) -> None:
     """Check a folder; exit status 1 if a file is invalid, if splits of a task share an input, or with --manifest if tasks,
     examples or splits differ from it."""
+    if manifest:
+        names = _as_in_manifest(folder, manifest, task_split.value if task_split else None, examples, as_json)
+        about = f"{folder}: {len(names)} tasks as in manifest {manifest}"
+    elif task_split is not None or examples is not None:
+        raise ValueError("--task-split, --examples: expected --manifest beside them")
+    else:
+        from t2l_engine.research.tasks.examples import SHARES, check_splits
+        from t2l_engine.research.tasks.folder import load_tasks
+
+        tasks = load_tasks(folder, None)
+        check_splits(tasks, str(folder))
+        if others := {example.split for task in tasks for example in task.examples} - SHARES.keys():
+            say(f"training reads no splits other than {', '.join(SHARES)}: {', '.join(map(_plain, sorted(others)))}")
+        names, about = [task.name for task in tasks], _summary(folder, tasks)
+    if as_json:
+        print_json({"manifest": manifest or None, "tasks": names, "differences": []})
+    else:
+        typer.echo(about)
+
+
+def _as_in_manifest(folder: Path, manifest: str, task_split: str | None, examples: int | None, quiet: bool) -> list[str]:
+    """The tasks that the manifest has in ``task_split``; ConfigError, after a table unless ``quiet``, if any differs."""
     from rich.table import Table
 
     from t2l_engine.files.errors import ConfigError
     from t2l_engine.research.tasks import manifest as manifests
-    from t2l_engine.research.tasks.examples import SHARES, shared_inputs
-    from t2l_engine.research.tasks.folder import load_tasks
 
-    if not manifest:
-        if tier is not None or examples is not None:
-            raise ValueError("--tier, --examples: expected --manifest beside them, whose tasks they are about")
-        tasks = load_tasks(folder, None)
-        shared = {task.name: count for task in tasks if (count := shared_inputs(task.examples))}
-        if shared:
-            first = next(iter(shared))
-            raise ConfigError(
-                f"{folder}: {len(shared)} tasks have inputs in more than one split, first: {first}: {shared[first]} inputs"
-            )
-        if others := {example.split for task in tasks for example in task.examples} - SHARES.keys():
-            say(f"nothing reads examples of other splits than {', '.join(SHARES)}: {', '.join(map(_plain, sorted(others)))}")
-        if as_json:
-            print_json({"manifest": None, "tasks": [task.name for task in tasks], "differences": []})
-        else:
-            _wrote(folder, tasks)
-        return
     wanted = manifests.read(manifest, examples)
-    differences = manifests.check(folder, wanted, tier.value if tier else None)
-    if differences:
-        if not as_json:
-            table = Table("task", "split", "examples", "what")
-            for row in differences:
-                table.add_row(row.task, _plain(row.split or "all"), str(row.count), row.kind)
-            console().print(table)
-        raise ConfigError(f"{folder}: differs from manifest {manifest} {len(differences)} times, first: {differences[0]}")
-    names = wanted.names(tier.value if tier else None)
-    if as_json:
-        print_json({"manifest": manifest, "tasks": names, "differences": []})
-    else:
-        typer.echo(f"{folder}: {len(names)} tasks as in manifest {manifest}")
+    differences = manifests.check(folder, wanted, task_split)
+    if not differences:
+        return wanted.names(task_split)
+    if not quiet:
+        table = Table("task", "split", "examples", "difference")
+        for row in differences:
+            table.add_row(row.task, _plain(row.split or "all"), str(row.count), row.kind)
+        console().print(table)
+    raise ConfigError(f"{folder}: differs from manifest {manifest} {len(differences)} times, first: {differences[0]}")
 
 
 @app.command()
@@ -228,10 +223,8 @@ def decontaminate(
     force: Force = False,
 ) -> None:
     """Copy a folder without examples that overlap with a benchmark."""
-    import collections
-
     from t2l_engine.research.tasks import decontaminate as overlap
-    from t2l_engine.research.tasks.folder import load_tasks, write_tasks
+    from t2l_engine.research.tasks.folder import load_tasks
 
     with named({"n": "--words"}):
         kept, found = overlap.decontaminate(load_tasks(folder, None), load_tasks(benchmarks, None), words)
@@ -239,8 +232,7 @@ def decontaminate(
         say(f"{task}: {count} examples share text with {benchmark}")
     if not kept:
         raise ValueError(f"{folder}: no example is left, all share text with a benchmark")
-    write_tasks(output, kept, overwrite=force)
-    _wrote(output, kept)
+    _write(output, kept, force)
 
 
 @app.command()
@@ -249,32 +241,35 @@ def show(folder: Folder, as_json: Json = False) -> None:
     from rich.table import Table
 
     from t2l_engine.research.tasks.examples import SHARES
-    from t2l_engine.research.tasks.folder import Task, load_tasks
+    from t2l_engine.research.tasks.folder import load_tasks
 
-    def describe(task: Task) -> dict[str, Any]:
-        counts = dict.fromkeys(SHARES, 0)
-        for example in task.examples:
-            counts[example.split] = counts.get(example.split, 0) + 1
+    about = []
+    for task in load_tasks(folder, None):
+        splits = dict.fromkeys(SHARES, 0) | collections.Counter(example.split for example in task.examples)
         chars = sum(len(e.input) + len(e.outputs[0]) for e in task.examples) / len(task.examples)
-        return {"task": task.name, "descriptions": len(task.descriptions), "splits": counts, "mean_chars": chars}
-
-    about = [describe(task) for task in load_tasks(folder, None)]
+        about.append({"task": task.name, "descriptions": len(task.descriptions), "splits": splits, "mean_chars": chars})
     if as_json:
         print_json(about)
         return
     splits = list(dict.fromkeys(name for row in about for name in row["splits"]))
-    numbers = ("descriptions", *map(_plain, splits), "mean characters")
-    table = Table("task", *numbers, title=f"{len(about)} tasks")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table("task", title=f"{len(about)} tasks")
+    for column in ("descriptions", *map(_plain, splits), "mean characters"):
+        table.add_column(column, justify="right")
     for row in about:
         counts = (str(row["splits"].get(name, 0)) for name in splits)
         table.add_row(row["task"], str(row["descriptions"]), *counts, f"{row['mean_chars']:.0f}")
     console().print(table)
 
 
-def _wrote(folder: Path, tasks: list) -> None:
-    typer.echo(f"{folder}: {len(tasks)} tasks, {sum(len(task.examples) for task in tasks)} examples")
+def _write(folder: Path, tasks: Sequence[Task], force: bool) -> None:
+    from t2l_engine.research.tasks.folder import write_tasks
+
+    write_tasks(folder, tasks, overwrite=force)
+    typer.echo(_summary(folder, tasks))
+
+
+def _summary(folder: Path, tasks: Sequence[Task]) -> str:
+    return f"{folder}: {len(tasks)} tasks, {sum(len(task.examples) for task in tasks)} examples"
 
 
 def _plain(text: str) -> str:

@@ -62,26 +62,26 @@ class Tasks:
     manifest: Annotated[
         str, typer.Option(help='Packaged manifest ("skills", "specs"), or a file, that the examples must match.')
     ] = ""
-    tier: Annotated[str, typer.Option(help="Split of the manifest's tasks to train on; default: train.")] = ""
+    task_split: Annotated[str, typer.Option(help="Task split of the manifest to train on; default: train.")] = ""
 
     def chosen(self, names: str) -> list[str] | None:
         """Names of the tasks to train on (None: all); ConfigError if their examples differ from the manifest's."""
         wanted = split_names(names)
         if not self.manifest:
-            if self.tier:
-                raise ValueError("--tier: expected --manifest beside it, whose tasks it selects")
+            if self.task_split:
+                raise ValueError("--task-split: expected --manifest beside it, whose tasks it selects")
             return wanted or None
         from t2l_engine.files.errors import ConfigError
         from t2l_engine.research.tasks import manifest as manifests
         from t2l_engine.research.tasks.folder import read_descriptions
 
-        tier, listed = self.tier or "train", manifests.read(self.manifest)
-        chosen = manifests.select(read_descriptions(self.tasks, wanted or None), listed, tier)
+        task_split, listed = self.task_split or "train", manifests.read(self.manifest)
+        chosen = manifests.select(read_descriptions(self.tasks, wanted or None), listed, task_split)
         if others := sorted(set(wanted) - set(chosen)):
-            raise ConfigError(f"--names: expected tasks that {self.manifest} lists as {tier!r}, got {others[0]!r}")
+            raise ConfigError(f"--names: expected tasks that {self.manifest} lists as {task_split!r}, got {others[0]!r}")
         if not chosen:
-            raise ConfigError(f"--tier: {self.tasks} has no task that {self.manifest} lists as {tier!r}")
-        if found := [d for d in manifests.check(self.tasks, listed, tier) if d.task in chosen]:
+            raise ConfigError(f"--task-split: {self.tasks} has no task that {self.manifest} lists as {task_split!r}")
+        if found := [d for d in manifests.check(self.tasks, listed, task_split) if d.task in chosen]:
             expected = f"{self.tasks}: expected the examples of {self.manifest}"
             raise ConfigError(f"{expected}, got {len(found)} differences: {found[0]}")
         return chosen

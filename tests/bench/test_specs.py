@@ -24,7 +24,7 @@ def task(name, answers="b", split="train"):
 def small(monkeypatch):
     """A suite of 200 specifications instead of thousands, 150 of them in the manifest, 12 for development."""
     monkeypatch.setattr(suite, "SPECIFICATIONS", 150)
-    monkeypatch.setattr(suite, "_MOST_NOVEL", 1)
+    monkeypatch.setattr(suite, "_MOST_OUT_OF_FAMILY", 1)
     small = {"specifications": 200, "development": 12, "more": 260, "further": 2}
     small |= {"second": {"siblings": 3, "novel_seeds": [1, 2]}, "third": {"siblings": 4, "novel_seeds": [5, 6]}}
     for name, value in (small | {"adapted": {"siblings": 2, "novel_seeds": [3, 4]}}).items():
@@ -37,21 +37,21 @@ def test_parts_are_apart(small, tmp_path):
     made = suite.suite(200)
     parts = {part: {of.name for of in load_tasks(runs.folder_of(tmp_path, part), "train")} for part in plan.PARTS}
     assert len(parts["development"]) == 12 and not parts["development"] & parts["trained"]
-    assert parts["development"] | parts["trained"] == {placed.spec.name for placed in made if placed.tier == "train"}
+    assert parts["development"] | parts["trained"] == {placed.spec.name for placed in made if placed.task_split == "train"}
     more, further = (read_descriptions(runs.folder_of(tmp_path, part)) for part in (plan.MORE, plan.FURTHER))
     assert more.keys() > parts["trained"] and not more.keys() & parts["development"] and further.keys() == more.keys()
     assert {name: (len(of) - 2, of[-suite.HELD_OUT :]) for name, of in further.items()} == {
         name: (len(of), of[-suite.HELD_OUT :]) for name, of in more.items()
     }
-    earlier = [placed for placed in made[:150] if placed.tier != "train"]  # which have had their evaluations
+    earlier = [placed for placed in made[:150] if placed.task_split != "train"]  # which have had their evaluations
     earlier = {placed.spec.name for placed in [*earlier, *runs.held_out_set("second", made[150:], made)]}
-    for split in plan.HELD_OUT:
-        assert parts[split] == {p.spec.name for p in found.held_out if p.tier == split} and not parts[split] & earlier
-        assert parts[split]
+    for part, split in plan.HELD_OUT.items():
+        assert parts[part] == {p.spec.name for p in found.held_out if p.task_split == split} and not parts[part] & earlier
+        assert parts[part]
 
 
 def test_held_out_descriptions_are_not_trained_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(suite, "leaks", lambda tiers: ["a leak"])
+    monkeypatch.setattr(suite, "leaks", lambda splits: ["a leak"])
     with pytest.raises(BenchError, match="expected no held-out description among those trained on, got a leak"):
         runs.tasks(tmp_path, runs.Specifications([], [], [], []))
 

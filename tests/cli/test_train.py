@@ -158,29 +158,31 @@ def test_a_loss_that_is_no_number(train, base_model, tasks, tmp_path, monkeypatc
 
 
 def test_a_tier_needs_a_manifest(train, base_model, tasks, tmp_path):
-    code, _, err = train("sft", small_runs.sft(base_model), "--tasks", tasks, "--tier", "train", "-o", tmp_path / "out")
-    assert code == 1 and "--tier: expected --manifest beside it" in err and not (tmp_path / "out").exists()
+    code, _, err = train(
+        "sft", small_runs.sft(base_model), "--tasks", tasks, "--task-split", "train", "-o", tmp_path / "out"
+    )
+    assert code == 1 and "--task-split: expected --manifest beside it" in err and not (tmp_path / "out").exists()
 
 
-def test_a_tier_of_a_manifest(train, base_model, tasks, tmp_path):
-    """Trains on the tasks it has in that tier, with the examples it lists and no other."""
+def test_a_task_split_of_a_manifest(train, base_model, tasks, tmp_path):
+    """Trains on the tasks it has in that task split, with the examples it lists and no other."""
     from t2l_engine.research.tasks import manifest
     from t2l_engine.research.tasks.folder import load_tasks
 
     about = {"skill": "words", "source": "made for the test", "licence": ["CC0"], "permissive": True}
-    facts = {"first": about | {"tier": "train"}, "last": about | {"tier": "novel"}}
+    facts = {"first": about | {"task_split": "train"}, "last": about | {"task_split": "out-of-family"}}
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps(manifest.build(load_tasks(tasks, None), facts, "For the test.")))
     command = ("--tasks", tasks, "--manifest", path)
     settings = small_runs.sft(base_model, steps=1)
-    for tier, name in (("train", "first"), ("novel", "last")):
-        code, _, err = train("sft", settings, *command, "--tier", tier, "-o", tmp_path / tier)
+    for split, name in (("train", "first"), ("out-of-family", "last")):
+        code, _, err = train("sft", settings, *command, "--task-split", split, "-o", tmp_path / split)
         assert code == 0, err
-        assert list(json.loads((tmp_path / tier / "config.json").read_text())["training"]["tasks"]) == [name]
+        assert list(json.loads((tmp_path / split / "config.json").read_text())["training"]["tasks"]) == [name]
     for arguments, message in (
-        (("--tier", "sibling"), f"--tier: {tasks} has no task that {path} lists as 'sibling'"),
+        (("--task-split", "in-family"), f"--task-split: {tasks} has no task that {path} lists as 'in-family'"),
         (("--names", "first,last"), f"--names: expected tasks that {path} lists as 'train', got 'last'"),
-        (("--tier", "none"), "tier: expected one of"),
+        (("--task-split", "none"), "task_split: expected one of"),
     ):
         code, _, err = train("sft", settings, *command, *arguments, "-o", tmp_path / "out")
         assert code == 1 and message in err.splitlines()[-1], err

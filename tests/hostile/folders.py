@@ -54,7 +54,7 @@ LOADERS: dict[str, Callable] = {
 #: Good folder -> its loader, where that is not "hypernetwork".
 LOADER_OF = {name: name for name in ("tasks", "manifest", "sni", "settings", "benchmarks")} | {"adapter": "adapters"}
 
-_TASK = {"skill": "letters", "tier": "train", "source": "made here", "licence": ["Apache-2.0"], "permissive": True,
+_TASK = {"skill": "letters", "task_split": "train", "source": "made here", "licence": ["Apache-2.0"], "permissive": True,
          "splits": {"train": "MTIzNDVhYmNkZQ==", "test": "NTQzMjE="}}  # fmt: skip
 _COLOURS = {
     "Source": ["colour_words"], "Categories": ["Word Semantics"], "Definition": ["Name the colour of the thing."],

@@ -52,7 +52,7 @@ LARGE_FILES = {
         "manifest.json",
         MAX_MANIFEST_BYTES,
         b'{"format": "t2l_engine.tasks.v1", "about": ',
-        [b'"tasks": ', b'"tier": '],
+        [b'"tasks": ', b'"task_split": '],
     ),
     "sni": ("task001_colours.json", MAX_FILE_BYTES, b'{"Definition": ', [b'"Source": ', b'"Instances": ', b'"input": ']),
 }

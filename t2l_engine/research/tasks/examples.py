@@ -10,7 +10,8 @@ import hashlib
 import itertools
 from collections.abc import Iterable
 
-from t2l_engine.research.tasks.folder import Example
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.tasks.folder import Example, Task
 
 #: The splits, in the order in which they are filled, and their shares in percent.
 SHARES = {"train": 65, "val": 10, "test": 25}
@@ -55,6 +56,13 @@ def pool(examples: Iterable[Example]) -> list[Example]:
 
 def _scoring(example: Example) -> tuple[str, tuple[str, ...], str]:
     return example.metric, example.options, example.tests
+
+
+def check_splits(tasks: Iterable[Task], where: str) -> None:
+    """ConfigError unless every input of a task is in one split only; ``where`` begins the message."""
+    shared = {task.name: count for task in tasks if (count := shared_inputs(task.examples))}
+    for name, count in shared.items():
+        raise ConfigError(f"{where}: {len(shared)} tasks have inputs in more than one split, first: {name}: {count} inputs")
 
 
 def shared_inputs(examples: Iterable[Example]) -> int:

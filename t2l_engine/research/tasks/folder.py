@@ -25,6 +25,7 @@ from t2l_engine.files.text import (
     read_texts,
 )
 from t2l_engine.files.weights import replacing
+from t2l_engine.research.tasks.rows import Row
 
 DESCRIPTIONS_NAME = "descriptions.json"
 MAX_NAME_BYTES = 128
@@ -184,26 +185,25 @@ def _check_descriptions(texts: object, where: str) -> None:
 
 def _check_metric(example: Example, where: str) -> None:
     """ConfigError unless metric, options, tests and outputs are consistent."""
-    metric, options = example.metric, example.options
-    if metric not in METRICS:
-        raise ConfigError(f"{where}: metric: expected one of {METRICS}, got {short_repr(metric)}")
+    metric, options, tests = example.metric, example.options, example.tests
+
+    def expect(holds: bool, key: str, expected: str, found: object) -> None:
+        if not holds:
+            raise ConfigError(f"{where}: {key}: expected {expected}, got {short_repr(found)}")
+
+    expect(metric in METRICS, "metric", f"one of {METRICS}", metric)
     if metric == "options":
-        if len(options) < 2 or len(set(options)) < len(options) or not all(option.strip() for option in options):
-            raise ConfigError(
-                f"{where}: options: expected at least two distinct non-empty strings, got {short_repr(options)}"
-            )
-        if not set(options).issuperset(example.outputs):
-            raise ConfigError(f"{where}: output: expected some of {short_repr(options)}, got {short_repr(example.outputs)}")
-    elif options:
-        raise ConfigError(f"{where}: options: expected none with metric {metric!r}, got {short_repr(options)}")
-    if metric == "pass" and not example.tests.strip():
-        raise ConfigError(f"{where}: tests: expected Python source with metric 'pass', got {short_repr(example.tests)}")
-    if metric != "pass" and example.tests:
-        raise ConfigError(f"{where}: tests: expected none with metric {metric!r}, got {short_repr(example.tests)}")
-    if metric == "number":
-        for output in example.outputs:
-            if parse_number(output) is None:
-                raise ConfigError(f"{where}: output: expected numbers with metric 'number', got {short_repr(output)}")
+        distinct = len(options) > 1 and len(set(options)) == len(options) and all(option.strip() for option in options)
+        expect(distinct, "options", "at least two distinct non-empty strings", options)
+        expect(set(options).issuperset(example.outputs), "output", f"some of {short_repr(options)}", example.outputs)
+    else:
+        expect(not options, "options", f"none with metric {metric!r}", options)
+    if metric == "pass":
+        expect(bool(tests.strip()), "tests", "Python source with metric 'pass'", tests)
+    else:
+        expect(not tests, "tests", f"none with metric {metric!r}", tests)
+    for output in example.outputs if metric == "number" else ():
+        expect(parse_number(output) is not None, "output", "numbers with metric 'number'", output)
 
 
 def parse_number(text: str) -> float | None:
@@ -226,21 +226,17 @@ def _strings(example: Example) -> tuple[str, ...]:
 def _read_examples(path: Path) -> Iterator[Example]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found, but {DESCRIPTIONS_NAME} names it")
-    for where, row in read_rows(path):
-        missing = [key for key in ("input", "output", "split") if key not in row]
-        if missing:
-            raise ConfigError(f"{where}: expected input, output and split, found no {missing[0]}")
-        outputs, options = row["output"], row.get("options", [])
-        if not isinstance(outputs, list) or not outputs:
-            raise ConfigError(f"{where}: output: expected a non-empty list of strings, got {short_repr(outputs)}")
-        if not isinstance(options, list):
-            raise ConfigError(f"{where}: options: expected a list of strings, got {short_repr(options)}")
-        scoring = row.get("metric", _DEFAULTS["metric"]), tuple(options), row.get("tests", _DEFAULTS["tests"])
-        example = Example(row["input"], tuple(outputs), row["split"], *scoring)
-        strings = _strings(example)
-        if not all(isinstance(text, str) for text in strings):
-            raise ConfigError(f"{where}: expected strings, output and options lists of them, got {short_repr(row)}")
-        if not all(map(is_unicode, strings)):
-            raise ConfigError(f"{where}: expected Unicode text, got lone surrogates")
+    for where, values in read_rows(path):
+        row = Row(where, values)
+        example = Example(
+            row.text("input"),
+            row.texts("output"),
+            row.text("split"),
+            row.text("metric", _DEFAULTS["metric"]),
+            row.texts("options") if "options" in row else (),
+            row.text("tests", _DEFAULTS["tests"]),
+        )
+        if not example.outputs:
+            raise row.fault("output", "at least one string")
         _check_metric(example, where)
         yield example

@@ -1,7 +1,8 @@
 """Manifests: the assignment of tasks' examples to splits as digests, without any text of the tasks.
 
-A manifest is JSON: ``{"format", "about", "tasks": {name: {"skill", "tier", "source", "licence": [...], "permissive",
-"splits": {split: base64}}}}``.  The base64 of a split holds the first 5 bytes of the SHA-256 of each example, sorted and
+A manifest is JSON: ``{"format", "about", "tasks": {name: {"skill", "task_split", "source", "licence": [...], "permissive",
+"splits": {split: base64}}}}``.  (Earlier files say "tier" for "task_split", "sibling" for "in-family" and "novel" for
+"out-of-family".)  The base64 of a split holds the first 5 bytes of the SHA-256 of each example, sorted and
 concatenated.  Applied to tasks from the same sources, it reproduces examples and splits.  The manifest of the suite of
 specifications is smaller: its examples are made again from a seed, see :mod:`.specs.fixed`.
 """
@@ -25,8 +26,8 @@ from t2l_engine.research.tasks.specs import fixed
 
 FORMAT = "t2l_engine.tasks.v1"
 PACKAGED = Path(__file__).parent / "manifests"
-#: train: training tasks.  sibling: held out, of skills in train.  novel: held out, of other skills.
-TIERS = ("train", "sibling", "novel")
+#: train: training tasks.  in-family: held out, of skills in train.  out-of-family: held out, of other skills.
+TASK_SPLITS = ("train", "in-family", "out-of-family")
 PREFIX_BYTES = 5
 #: A task of 200 examples takes about 1,500 bytes of the file and 20,000 bytes of memory.
 MAX_MANIFEST_BYTES = 1 << 23
@@ -43,7 +44,7 @@ class Entry:
     """
 
     skill: str
-    tier: str
+    task_split: str
     source: str
     licence: tuple[str, ...]
     permissive: bool
@@ -55,8 +56,7 @@ class Entry:
             raise ConfigError(f"descriptions: expected hex digits, got {short_repr(self.descriptions)}")
         for name in ("skill", "source"):
             _check_text(name, getattr(self, name))
-        if self.tier not in TIERS:
-            raise ConfigError(f"tier: expected one of {TIERS}, got {short_repr(self.tier)}")
+        _check_task_split(self.task_split)
         if not isinstance(self.licence, (list, tuple)) or not self.licence:
             raise ConfigError(f"licence: expected a non-empty list of strings, got {short_repr(self.licence)}")
         for text in self.licence:
@@ -81,11 +81,11 @@ class Manifest:
     about: str
     tasks: dict[str, Entry]
 
-    def names(self, tier: str | None = None) -> list[str]:
-        """The tasks of a tier (None: of all), sorted; ConfigError for an unknown tier."""
-        if tier not in (None, *TIERS):
-            raise ConfigError(f"tier: expected one of {TIERS}, got {short_repr(tier)}")
-        return sorted(name for name, entry in self.tasks.items() if tier in (None, entry.tier))
+    def names(self, task_split: str | None = None) -> list[str]:
+        """The tasks of a task split (None: of all), sorted; ConfigError for an unknown one."""
+        if task_split is not None:
+            _check_task_split(task_split)
+        return sorted(name for name, entry in self.tasks.items() if task_split in (None, entry.task_split))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ def build(tasks: Iterable[Task], facts: Mapping[str, Mapping[str, Any]], about: 
     """The JSON of a manifest of ``tasks`` with all their splits.
 
     Args:
-        facts: task name -> ``skill``, ``tier``, ``source``, ``licence`` and ``permissive``.
+        facts: task name -> ``skill``, ``task_split``, ``source``, ``licence`` and ``permissive``.
 
     Raises ConfigError naming task and field.
     """
@@ -154,12 +154,12 @@ def read(path_or_name: str | Path, examples: int | None = None) -> Manifest:
     return _parse(values, str(path))
 
 
-def check(folder: str | Path, manifest: Manifest, tier: str | None = None) -> list[Difference]:
-    """The differences between a task folder and ``manifest``, sorted by task; with ``tier`` of its tasks of that tier alone.
+def check(folder: str | Path, manifest: Manifest, task_split: str | None = None) -> list[Difference]:
+    """The differences between a task folder and ``manifest`` (with ``task_split``: its tasks of that one), sorted by task.
 
-    Raises ConfigError for an unknown tier, and the errors of ``load_tasks``.
+    Raises ConfigError for an unknown task split, and the errors of ``load_tasks``.
     """
-    wanted = {name: manifest.tasks[name] for name in manifest.names(tier)}
+    wanted = {name: manifest.tasks[name] for name in manifest.names(task_split)}
     tasks = {task.name: task for task in load_tasks(folder, None, required=False)}
     differences: list[Difference] = []
     for name in sorted(tasks.keys() | wanted.keys()):
@@ -172,12 +172,12 @@ def check(folder: str | Path, manifest: Manifest, tier: str | None = None) -> li
     return differences
 
 
-def select(names: Iterable[str], manifest: Manifest, tier: str, *, permissive: bool = False) -> list[str]:
-    """The tasks among ``names`` that are in ``tier`` of ``manifest``, sorted; with ``permissive`` only permissive ones.
+def select(names: Iterable[str], manifest: Manifest, task_split: str, *, permissive: bool = False) -> list[str]:
+    """The tasks among ``names`` in ``task_split`` of ``manifest``, sorted; with ``permissive`` only permissive ones.
 
-    Raises ConfigError for an unknown tier.
+    Raises ConfigError for an unknown task split.
     """
-    chosen = set(names).intersection(manifest.names(tier))
+    chosen = set(names).intersection(manifest.names(task_split))
     return sorted(name for name in chosen if manifest.tasks[name].permissive or not permissive)
 
 
@@ -243,7 +243,7 @@ def _made(values: dict[str, Any], examples: int | None, where: str) -> Manifest:
         for example in task.examples:
             splits.setdefault(example.split, set()).add(_prefix(example.input, example.outputs[0]))
         frozen = {name: frozenset(found) for name, found in splits.items()}
-        about = placed.spec.family.name, placed.tier, "t2l tasks synthetic --suite specs", ("Apache-2.0",), True
+        about = placed.spec.family.name, placed.task_split, "t2l tasks synthetic --suite specs", ("Apache-2.0",), True
         entries[task.name] = Entry(*about, frozen, wording(task.descriptions))
     return Manifest(values["about"], entries)
 
@@ -270,7 +270,16 @@ def _entry(values: Any, where: str) -> Entry:
     if isinstance(values, dict) and isinstance(values.get("splits"), dict):
         decoded = {name: _prefixes(f"{where}: splits", name, text) for name, text in values["splits"].items()}
         values = {**values, "splits": decoded}
+    if isinstance(values, dict) and "tier" in values and "task_split" not in values:
+        tier = values["tier"]
+        values = {name: value for name, value in values.items() if name != "tier"}
+        values["task_split"] = fixed.TASK_SPLITS.get(tier, tier) if isinstance(tier, str) else tier
     return from_json(Entry, values, where)
+
+
+def _check_task_split(value: Any) -> None:
+    if value not in TASK_SPLITS:
+        raise ConfigError(f"task_split: expected one of {TASK_SPLITS}, got {short_repr(value)}")
 
 
 def _check_text(name: str, value: Any) -> None:

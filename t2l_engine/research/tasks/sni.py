@@ -18,6 +18,7 @@ from t2l_engine.files.text import MAX_LINE_BYTES, is_unicode, read_texts
 from t2l_engine.research.tasks import examples
 from t2l_engine.research.tasks.folder import Example, Task, check_name
 from t2l_engine.research.tasks.manifest import Manifest, apply
+from t2l_engine.research.tasks.rows import Row
 
 #: The largest tasks have about ten MB.
 MAX_FILE_BYTES = 64 << 20
@@ -72,18 +73,16 @@ def import_sni(
         raise ConfigError(f"descriptions: expected names or numbers of tasks in {source}, got {short_repr(sorted(texts))}")
     imported = Imported([], {}, {})
     for path in paths:
-        values = _read_object(path)
-        reason = (
-            _excluded(path, values, exclude_sources)
-            or _refused(path, values, licences)
-            or _elsewhere(path, values, categories)
-        )
-        found = [] if reason else list(_instances(path, values))
+        row = Row(str(path), _read_object(path))
+        reason = _excluded(row, path.stem, exclude_sources) or _refused(row, licences) or _elsewhere(row, categories)
+        found = [] if reason else list(_instances(row))
         if not found:
             imported.left_out[path.stem] = reason or "no instance with text"
             continue
-        definition = _strings(path, "Definition", values.get("Definition", []))
-        about = (*definition, *(text for key in _keys(path.stem) for text in texts.get(key, ())))
+        about = (
+            *row.one_or_more("Definition", MAX_TEXT),
+            *(text for key in _keys(path.stem) for text in texts.get(key, ())),
+        )
         about = tuple(dict.fromkeys(text.strip() for text in about if text.strip()))
         if not about:
             raise ConfigError(f"{path}: Definition: expected one, or descriptions for {path.stem}, got none")
@@ -145,36 +144,21 @@ def _read_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def _strings(path: Path, name: str, value: Any, limit: int = MAX_TEXT) -> tuple[str, ...]:
-    """``value`` of field ``name``, a string or a list of strings; ``limit``: of the total of characters and strings."""
-    texts = [value] if isinstance(value, str) else value
-    valid = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
-    if valid and len(texts) + sum(map(len, texts)) > limit:
-        raise ConfigError(f"{path}: {name}: expected at most {limit} characters and texts, got {short_repr(value)}")
-    if not valid or not all(map(is_unicode, texts)):
-        raise ConfigError(f"{path}: {name}: expected a string or a list of strings of Unicode text, got {short_repr(value)}")
-    return tuple(texts)
-
-
-def _instances(path: Path, values: dict[str, Any]) -> Iterator[Example]:
+def _instances(row: Row) -> Iterator[Example]:
     """The instances with non-blank input and output."""
-    instances = values.get("Instances")
-    if not isinstance(instances, list):
-        raise ConfigError(f"{path}: Instances: expected a list, got {short_repr(instances)}")
-    for number, instance in enumerate(instances):
-        where = f"Instances[{number}]"
-        if not isinstance(instance, dict) or not isinstance(instance.get("input"), str) or "output" not in instance:
-            raise ConfigError(
-                f"{path}: {where}: expected an object with a string input and an output, got {short_repr(instance)}"
-            )
-        _strings(path, f"{where}: input", instance["input"])
-        outputs = tuple(text for text in _strings(path, f"{where}: output", instance["output"]) if text.strip())
-        if outputs and instance["input"].strip():
-            yield Example(instance["input"], outputs, "train")
+    for instance in row.objects("Instances"):
+        text = instance.text("input")
+        if "output" not in instance:
+            raise instance.fault("output", "a string or a list of strings")
+        if len(text) >= MAX_TEXT:
+            raise instance.fault("input", f"at most {MAX_TEXT} characters")
+        outputs = tuple(output for output in instance.one_or_more("output", MAX_TEXT) if output.strip())
+        if outputs and text.strip():
+            yield Example(text, outputs, "train")
 
 
-def _excluded(path: Path, values: dict[str, Any], sources: Sequence[str]) -> str | None:
-    for text in (*_strings(path, "Source", values.get("Source", []), MAX_LABEL), path.stem):
+def _excluded(row: Row, name: str, sources: Sequence[str]) -> str | None:
+    for text in (*row.one_or_more("Source", MAX_LABEL), name):
         for source in sources:
             if names_data_set(text, source):
                 return f"made of {source}"
@@ -191,8 +175,8 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.casefold())
 
 
-def _refused(path: Path, values: dict[str, Any], licences: Sequence[str]) -> str | None:
-    stated = _strings(path, "Instance License", values.get("Instance License", []), MAX_LABEL)
+def _refused(row: Row, licences: Sequence[str]) -> str | None:
+    stated = row.one_or_more("Instance License", MAX_LABEL)
     if not licences:
         return None
     for text in stated:
@@ -202,8 +186,8 @@ def _refused(path: Path, values: dict[str, Any], licences: Sequence[str]) -> str
     return None if stated else "no licence stated"
 
 
-def _elsewhere(path: Path, values: dict[str, Any], categories: Sequence[str]) -> str | None:
-    stated = _strings(path, "Categories", values.get("Categories", []), MAX_LABEL)
+def _elsewhere(row: Row, categories: Sequence[str]) -> str | None:
+    stated = row.one_or_more("Categories", MAX_LABEL)
     wanted = {category.casefold() for category in categories}
     if wanted and not wanted.intersection(category.casefold() for category in stated):
         return f"categories {short_repr(list(stated))}"

@@ -213,19 +213,19 @@ def test_the_split_that_is_asked(evaluate):
 
 
 def test_a_manifest_adds_its_splits(evaluate, tmp_path):
-    facts = {name: {"skill": "words", "tier": tier, "source": "tests", "licence": ["MIT"], "permissive": True}
-             for name, tier in (("first", "train"), ("last", "novel"))}  # fmt: skip
+    facts = {name: {"skill": "words", "task_split": split, "source": "tests", "licence": ["MIT"], "permissive": True}
+             for name, split in (("first", "train"), ("last", "out-of-family"))}  # fmt: skip
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps(manifest.build([t for t in all_tasks() if t.name in facts], facts, "For the tests.")))
     result, out, _ = evaluate("--manifest", path, "--methods", "t2l,base", "--repeats", 1, "--max-items", 1)
     assert result["groups"] == {
         "all": ["again", "first", "last"], "trained": ["first", "last"], "not trained": ["again"], "train": ["first"],
-        "novel": ["last"],
+        "out-of-family": ["last"],
     }  # fmt: skip
-    assert result["summary"].keys() == result["groups"].keys() and "mean: novel (1)" in out
+    assert result["summary"].keys() == result["groups"].keys() and "mean: out-of-family (1)" in out
     options = ("--manifest", path, "--methods", "base,base-description", "--repeats", 1, "--precision", 5)
     result, _, err = evaluate(*options)  # splits end apart, so there are no means across them
-    assert result["groups"] == {"train": ["first"], "novel": ["last"]} and result["not_asked"] == ["again"]
+    assert result["groups"] == {"train": ["first"], "out-of-family": ["last"]} and result["not_asked"] == ["again"]
     assert "asked 2 of 3 tasks" in err
 
 

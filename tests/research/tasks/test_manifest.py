@@ -14,14 +14,14 @@ from t2l_engine.research.tasks.examples import example_digest, normalise
 from t2l_engine.research.tasks.folder import Example, Task, write_tasks
 from t2l_engine.research.tasks.manifest import Difference, apply, build, check, read, select, summary
 
-FACTS = {"skill": "letters", "tier": "train", "source": "made here", "licence": ["Apache-2.0"], "permissive": True}
+FACTS = {"skill": "letters", "task_split": "train", "source": "made here", "licence": ["Apache-2.0"], "permissive": True}
 EMPTY = base64.b64encode(b"12345").decode()
 
 
 @pytest.fixture
 def values(suite):
-    tiers = dict(zip((t.name for t in suite), ("train", "sibling", "novel", "train"), strict=True))
-    return build(suite, {name: FACTS | {"tier": tier} for name, tier in tiers.items()}, "For tests.")
+    splits = dict(zip((t.name for t in suite), ("train", "in-family", "out-of-family", "train"), strict=True))
+    return build(suite, {name: FACTS | {"task_split": split} for name, split in splits.items()}, "For tests.")
 
 
 @pytest.fixture
@@ -53,7 +53,9 @@ def test_a_manifest_holds_digests_and_no_text(suite, values):
     text = json.dumps(values)
     assert not any(e.input in text for task in suite for e in task.examples if len(e.input) > 4)
     assert (
-        build(suite[::-1], {t.name: FACTS | {"tier": values["tasks"][t.name]["tier"]} for t in suite}, "For tests.")
+        build(
+            suite[::-1], {t.name: FACTS | {"task_split": values["tasks"][t.name]["task_split"]} for t in suite}, "For tests."
+        )
         == values
     )
 
@@ -61,7 +63,7 @@ def test_a_manifest_holds_digests_and_no_text(suite, values):
 def test_build_names_what_is_wrong(suite):
     for facts, message in (
         ({}, "missing field 'skill'"),
-        ({suite[0].name: FACTS | {"tier": "seen"}}, "tier: expected one of"),
+        ({suite[0].name: FACTS | {"task_split": "seen"}}, "task_split: expected one of"),
         ({suite[0].name: FACTS | {"kind": 1}}, "unknown field 'kind'"),
     ):
         with pytest.raises(ConfigError, match=rf"manifest: {suite[0].name}: {message}"):
@@ -101,18 +103,18 @@ def test_differences(suite, manifest, tmp_path):
         ),
     ]
     assert str(found[0]) == "another: 20 examples in all extra"
-    assert {d.task for d in check(tmp_path / "other", manifest, "sibling")} == {second.name, "another"}
+    assert {d.task for d in check(tmp_path / "other", manifest, "in-family")} == {second.name, "another"}
 
 
 def test_select(suite, manifest):
     names = [task.name for task in suite]
-    assert select(names, manifest, "sibling") == [names[1]]
+    assert select(names, manifest, "in-family") == [names[1]]
     assert select([names[3], "another", names[0]], manifest, "train") == sorted([names[0], names[3]])
     manifest.tasks[names[0]] = dataclasses.replace(manifest.tasks[names[0]], permissive=False)
     assert select(names, manifest, "train", permissive=True) == [names[3]]
-    assert manifest.names() == sorted(names) and manifest.names("novel") == [names[2]]
+    assert manifest.names() == sorted(names) and manifest.names("out-of-family") == [names[2]]
     for call in (lambda: select(names, manifest, "seen"), lambda: check("nowhere", manifest, "seen")):
-        with pytest.raises(ConfigError, match="tier: expected one of .*, got 'seen'"):
+        with pytest.raises(ConfigError, match="task_split: expected one of .*, got 'seen'"):
             call()
 
 
@@ -191,7 +193,7 @@ def test_a_manifest_of_other_kinds_is_refused(values, save, field, value, messag
 
 
 WRONG = {
-    "skill": ["", 3, "\ud800"], "tier": ["seen", []], "source": [None], "licence": ["MIT", [], [3], ["\ud800"]],
+    "skill": ["", 3, "\ud800"], "task_split": ["seen", []], "source": [None], "licence": ["MIT", [], [3], ["\ud800"]],
     "permissive": [1, "yes", 10**400], "surprise": [1],
     "splits": [
         None, {}, {"train": ""}, {"train": 5}, {"train": [EMPTY]}, {"train": "not base64"}, {"train": "\ud800aaa"},
@@ -219,18 +221,20 @@ def test_a_manifest_that_is_nowhere(tmp_path):
 SKILLS = read("skills")
 
 
-def prefixes(tier, *splits):
-    entries = (entry for entry in SKILLS.tasks.values() if tier in (None, entry.tier))
+def prefixes(split, *splits):
+    entries = (entry for entry in SKILLS.tasks.values() if split in (None, entry.task_split))
     return {prefix for entry in entries for split in splits for prefix in entry.splits[split]}
 
 
-def test_tiers_are_by_skill():
-    trained = {entry.skill for entry in SKILLS.tasks.values() if entry.tier == "train"}
-    assert not any(entry.skill in trained for entry in SKILLS.tasks.values() if entry.tier == "novel")
-    assert all(entry.skill in trained for entry in SKILLS.tasks.values() if entry.tier == "sibling")
-    free = {entry.skill for entry in SKILLS.tasks.values() if entry.tier == "train" and entry.permissive}
-    assert all(entry.skill in free for entry in SKILLS.tasks.values() if entry.tier == "sibling" and entry.permissive)
-    assert [len(SKILLS.names(tier)) for tier in manifests.TIERS] == [207, 15, 10]
+def test_task_splits_are_by_skill():
+    trained = {entry.skill for entry in SKILLS.tasks.values() if entry.task_split == "train"}
+    assert not any(entry.skill in trained for entry in SKILLS.tasks.values() if entry.task_split == "out-of-family")
+    assert all(entry.skill in trained for entry in SKILLS.tasks.values() if entry.task_split == "in-family")
+    free = {entry.skill for entry in SKILLS.tasks.values() if entry.task_split == "train" and entry.permissive}
+    assert all(
+        entry.skill in free for entry in SKILLS.tasks.values() if entry.task_split == "in-family" and entry.permissive
+    )
+    assert [len(SKILLS.names(split)) for split in manifests.TASK_SPLITS] == [207, 15, 10]
 
 
 def test_nothing_held_out_is_trained_on():

@@ -134,7 +134,7 @@ def test_a_manifest_decides_examples_and_splits(sni, tmp_path):
     source = sni(task001_colours=COLOURS, task002_count="not even JSON, and not read")
     (task,) = import_sni(source, ["1"]).tasks
     moved = [e.__class__(e.input, e.outputs[-1:], "test") for e in task.examples if e.input != "sky"]
-    facts = {"skill": "colours", "tier": "train", "source": "SNI", "licence": ["CC BY 4.0"], "permissive": True}
+    facts = {"skill": "colours", "task_split": "train", "source": "SNI", "licence": ["CC BY 4.0"], "permissive": True}
     values = build([task.__class__(task.name, task.descriptions, tuple(moved))], {task.name: facts}, "A test.")
     values["tasks"]["task001_colours"]["splits"]["val"] = "AAAAAAA="  # an example that is nowhere
     (tmp_path / "m.json").write_text(json.dumps(values))

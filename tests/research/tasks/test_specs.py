@@ -1,4 +1,4 @@
-"""The suite of specifications: answers, inputs, descriptions, tiers, and the packaged manifest."""
+"""The suite of specifications: answers, inputs, descriptions, splits, and the packaged manifest."""
 
 import collections
 import dataclasses
@@ -23,7 +23,9 @@ from tests.research.tasks.spec_cases import CASES
 #: Made when first asked for, once a process.
 all_placed = functools.cache(suite.suite)
 all_tasks = functools.cache(lambda: {placed.spec.name: task(placed.spec, suite.EXAMPLES, 0) for placed in all_placed()})
-by_tier = functools.cache(lambda: {tier: [p for p in all_placed() if p.tier == tier] for tier in suite.TIERS})
+by_split = functools.cache(
+    lambda: {split: [p for p in all_placed() if p.task_split == split] for split in suite.TASK_SPLITS}
+)
 #: Families with fewer than 200 inputs.
 SMALL = {"convert", "label_kind", "mention_template", "opposite", "times", "which_kind"}
 
@@ -66,11 +68,11 @@ def test_numbers_of_families_and_specifications():
     held_out = [family for family in FAMILIES.values() if family.held_out]
     assert len(held_out) >= 15 and len(FAMILIES) - len(held_out) >= 60
     assert len(all_placed()) == suite.SPECIFICATIONS >= 2000
-    assert len(by_tier()["sibling"]) >= 100 and {p.spec.family.name for p in by_tier()["novel"]} == {
+    assert len(by_split()["in-family"]) >= 100 and {p.spec.family.name for p in by_split()["out-of-family"]} == {
         family.name for family in held_out
     }
-    assert {p.new for p in by_tier()["sibling"]} == {"value", "combination"}
-    assert {p.spec.family.name for p in by_tier()["sibling"]} <= {p.spec.family.name for p in by_tier()["train"]}
+    assert {p.new for p in by_split()["in-family"]} == {"value", "combination"}
+    assert {p.spec.family.name for p in by_split()["in-family"]} <= {p.spec.family.name for p in by_split()["train"]}
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -155,7 +157,7 @@ def test_further_descriptions_are_distinct_and_use_nothing_that_is_held_out():
     for family in FAMILIES.values():
         for use in ("do", "noun", "ask", "held") if family.held_out else ("held",):
             held |= {normalise(text) for phrase in family.phrases(use) for text in alternatives(phrase)}
-    trained = {placed.spec.family.name: placed.spec for placed in by_tier()["train"]}
+    trained = {placed.spec.family.name: placed.spec for placed in by_split()["train"]}
     assert trained.keys() == {name for name, family in FAMILIES.items() if not family.held_out}
     for name, spec in trained.items():
         phrases = [phrase for use in ("do", "noun", "ask") for phrase in FAMILIES[name].phrases(use, further=True)]
@@ -166,9 +168,9 @@ def test_further_descriptions_are_distinct_and_use_nothing_that_is_held_out():
         for text in texts[-18 - HELD_OUT : -HELD_OUT]:
             check_states_every_parameter(spec, text)
             assert not text.startswith(("Can you", "Could you", "Would you", "Whatever ", "I would like you to ")), text
-    novel = by_tier()["novel"][0].spec
-    with pytest.raises(ConfigError, match=f"{novel.name}: expected more phrases"):
-        task(novel, 1, 0, 1)
+    out = by_split()["out-of-family"][0].spec
+    with pytest.raises(ConfigError, match=f"{out.name}: expected more phrases"):
+        task(out, 1, 0, 1)
 
 
 def test_phrases_and_frames_that_are_held_out_are_not_trained():
@@ -185,14 +187,14 @@ def test_phrases_and_frames_that_are_held_out_are_not_trained():
         )
 
 
-# --- tiers -------------------------------------------------------------------------------------------------------------
+# --- task splits --------------------------------------------------------------------------------------------------------
 
 
 def test_no_held_out_description_is_trained():
-    tiers = [(placed.tier, all_tasks()[placed.spec.name]) for placed in all_placed()]
-    assert leaks(tiers) == []
-    copied = Task("copied", (*all_tasks()[by_tier()["train"][0].spec.name].descriptions[:1], *"abcd"), ())
-    assert leaks([*tiers, ("novel", copied)]) == [f"copied: {copied.descriptions[0]}"]
+    splits = [(placed.task_split, all_tasks()[placed.spec.name]) for placed in all_placed()]
+    assert leaks(splits) == []
+    copied = Task("copied", (*all_tasks()[by_split()["train"][0].spec.name].descriptions[:1], *"abcd"), ())
+    assert leaks([*splits, ("out-of-family", copied)]) == [f"copied: {copied.descriptions[0]}"]
 
 
 def test_no_two_specifications_do_the_same_and_none_that_is_held_out_is_trained_under_another_name():
@@ -202,11 +204,11 @@ def test_no_two_specifications_do_the_same_and_none_that_is_held_out_is_trained_
     for group in kinds.values():
         for i, (one, pairs) in enumerate(group):
             for j, (other, other_pairs) in enumerate(group[:i]):
-                if one.tier == other.tier == "train" and (i + j) % 25:
+                if one.task_split == other.task_split == "train" and (i + j) % 25:
                     continue  # of the pairs of trained ones, a part
                 own = all(other.spec.answer(x) == y for x, y in pairs)
                 its = all(one.spec.answer(x) == y for x, y in other_pairs)
-                trained = one.tier == "train", other.tier == "train"
+                trained = one.task_split == "train", other.task_split == "train"
                 names = one.spec.name, other.spec.name
                 assert (
                     not (own and its) and not (own and trained == (False, True)) and not (its and trained == (True, False))
@@ -214,8 +216,8 @@ def test_no_two_specifications_do_the_same_and_none_that_is_held_out_is_trained_
 
 
 def test_new_values_and_new_combinations():
-    trained = {(p.spec.family.name, i, value) for p in by_tier()["train"] for i, value in enumerate(p.spec.values)}
-    for placed in by_tier()["sibling"]:
+    trained = {(p.spec.family.name, i, value) for p in by_split()["train"] for i, value in enumerate(p.spec.values)}
+    for placed in by_split()["in-family"]:
         known = [(placed.spec.family.name, i, value) in trained for i, value in enumerate(placed.spec.values)]
         assert all(known) is (placed.new == "combination"), placed.spec.name
         assert len(known) > 1 or placed.new == "value"
@@ -230,26 +232,28 @@ def test_a_larger_suite_begins_with_the_smaller_and_other_seeds_make_others():
 
 def test_more_specifications_of_families_that_are_held_out(monkeypatch):
     found = all_placed()
-    monkeypatch.setattr(suite, "_MOST_NOVEL", 2)
-    more = suite.more_novel(found, 1)
-    assert len(more) > 10 and {placed.tier for placed in more} == {"novel"}
+    monkeypatch.setattr(suite, "_MOST_OUT_OF_FAMILY", 2)
+    more = suite.more_out_of_family(found, 1)
+    assert len(more) > 10 and {placed.task_split for placed in more} == {"out-of-family"}
     names = {placed.spec.name for placed in (*found, *more)}
     assert len(names) == len(found) + len(more)  # numbers go on
     for placed in more:
         pairs = [(e.input, e.outputs[0]) for e in placed.spec.examples(32, 1)]
         for other in found:
             if other.spec.family.reads == placed.spec.family.reads and (
-                other.tier == "train" or other.spec.family == placed.spec.family
+                other.task_split == "train" or other.spec.family == placed.spec.family
             ):
                 answers = all(other.spec.answer(text) == answer for text, answer in pairs)
                 assert not answers, (placed.spec.name, other.spec.name)
-    assert suite.more_novel([*found, *more], 1) == []
+    assert suite.more_out_of_family([*found, *more], 1) == []
 
 
 def test_more_is_trained_but_what_is_held_out():
-    trained = [placed for placed in all_placed() if placed.tier == "train"][:300]
+    trained = [placed for placed in all_placed() if placed.task_split == "train"][:300]
     assert suite.more_trained(all_placed(), [], 0)[:300] == trained
-    held = [dataclasses.replace(placed, tier="sibling", new="value") for placed in trained[::100]]  # as if drawn once more
+    held = [
+        dataclasses.replace(placed, task_split="in-family", new="value") for placed in trained[::100]
+    ]  # as if drawn once more
     assert suite.more_trained(trained, held, 1) == [placed for i, placed in enumerate(trained) if i % 100]
 
 
@@ -266,8 +270,11 @@ def test_the_packaged_manifest_is_this_suite():
     values = json.loads(path.read_text(encoding="utf-8"))
     assert path.stat().st_size < 300_000 and values["seed"] == 0 and values["version"] == suite.VERSION
     wanted = {name: (tier, found) for tier, names in values["tiers"].items() for name, found in names.items()}
+    stored = {split: name for name, split in fixed.TASK_SPLITS.items()}
     new = {"value": ", new value", "combination": ", new combination", "": ""}
-    assert {name: tier for name, (tier, _) in wanted.items()} == {p.spec.name: p.tier + new[p.new] for p in all_placed()}
+    assert {name: tier for name, (tier, _) in wanted.items()} == {
+        p.spec.name: stored[p.task_split] + new[p.new] for p in all_placed()
+    }
     assert all(wanted[p.spec.name][1] == digest(p.spec, 0) for p in all_placed()[::4])  # of the others, the names suffice
 
 
@@ -291,15 +298,19 @@ def test_commands(t2l_tasks, small, tmp_path):
     check = ("check", out, "--manifest", small, "--examples", 20)
     assert t2l_tasks(*check)[0] == f"{out}: 140 tasks as in manifest {small}\n"
     assert "differs" in str(t2l_tasks("check", out, "--manifest", small)[2])
-    assert t2l_tasks(*options, "--tier", "novel", "--tier", "sibling", "-o", tmp_path / "held")[2] is None
+    assert (
+        t2l_tasks(*options, "--task-split", "out-of-family", "--task-split", "in-family", "-o", tmp_path / "held")[2] is None
+    )
     chosen = {t.name for t in load_tasks(tmp_path / "held", None)}
-    assert chosen == {p.spec.name for p in all_placed()[:140] if p.tier != "train"}
-    selected = t2l_tasks("select", out, "--manifest", small, "--tier", "novel", "--permissive", "-o", tmp_path / "novel")
+    assert chosen == {p.spec.name for p in all_placed()[:140] if p.task_split != "train"}
+    selected = t2l_tasks(
+        "select", out, "--manifest", small, "--task-split", "out-of-family", "--permissive", "-o", tmp_path / "novel"
+    )
     assert selected[2] is None and {t.name for t in load_tasks(tmp_path / "novel", None)} < chosen
-    assert "expected none without" in str(t2l_tasks("synthetic", "--tier", "novel", "-o", tmp_path / "x")[2])
+    assert "expected none without" in str(t2l_tasks("synthetic", "--task-split", "out-of-family", "-o", tmp_path / "x")[2])
     further = (*options, "--examples", 5, "--further-descriptions", 3, "-o", tmp_path / "further")
-    assert "expected --tier train alone" in str(t2l_tasks(*further)[2])
-    assert t2l_tasks(*further, "--tier", "train")[2] is None
+    assert "expected --task-split train alone" in str(t2l_tasks(*further)[2])
+    assert t2l_tasks(*further, "--task-split", "train")[2] is None
     assert {len(t.descriptions) for t in load_tasks(tmp_path / "further", None)} == {suite.DESCRIPTIONS + 3}
     assert "expected none with manifest" in str(t2l_tasks("check", out, "--manifest", "skills", "--examples", 20)[2])
 

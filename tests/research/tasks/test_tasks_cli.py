@@ -10,7 +10,7 @@ from t2l_engine.research.tasks import manifest as manifests
 from t2l_engine.research.tasks import synthetic
 from t2l_engine.research.tasks.folder import load_tasks, write_tasks
 
-FACTS = {"skill": "letters", "tier": "train", "source": "made here", "licence": ["Apache-2.0"], "permissive": True}
+FACTS = {"skill": "letters", "task_split": "train", "source": "made here", "licence": ["Apache-2.0"], "permissive": True}
 ANTS = {
     "Definition": "Name it.",
     "Instance License": "MIT",
@@ -21,7 +21,7 @@ ANTS = {
 @pytest.fixture
 def manifest(tmp_path, suite):
     """A manifest of the suite: its last task is held out."""
-    facts = {task.name: FACTS | {"tier": "train" if task is not suite[-1] else "novel"} for task in suite}
+    facts = {task.name: FACTS | {"task_split": "train" if task is not suite[-1] else "out-of-family"} for task in suite}
     (tmp_path / "m.json").write_text(json.dumps(manifests.build(suite, facts, "For tests.")))
     return tmp_path / "m.json"
 
@@ -37,8 +37,8 @@ def fails(t2l_tasks):
     return call
 
 
-def test_tiers_are_those_of_manifests():
-    assert tuple(tier.value for tier in command.Tier) == manifests.TIERS
+def test_task_splits_are_those_of_manifests():
+    assert tuple(split.value for split in command.TaskSplit) == manifests.TASK_SPLITS
 
 
 def test_synthetic(t2l_tasks, fails, tmp_path):
@@ -70,23 +70,47 @@ def test_show_has_a_column_for_every_split(t2l_tasks, suite, tmp_path):
     table = t2l_tasks("show", tmp_path / "odd")[0]
     assert "extra" in table and "\x1b" not in table and r"\x1b[31m" in table
     told = t2l_tasks("check", tmp_path / "odd")[1]
-    assert "nothing reads examples of other splits than train, val, test" in told and "extra" in told and "\x1b" not in told
+    assert "training reads no splits other than train, val, test: " in told and "extra" in told and "\x1b" not in told
 
 
 def test_select_and_check(t2l_tasks, fails, folder, suite, manifest, tmp_path):
-    out, err, _ = t2l_tasks("select", folder, "--manifest", manifest, "--tier", "train", "-o", tmp_path / "train")
+    out, err, _ = t2l_tasks("select", folder, "--manifest", manifest, "--task-split", "train", "-o", tmp_path / "train")
     assert (out, err) == (f"{tmp_path / 'train'}: 3 tasks, 60 examples\n", "")
     assert load_tasks(tmp_path / "train", None) == sorted(suite[:-1], key=lambda task: task.name)
     assert t2l_tasks("check", folder, "--manifest", manifest)[0] == f"{folder}: 4 tasks as in manifest {manifest}\n"
-    about = json.loads(t2l_tasks("check", tmp_path / "train", "--manifest", manifest, "--tier", "train", "--json")[0])
+    about = json.loads(t2l_tasks("check", tmp_path / "train", "--manifest", manifest, "--task-split", "train", "--json")[0])
     assert about == {"manifest": str(manifest), "tasks": sorted(t.name for t in suite[:-1]), "differences": []}
-    fails("none of its 4 tasks is of tier sibling", "select", folder, "--manifest", manifest, "--tier", "sibling", "-o", "x")
-    fails("packaged manifests: ['skills', 'specs']", "select", folder, "--manifest", "none", "--tier", "train", "-o", "x")
-    arguments = ("select", folder, "--manifest", manifest, "--tier", "novel", "--permissive", "-o", tmp_path / "novel")
+    fails(
+        "none of its 4 tasks is of task split in-family",
+        "select",
+        folder,
+        "--manifest",
+        manifest,
+        "--task-split",
+        "in-family",
+        "-o",
+        "x",
+    )
+    fails(
+        "packaged manifests: ['skills', 'specs']", "select", folder, "--manifest", "none", "--task-split", "train", "-o", "x"
+    )
+    arguments = (
+        "select",
+        folder,
+        "--manifest",
+        manifest,
+        "--task-split",
+        "out-of-family",
+        "--permissive",
+        "-o",
+        tmp_path / "out-of-family",
+    )
     assert t2l_tasks(*arguments)[0].endswith(": 1 tasks, 20 examples\n")
     manifest.write_text(manifest.read_text().replace('"permissive": true', '"permissive": false'))
-    fails("none of its 4 tasks is permissive and of tier novel", *arguments)
-    fails("none of its 4 tasks is of tier train in manifest skills", "select", folder, "--tier", "train", "-o", "x")
+    fails("none of its 4 tasks is permissive and of task split out-of-family", *arguments)
+    fails(
+        "none of its 4 tasks is of task split train in manifest skills", "select", folder, "--task-split", "train", "-o", "x"
+    )
 
 
 def test_check_without_a_manifest(t2l_tasks, fails, folder, suite, tmp_path):
@@ -94,8 +118,8 @@ def test_check_without_a_manifest(t2l_tasks, fails, folder, suite, tmp_path):
     assert t2l_tasks("check", folder)[:2] == (f"{folder}: 4 tasks, 80 examples\n", "")
     about = json.loads(t2l_tasks("check", folder, "--json")[0])
     assert about == {"manifest": None, "tasks": sorted(task.name for task in suite), "differences": []}
-    for option, value in (("--tier", "train"), ("--examples", "30")):
-        fails("--tier, --examples: expected --manifest beside them", "check", folder, option, value)
+    for option, value in (("--task-split", "train"), ("--examples", "30")):
+        fails("--task-split, --examples: expected --manifest beside them", "check", folder, option, value)
     (name, *_) = about["tasks"]
     first = (folder / f"{name}.jsonl").read_text().splitlines()[0]
     other = json.loads(first) | {"split": "another", "input": json.loads(first)["input"].upper() + " "}

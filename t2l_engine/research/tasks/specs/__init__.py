@@ -1,4 +1,4 @@
-"""A suite of specifications made by code: families with parameters, described in many wordings, in tiers.
+"""A suite of specifications made by code: families with parameters, described in many wordings, in task splits.
 
 May be imported: ``suite`` (suite, task, digest, leaks), ``fixed`` (the packaged manifest).
 """

@@ -1,4 +1,4 @@
-"""The packaged manifest of the suite: seed, tiers and digests, from which the suite is made again and compared."""
+"""The packaged manifest of the suite: seed, task splits and digests, from which the suite is made again and compared."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from t2l_engine.research.tasks.folder import Task
 from t2l_engine.research.tasks.specs.suite import EXAMPLES, SPECIFICATIONS, VERSION, Placed, digest, stream, suite, task
 
 FORMAT = "t2l_engine.specs.v1"
+#: Task splits by their names in files.
+TASK_SPLITS = {"train": "train", "sibling": "in-family", "novel": "out-of-family"}
+_NAMES = {name: stored for stored, name in TASK_SPLITS.items()}
 ABOUT = "Specifications made by code, with tiers by unseen parameters (sibling) and unseen families (novel)."
 
 
 def build(specifications: int = SPECIFICATIONS, seed: int = 0) -> dict[str, Any]:
-    """The JSON of the manifest of a suite: for each tier and kind of novelty, name -> digest."""
+    """The JSON of the manifest of a suite: for each task split and kind of novelty, name -> digest."""
     tiers: dict[str, dict[str, str]] = {}
     for placed in suite(specifications, seed):
         tiers.setdefault(_tier(placed), {})[placed.spec.name] = digest(placed.spec, seed)
@@ -52,4 +55,4 @@ def read(values: dict[str, Any], examples: int | None, where: str) -> Iterator[t
 
 
 def _tier(placed: Placed) -> str:
-    return f"{placed.tier}, new {placed.new}" if placed.new else placed.tier
+    return _NAMES[placed.task_split] + (f", new {placed.new}" if placed.new else "")

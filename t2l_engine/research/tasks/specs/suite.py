@@ -1,4 +1,4 @@
-"""The suite: families, the specifications drawn from them, their tiers, and their tasks."""
+"""The suite: families, the specifications drawn from them, their task splits, and their tasks."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ FAMILIES: dict[str, Family] = read_families(lists.RULES | words.RULES | records.
 #: Version of families, phrases, words and rules: another one makes another suite.
 VERSION = 1
 SPECIFICATIONS, EXAMPLES = 2400, 60
-#: train: trained.  sibling: held out, of families in train.  novel: held out, of other families.
-TIERS = ("train", "sibling", "novel")
+#: train: trained.  in-family: held out, of families in train.  out-of-family: held out, of other families.
+TASK_SPLITS = ("train", "in-family", "out-of-family")
 #: Descriptions of a task, of which the last HELD_OUT are held out.
 DESCRIPTIONS, HELD_OUT = len(FRAMES) + len(HELD_FRAMES), len(HELD_FRAMES)
 #: Most specifications of a family that is held out whole, of one seed.
-_MOST_NOVEL = 6
+_MOST_OUT_OF_FAMILY = 6
 #: Draws of parameters without a new specification, after which a family has no more.
 _MAX_DRAWS = 60
 #: Share of a parameter's values that training never has, in 256ths.
@@ -43,10 +43,10 @@ _PROBES = 32
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """A specification with its tier; ``new``: for tier sibling, whether a "value" or only the "combination" is new."""
+    """A specification with its task split; ``new``: in-family, whether a "value" or only the "combination" is new."""
 
     spec: Specification
-    tier: str
+    task_split: str
     new: str = ""
 
 
@@ -68,15 +68,15 @@ def suite(specifications: int = SPECIFICATIONS, seed: int = 0) -> list[Placed]:
 def stream(seed: int) -> Iterator[Placed]:
     """Different specifications of all families, in turns, until there are no more.
 
-    No two of them give the same answers to the probe inputs of both, whatever their families; and no specification of tier
-    train gives the answers that one of another tier gives to its own probe inputs.
+    No two of them give the same answers to the probe inputs of both, whatever their families; and no specification
+    of train gives the answers that a held-out one gives to its own probe inputs.
     """
     draws = {name: Draw(f"{seed}/specifications/{name}") for name in FAMILIES}
     made: dict[str, list[Placed]] = {name: [] for name in FAMILIES}
     known = _Known(seed)
     while draws:
         for name in list(draws):
-            full = FAMILIES[name].held_out and len(made[name]) == _MOST_NOVEL
+            full = FAMILIES[name].held_out and len(made[name]) == _MOST_OUT_OF_FAMILY
             placed = None if full else _next(FAMILIES[name], draws[name], made[name], known)
             if placed is None:
                 del draws[name]
@@ -85,18 +85,18 @@ def stream(seed: int) -> Iterator[Placed]:
                 yield placed
 
 
-def more_novel(found: Sequence[Placed], seed: int) -> list[Placed]:
-    """Specifications of tier novel that :func:`stream` gives by another ``seed``, beside those ``found`` by the first.
+def more_out_of_family(found: Sequence[Placed], seed: int) -> list[Placed]:
+    """Out-of-family specifications that :func:`stream` gives by another ``seed``, beside those ``found`` by the first.
 
-    None is like one of tier train or of its own family among ``found``: that one does not give all its answers to its probe
+    None is like one of train or of its own family among ``found``: that one does not give all its answers to its probe
     inputs.  Their numbers go on after ``found``'s.
     """
-    last = collections.Counter(placed.spec.family.name for placed in found if placed.tier == "novel")
+    last = collections.Counter(placed.spec.family.name for placed in found if placed.task_split == "out-of-family")
     made = []
-    turns = itertools.islice(stream(seed), len(FAMILIES) * _MOST_NOVEL)  # which have all that the stream has of tier novel
-    for placed in (placed for placed in turns if placed.tier == "novel"):
+    turns = itertools.islice(stream(seed), len(FAMILIES) * _MOST_OUT_OF_FAMILY)  # which have all of them that the stream has
+    for placed in (placed for placed in turns if placed.task_split == "out-of-family"):
         family = placed.spec.family
-        beside = [other for other in found if other.tier == "train" or other.spec.family is family]
+        beside = [other for other in found if other.task_split == "train" or other.spec.family is family]
         if not _like(placed, beside, seed):
             made.append(dataclasses.replace(placed, spec=dataclasses.replace(placed.spec, number=last[family.name])))
             last[family.name] += 1
@@ -104,11 +104,11 @@ def more_novel(found: Sequence[Placed], seed: int) -> list[Placed]:
 
 
 def more_trained(found: Iterable[Placed], held_out: Iterable[Placed], seed: int) -> list[Placed]:
-    """Those of tier train among ``found`` that give other answers than each of ``held_out`` to its probe inputs.
+    """Those of train among ``found`` that give other answers than each of ``held_out`` to its probe inputs.
 
     ``held_out`` need not be of the same stream.  ``seed``: of the probe inputs.
     """
-    trained = {placed.spec.name: placed for placed in found if placed.tier == "train"}
+    trained = {placed.spec.name: placed for placed in found if placed.task_split == "train"}
     for held in held_out:
         for other in _like(held, trained.values(), seed):
             del trained[other.spec.name]
@@ -142,16 +142,16 @@ def digest(spec: Specification, seed: int) -> str:
 
 
 def leaks(tasks: Iterable[tuple[str, Task]]) -> list[str]:
-    """Descriptions that are held out and yet trained: ``"task: description"``, given (tier, task) of a suite.
+    """Descriptions that are held out and yet trained: ``"task: description"``, given (task split, task) of a suite.
 
-    Held out are all descriptions of other tiers than train, and the last HELD_OUT of train.
+    Held out are all descriptions of in-family and out-of-family tasks, and the last HELD_OUT of train.
     """
     tasks = list(tasks)
-    trained = {normalise(text) for tier, t in tasks if tier == "train" for text in t.descriptions[:-HELD_OUT]}
+    trained = {normalise(text) for split, t in tasks if split == "train" for text in t.descriptions[:-HELD_OUT]}
     return [
         f"{t.name}: {text}"
-        for tier, t in tasks
-        for text in (t.descriptions[-HELD_OUT:] if tier == "train" else t.descriptions)
+        for split, t in tasks
+        for text in (t.descriptions[-HELD_OUT:] if split == "train" else t.descriptions)
         if normalise(text) in trained
     ]
 
@@ -173,9 +173,9 @@ class _Known:
         others = self._of_kind.setdefault(spec.family.reads, [])
         for other, other_probes in others:
             # One that is trained must not answer the probes of one that is held out; those of one kind must differ.
-            if placed.tier != "train" and other.tier == "train":
+            if placed.task_split != "train" and other.task_split == "train":
                 alike = _agrees(other.spec, probes)
-            elif placed.tier == "train" and other.tier != "train":
+            elif placed.task_split == "train" and other.task_split != "train":
                 alike = _agrees(spec, other_probes)
             else:
                 alike = _agrees(other.spec, probes) and _agrees(spec, other_probes)
@@ -198,10 +198,10 @@ def _next(family: Family, draw: Draw, before: list[Placed], known: _Known) -> Pl
     """A specification of ``family`` that does what none before it does; None where none is found."""
     several = sum(len(pool) > 1 for pool in family.params.values()) > 1
     if several and not family.held_out and len(before) % _COMBINED == _COMBINED - 1:
-        trained = [placed.spec.values for placed in before if placed.tier == "train"]
+        trained = [placed.spec.values for placed in before if placed.task_split == "train"]
         pools = {name: [values[i] for values in trained] for i, name in enumerate(family.params)}
         for values in _draws(dataclasses.replace(family, params=pools), draw):
-            placed = Placed(Specification(family, values, len(before)), "sibling", "combination")
+            placed = Placed(Specification(family, values, len(before)), "in-family", "combination")
             if known.add(placed):
                 return placed
     for values in _draws(family, draw):
@@ -218,10 +218,10 @@ def _draws(family: Family, draw: Draw) -> Iterator[tuple[Any, ...]]:
 
 def _placed(spec: Specification, seed: int) -> Placed:
     if spec.family.held_out:
-        return Placed(spec, "novel")
+        return Placed(spec, "out-of-family")
     pools = zip(spec.family.params.items(), spec.values, strict=True)
     kept = any(_kept(value, pool, f"{seed}/{spec.family.name}/{name}") for (name, pool), value in pools)
-    return Placed(spec, "sibling", "value") if kept else Placed(spec, "train")
+    return Placed(spec, "in-family", "value") if kept else Placed(spec, "train")
 
 
 def _kept(value: Any, pool: Sequence[Any], where: str) -> bool:
