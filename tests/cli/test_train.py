@@ -157,7 +157,7 @@ def test_a_loss_that_is_no_number(train, base_model, tasks, tmp_path, monkeypatc
     assert (code, out, err.splitlines()[-1]) == (1, "", message)
 
 
-def test_a_tier_needs_a_manifest(train, base_model, tasks, tmp_path):
+def test_a_task_split_needs_a_manifest(train, base_model, tasks, tmp_path):
     code, _, err = train(
         "sft", small_runs.sft(base_model), "--tasks", tasks, "--task-split", "train", "-o", tmp_path / "out"
     )
