@@ -31,7 +31,8 @@ from bench.source import source
 from bench.timing import Call, Candidate, Cpu, Cuda, Device, Dry, Name, Timing, first_line, is_lost, measure, threads
 from t2l_engine import ops
 from t2l_engine.ops import native
-from t2l_engine.testing import backends, numerics
+from t2l_engine.testing import numerics
+from tests import backends
 
 Record = dict[str, Any]
 

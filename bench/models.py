@@ -20,8 +20,8 @@ from bench.harness import Context, Error, worst
 from t2l_engine.lora.layer import LoRALinear
 from t2l_engine.ops import reference
 from t2l_engine.research.costs import known_entries
+from t2l_engine.research.evaluation.answers import cache_argument
 from t2l_engine.testing import numerics
-from t2l_engine.testing.models import cache_argument
 from t2l_engine.text import packaged
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

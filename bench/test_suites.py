@@ -20,7 +20,7 @@ from t2l_engine import ops
 from t2l_engine.ops import reference
 from t2l_engine.testing import numerics
 from t2l_engine.testing.cases import HYPER_CASES, LORA_CASES
-from t2l_engine.testing.models import SHAPES, VARIANTS
+from tests.networks import SHAPES, VARIANTS
 
 LORA = [
     Case(Layer.linear(c.in_features), c.segments, dtype=c.x_dtype, layout=c.b_layout, label=c.name)

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from t2l_engine import AdapterStack
-from t2l_engine.testing import backends
+from tests import backends
 
 try:
     import hypothesis

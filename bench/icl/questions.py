@@ -28,9 +28,9 @@ from bench.timing import elapsed_us
 from t2l_engine.cli import demo
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
+from t2l_engine.research.evaluation.answers import cache_argument
 from t2l_engine.research.evaluation.metrics import exact_match
 from t2l_engine.research.tasks.folder import Example, Task, load_tasks
-from t2l_engine.testing.models import cache_argument
 from t2l_engine.text import packaged
 from t2l_engine.text.prompts import prompt_ids, raw_prompt
 

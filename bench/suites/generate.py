@@ -22,8 +22,9 @@ from t2l_engine import AdapterStack
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.research.costs import hypernet_flops
-from t2l_engine.testing import models, numerics
-from t2l_engine.testing.models import SHAPES, VARIANTS, HyperShape
+from t2l_engine.testing import numerics
+from tests import networks
+from tests.networks import SHAPES, VARIANTS, HyperShape
 
 DTYPES = ("float32", "bfloat16")
 #: model -> variants, numbers of descriptions.
@@ -215,7 +216,7 @@ def one_net(context: Context, name: str, dtype: str) -> tuple[HyperShape, HyperN
     shape, device = (SHAPES[name] if context.full else CUDA_TINY), context.device.torch
     with torch.device("meta"):
         net = HyperNetwork(shape.config())
-    models.fill(net.to_empty(device=device), torch.Generator(device).manual_seed(1))
+    networks.fill(net.to_empty(device=device), torch.Generator(device).manual_seed(1))
     return shape, net.requires_grad_(False).eval().set_dtype(getattr(torch, dtype))
 
 

@@ -1,5 +1,5 @@
-"""Op cases, checks, tolerances, oracles and backends that tests, benchmarks and the self-check share.
+"""Op cases, checks, tolerances and oracles that tests, benchmarks and the self-check share.
 
-May be imported: ``cases``, ``checks``, ``numerics``, ``oracle``, ``backends``, ``models``, ``selfcheck``.  Imports ``ops``,
-``hypernetwork``, ``text`` and ``research.costs``.
+May be imported: ``cases``, ``checks``, ``numerics``, ``oracle``, ``selfcheck``.  Imports ``ops``, ``hypernetwork`` and
+``text``.
 """

@@ -13,7 +13,19 @@ import functools
 import torch
 from torch import Tensor
 
-from t2l_engine.testing.backends import placed
+
+def placed(value, device: torch.device | None = None):
+    """Copy of tensors (in lists and dicts too) on ``device`` (None: torch's default), strides and base storage kept."""
+    device = device or torch.get_default_device()
+    if isinstance(value, dict):
+        return {key: placed(entry, device) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(placed(entry, device) for entry in value)
+    if not isinstance(value, Tensor) or value.device.type == device.type:
+        return value
+    if value._base is None:
+        return value.to(device)
+    return placed(value._base, device).as_strided(value.shape, value.stride(), value.storage_offset())
 
 
 def drawn_on_cpu(make):

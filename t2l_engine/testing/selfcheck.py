@@ -32,8 +32,7 @@ from t2l_engine.hypernetwork.folder import BUNDLED
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.ops import native
 from t2l_engine.testing import numerics
-from t2l_engine.testing.backends import placed
-from t2l_engine.testing.cases import F32, F64, GroupCase, HyperCase, LoraCase
+from t2l_engine.testing.cases import F32, F64, GroupCase, HyperCase, LoraCase, placed
 from t2l_engine.testing.checks import CHECKS
 from t2l_engine.text.encoder import TextEncoder
 

@@ -6,7 +6,7 @@ import contextlib
 import pytest
 import torch
 
-from t2l_engine.testing import backends
+from tests import backends
 
 
 class Device:

@@ -16,8 +16,18 @@ from torch import Tensor
 
 from t2l_engine import ops
 from t2l_engine.ops import reference
-from t2l_engine.testing import backends, numerics, oracle
-from t2l_engine.testing.cases import F64, GROUP_CASES, HYPER_CASES, LORA_CASES, GroupCase, HyperCase, LoraCase
+from t2l_engine.testing import numerics, oracle
+from t2l_engine.testing.cases import (
+    F64,
+    GROUP_CASES,
+    HYPER_CASES,
+    LORA_CASES,
+    GroupCase,
+    HyperCase,
+    LoraCase,
+    placed,
+)
+from tests import backends
 
 SEED = 11
 #: Multiply-adds of a case that the emulator does in a second or so.
@@ -70,13 +80,10 @@ def table(few: bool) -> dict[str, tuple[Callable[[int], Arguments], Callable[[Ar
     return runs
 
 
-@torch.no_grad()  # inference mode would hide from backends.placed what the operands are slices of
+@torch.no_grad()  # inference mode would hide from placed what the operands are slices of
 def compute(device: torch.device, few: bool = False) -> Results:
     """The outputs of every case of :func:`table`."""
-    return {
-        name: [t.cpu().clone() for t in call(backends.placed(make(SEED), device))]
-        for name, (make, call) in table(few).items()
-    }
+    return {name: [t.cpu().clone() for t in call(placed(make(SEED), device))] for name, (make, call) in table(few).items()}
 
 
 # --- comparison ------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from t2l_engine import attach, ops
-from t2l_engine.testing.models import SHAPES, HyperShape
 from tests.cuda.operands import ADAPTERS, apply, operands
+from tests.networks import SHAPES, HyperShape
 
 #: Cycles that a stream is kept busy for: some 20 ms.
 BUSY = 40_000_000

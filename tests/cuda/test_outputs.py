@@ -9,8 +9,8 @@ import torch
 
 from bench.kernels import KernelError, find
 from t2l_engine.ops import native
-from t2l_engine.testing import backends
-from t2l_engine.testing.cases import HYPER_CASES
+from t2l_engine.testing.cases import HYPER_CASES, placed
+from tests import backends
 from tests.cuda import kernel_outputs
 
 OUTPUTS = (sys.executable, kernel_outputs.__file__)
@@ -76,7 +76,7 @@ def test_operands_keep_their_strides(monkeypatch):
     right = case.make_heads(kernel_outputs.SEED)["latent"]
 
     def call(arguments):
-        there = backends.placed(arguments, torch.device("meta"))["latent"]
+        there = placed(arguments, torch.device("meta"))["latent"]
         assert (there.stride(), there.storage_offset()) == (right.stride(), right.storage_offset())
         return []
 

@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 
-from t2l_engine.testing import backends
+from tests import backends
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from t2l_engine import AdapterStack, attach, ops
 from t2l_engine.ops import reference
 from t2l_engine.testing import oracle
 from t2l_engine.testing.cases import BF16, F64, GROUP_CASES, HYPER_CASES, LoraCase
-from t2l_engine.testing.models import HyperShape
+from tests.networks import HyperShape
 
 pytestmark = pytest.mark.emu
 

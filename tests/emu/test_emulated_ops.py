@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from t2l_engine.testing import backends
+from tests import backends
 from tests.ops.kernel_cases import LARGE, at_least
 
 pytestmark = pytest.mark.emu

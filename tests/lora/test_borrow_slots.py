@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from t2l_engine import AdapterStack, LoRALinear, OneHotConfig, OneHotEncoder, TextToLoRA, attach
-from t2l_engine.testing.models import HyperShape
 from tests.lora.tiny_llama import logits
+from tests.networks import HyperShape
 
 #: Of the tiny Llama: hidden 64, 4 heads of 32, 2 for keys and values, 2 layers.
 SHAPE = HyperShape("tiny", 2, 64, 128, 64, embed_dim=24, latent_size=16, head_in_size=24)

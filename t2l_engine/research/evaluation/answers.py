@@ -89,29 +89,19 @@ class Store:
 
     def __init__(self, path: Path | None = None):
         self._path, self._batches = path, {}
-        if path is not None and path.exists():
-            lines = path.read_bytes().splitlines(keepends=True)
-            cut = bool(lines) and self._is_cut(lines[-1])
-            lines = lines[: len(lines) - cut]
-            for number, line in enumerate(lines, start=1):
-                try:
-                    row = json.loads(line)
-                    self._batches[row["key"]] = [
-                        Answer(a["text"], tuple(a["likelihoods"]), a["prompt_tokens"], a["seconds"]) for a in row["answers"]
-                    ]
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    raise ConfigError(f"{path}:{number}: expected a batch of answers that an evaluation wrote") from None
-            if cut:
-                with path.open("r+b") as file:
-                    file.truncate(sum(map(len, lines)))
-
-    @staticmethod
-    def _is_cut(line: bytes) -> bool:
-        """Whether ``line`` is the beginning of what :meth:`put` writes."""
-        start, then = b'{"key": "', b', "answers": ['
-        _, quote, rest = line[len(start) :].partition(b'"')
-        ours = line[: len(start)] == start[: len(line)] and (not quote or rest[: len(then)] == then[: len(rest)])
-        return ours and not line.endswith(b"\n")
+        lines = path.read_bytes().splitlines(keepends=True) if path is not None and path.exists() else []
+        for number, line in enumerate(lines, start=1):
+            started = b'{"key": "%s", "answers": [' % line[9:].partition(b'"')[0]  # as :meth:`put` writes
+            if number == len(lines) and not line.endswith(b"\n") and line[: len(started)] == started[: len(line)]:
+                os.truncate(path, sum(map(len, lines[:-1])))
+                break
+            try:
+                row = json.loads(line)
+                self._batches[row["key"]] = [
+                    Answer(a["text"], tuple(a["likelihoods"]), a["prompt_tokens"], a["seconds"]) for a in row["answers"]
+                ]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise ConfigError(f"{path}:{number}: expected a batch of answers that an evaluation wrote") from None
 
     def get(self, key: str) -> list[Answer] | None:
         return self._batches.get(key)
@@ -134,14 +124,7 @@ class Answerer:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        *,
-        identity: str,
-        store: Store,
-        batch_size: int,
-        clock: Callable[[], float],
+        self, model: nn.Module, tokenizer: Any, *, identity: str, store: Store, batch_size: int, clock: Callable[[], float]
     ):
         self._model, self._tokenizer, self._identity = model, tokenizer, identity
         self._store, self._batch_size, self._clock = store, batch_size, clock
@@ -178,13 +161,13 @@ class Answerer:
         Queries with accepted texts, one adapter and the first SHARED tokens in common make batches of their own, whose
         common prefix is computed once.
         """
-        starts = [(q.adapter, tuple(p[:SHARED])) if q.accepted else None for q, p in zip(queries, prompts, strict=True)]
-        counts = Counter(starts)
+        starts = [(q.adapter, *p[:SHARED]) for q, p in zip(queries, prompts, strict=True)]
+        counts = Counter(start for q, start in zip(queries, starts, strict=True) if q.accepted)
 
         def kind(i: int) -> tuple:
             q, start = queries[i], starts[i]
-            alike = start if start and len(start[1]) == SHARED and counts[start] >= FEWEST_SHARED else ()
-            return bool(q.options), bool(q.accepted), q.max_new_tokens, q.one_line, alike
+            alike = q.accepted and len(start) > SHARED and counts[start] >= FEWEST_SHARED
+            return bool(q.options), bool(q.accepted), q.max_new_tokens, q.one_line, start if alike else ()
 
         batch: list[int] = []
         rows = 0
@@ -204,21 +187,16 @@ class Answerer:
 
     def _timed(self, queries: Sequence[Query], prompts: list[list[int]], use: Use) -> list[Answer]:
         start = self._clock()
-        if queries[0].options:
-            values = iter(self._likelihoods(queries, prompts, use))
-            results = [("", tuple(next(values) for _ in q.options)) for q in queries]
-        elif queries[0].accepted:
-            results = [(text, ()) for text in self._verified(queries, prompts, use)]
+        if queries[0].options or queries[0].accepted:
+            found = self._logits(queries, prompts, use)
+            results = [self._judged(q, found) for q in queries]
         else:
             results = [(text, ()) for text in self._generate(queries, prompts, use)]
         seconds = (self._clock() - start) / len(queries)
-        return [
-            Answer(text, likelihoods, len(prompt), seconds)
-            for prompt, (text, likelihoods) in zip(prompts, results, strict=True)
-        ]
+        return [Answer(*result, len(prompt), seconds) for result, prompt in zip(results, prompts, strict=True)]
 
     def _generate(self, queries: Sequence[Query], prompts: list[list[int]], use: Use) -> list[str]:
-        batch = self._tokenizer.pad({"input_ids": prompts}, padding=True, return_tensors="pt").to(self._model.device)
+        batch = self._padded(prompts)
         with use([q.adapter for q in queries]):
             out = self._model.generate(
                 **batch,
@@ -230,24 +208,20 @@ class Answerer:
         texts = [continuation(self._tokenizer, q.prompt, ids) for q, ids in zip(queries, rows, strict=True)]
         return [text.strip().split("\n")[0] if q.one_line else text for q, text in zip(queries, texts, strict=True)]
 
-    def _likelihoods(self, queries: Sequence[Query], prompts: list[list[int]], use: Use) -> list[float]:
-        """Log-likelihood (sum over tokens) of the options of all queries, in order."""
-        likelihoods = []
-        for row, answer in self._logits(queries, prompts, [q.options for q in queries], use):
-            chosen = torch.tensor(answer, device=row.device)[:, None]
-            likelihoods.append(float(row[:-1].float().log_softmax(-1).gather(1, chosen).sum()))
-        return likelihoods
+    def _padded(self, rows: list[list[int]]) -> Any:
+        return self._tokenizer.pad({"input_ids": rows}, padding=True, return_tensors="pt").to(self._model.device)
 
-    def _verified(self, queries: Sequence[Query], prompts: list[list[int]], use: Use) -> list[str]:
-        """Of each query, the accepted text that greedy decoding gives before it ends the line, or NOT_ACCEPTED."""
-        found = [NOT_ACCEPTED] * len(queries)
-        texts = [(i, text) for i, q in enumerate(queries) for text in q.accepted]
-        logits = self._logits(queries, prompts, [q.accepted for q in queries], use)
-        for (i, text), (row, answer) in zip(texts, logits, strict=True):
+    def _judged(self, query: Query, found: Iterator[tuple[Tensor, list[int]]]) -> tuple[str, tuple[float, ...]]:
+        """``text`` and ``likelihoods`` of an answer from the next logits of ``found``, one for each text of ``query``."""
+        if query.options:
+            return "", tuple(_log_likelihood(*next(found)) for _ in query.options)
+        decoded = NOT_ACCEPTED
+        for text in query.accepted:
+            row, answer = next(found)
             *chosen, last = row.argmax(dim=-1).tolist()
             if chosen == answer and last in self._ends:
-                found[i] = text.strip()
-        return found
+                decoded = text.strip()
+        return decoded, ()
 
     @functools.cached_property
     def _ends(self) -> set[int]:
@@ -258,37 +232,42 @@ class Answerer:
         ends = ends if isinstance(ends, list) else [ends, self._tokenizer.eos_token_id]
         return {*ends, *(i for i, text in zip(vocabulary, decoded, strict=True) if text.lstrip(" ").startswith("\n"))}
 
-    def _logits(
-        self, queries: Sequence[Query], prompts: list[list[int]], texts: Sequence[Sequence[str]], use: Use
-    ) -> Iterator[tuple[Tensor, list[int]]]:
-        """For each of the ``texts`` of each query, logits ``[tokens + 1, vocabulary]`` and the tokens that it has.
+    def _logits(self, queries: Sequence[Query], prompts: list[list[int]], use: Use) -> Iterator[tuple[Tensor, list[int]]]:
+        """For each option or accepted text of each query, logits ``[tokens + 1, vocabulary]`` and its tokens.
 
         Row i of the logits is before token i, the last one after the text.
         """
-        rows, answers, keys = [], [], []
-        for query, prompt, of_query in zip(queries, prompts, texts, strict=True):
-            for text in of_query:
-                answers.append(self.tokens(text))
-                rows.append(prompt + answers[-1])
-                keys.append(query.adapter)
+        texts = [(q.adapter, p, text) for q, p in zip(queries, prompts, strict=True) for text in q.options or q.accepted]
+        keys = [adapter for adapter, _, _ in texts]
+        answers = [self.tokens(text) for _, _, text in texts]
+        rows = [prompt + answer for (_, prompt, _), answer in zip(texts, answers, strict=True)]
         common = 0
-        if any(q.accepted for q in queries) and len(rows) >= FEWEST_SHARED and len(set(keys)) == 1:
+        if queries[0].accepted and len(rows) >= FEWEST_SHARED and len(set(keys)) == 1:
             common = len(os.path.commonprefix(prompts))
             common = min(common, min(map(len, prompts)) - 1) if common >= SHARED else 0
-        batch = self._tokenizer.pad({"input_ids": [row[common:] for row in rows]}, padding=True, return_tensors="pt")
-        ids, mask = batch["input_ids"].to(self._model.device), batch["attention_mask"].to(self._model.device)
-        longest, options = max(map(len, answers)), {}
-        known = inspect.signature(self._model.forward).parameters
-        if "position_ids" in known:  # otherwise GPT-2 would count padding
+        batch = self._padded([row[common:] for row in rows])
+        ids, mask, options = batch["input_ids"], batch["attention_mask"], {}
+        if "position_ids" in inspect.signature(self._model.forward).parameters:  # otherwise GPT-2 would count padding
             options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0) + common
         with use(keys[:1] if common else keys):  # one id is for every row, also for the prefix alone
             if common:
                 prefix = torch.tensor([rows[0][:common]], device=ids.device)
                 cache = self._model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
                 cache.batch_repeat_interleave(len(rows))
-                options["cache" if "cache" in known else "past_key_values"] = cache
+                options |= cache_argument(self._model, cache)
                 mask = torch.cat((mask.new_ones(len(rows), common), mask), dim=1)
-            options |= {"use_cache": bool(common), "logits_to_keep": longest + 1}
+            options |= {"use_cache": bool(common), "logits_to_keep": max(map(len, answers)) + 1}
             logits = self._model(input_ids=ids, attention_mask=mask, **options).logits
         for row, answer in zip(logits, answers, strict=True):  # row by row, to bound the memory of float32 logits
             yield row[-len(answer) - 1 :], answer
+
+
+def _log_likelihood(logits: Tensor, answer: list[int]) -> float:
+    """The sum over the tokens of ``answer``."""
+    chosen = torch.tensor(answer, device=logits.device)[:, None]
+    return float(logits[:-1].float().log_softmax(-1).gather(1, chosen).sum())
+
+
+def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """``cache`` by its keyword: ``cache``, or ``past_key_values`` before transformers 5.24 (which ignores unknown ones)."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}

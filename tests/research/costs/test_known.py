@@ -20,8 +20,8 @@ from t2l_engine.research.costs import (
     ways,
 )
 from t2l_engine.research.costs.serving import merged_values
-from t2l_engine.testing.models import SHAPES
 from tests.hypernetwork.plain_network import MODULES
+from tests.networks import SHAPES
 from tests.research.costs import tiny_decoders
 from tests.research.costs.flop_counter import counted
 

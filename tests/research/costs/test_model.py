@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, DynamicCache, Gemma3Config, Mamb
 from t2l_engine import ConfigError
 from t2l_engine.research.costs import count
 from t2l_engine.research.costs.model import Attention
-from t2l_engine.testing.models import cache_argument
+from t2l_engine.research.evaluation.answers import cache_argument
 from tests.research.costs import tiny_decoders
 from tests.research.costs.flop_counter import counted
 from tests.research.costs.tiny_decoders import FAMILIES, SIZES, WINDOW, prompt

@@ -8,7 +8,7 @@ from transformers import BertConfig, BertModel, DynamicCache
 
 from t2l_engine import HyperNetwork, attach
 from t2l_engine.research.costs import Setup, Workload, count, hypernetwork_for, ways
-from t2l_engine.testing.models import cache_argument
+from t2l_engine.research.evaluation.answers import cache_argument
 from tests.research.costs import tiny_decoders
 from tests.research.costs.flop_counter import counted
 from tests.research.costs.tiny_decoders import prompt

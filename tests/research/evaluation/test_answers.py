@@ -381,7 +381,7 @@ def test_a_common_prefix_is_computed_once(tiny_model, answerer, stack_for, famil
             for indices in maker._batches(asked, [maker.tokens(q.prompt) for q in asked]):
                 batch = [asked[i] for i in indices]
                 prompts = [maker.tokens(q.prompt) for q in batch]
-                rows = maker._logits(batch, prompts, [q.accepted for q in batch], use)
+                rows = maker._logits(batch, prompts, use)
                 texts = [(q.prompt, text, n) for n, q in zip(indices, batch, strict=True) for text in q.accepted]
                 found |= dict(zip(texts, (row for row, _ in rows), strict=True))
             logits.append((found, sum(seen)))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,12 +60,6 @@ class HyperShape:
         """Random ``[count, embed_dim]`` float32 of norm sqrt(embed_dim), like those of text encoders."""
         drawn = torch.randn(count, self.embed_dim, generator=torch.Generator().manual_seed(seed))
         return nn.functional.normalize(drawn, dim=-1) * self.embed_dim**0.5
-
-
-def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """``cache`` by its keyword in a transformers model: ``cache``, or ``past_key_values`` before release 5.24 (which ignores
-    unknown keywords)."""
-    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
 @torch.no_grad()

@@ -12,13 +12,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from t2l_engine import ops
 from t2l_engine.ops import native
 
 NAMES = ("cpu", "cuda", "emu")
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def _path() -> str:
@@ -104,17 +103,3 @@ def select(name: str, library: Path | None = None) -> torch.device:
     if name == "cuda" and not (ops.has_kernel("lora_add_", "CUDA") and torch.cuda.is_available()):
         raise RuntimeError("backend 'cuda': expected CUDA kernels and a device; build with nvcc, beside a torch for CUDA")
     return torch.device("cuda" if name == "cuda" else "cpu")
-
-
-def placed(value, device: torch.device | None = None):
-    """Copy of tensors (in lists and dicts too) on ``device`` (None: torch's default), strides and base storage kept."""
-    device = device or torch.get_default_device()
-    if isinstance(value, dict):
-        return {key: placed(entry, device) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(placed(entry, device) for entry in value)
-    if not isinstance(value, Tensor) or value.device.type == device.type:
-        return value
-    if value._base is None:
-        return value.to(device)
-    return placed(value._base, device).as_strided(value.shape, value.stride(), value.storage_offset())
