@@ -14,6 +14,7 @@ import t2l_engine as t2l
 from bench.harness import BenchError, Record, record
 from bench.specs.plan import DEVELOPMENT, FURTHER, HELD_OUT, MORE, PLAN, RUNS, TRAINED, Run, drawn, ordered
 from t2l_engine.files.errors import ConfigError
+from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_texts
 from t2l_engine.files.yaml import read_yaml
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.folder import CONFIG_NAME, WEIGHTS_NAME
@@ -136,7 +137,8 @@ def finished(name: str, work: Path) -> bool:
         if theirs is None or differences(made, theirs):
             return False
         wanted = {lora_runs.MULTI_TASK} if made.mode == lora_runs.MULTI_TASK else {*learnt(run, work)[1]}
-        return wanted <= lora_runs.adapters_of(folder)
+        records = (folder / lora_runs.WAVES).glob(f"*/{lora_runs.RECORD}")  # of the waves that are done
+        return wanted <= {name for path in records for name in read_texts(path, MAX_DESCRIPTIONS_BYTES)["adapters"]}
     if not (folder / loop.SETTINGS).is_file() or not (folder / CONFIG_NAME).is_file():
         return False
     done = checkpoint.describe(folder)["training"]

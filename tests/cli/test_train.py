@@ -83,7 +83,7 @@ def test_lora_and_reconstruction(train, base_model, tasks, tmp_path):
 
 
 def test_an_interrupted_command_goes_on(train, base_model, tasks, tmp_path, monkeypatch):
-    settings, step = small_runs.sft(base_model), loop._step
+    settings, step = small_runs.sft(base_model), loop._Run.step
 
     def interrupted(run, number):
         if number == 4:
@@ -91,7 +91,7 @@ def test_an_interrupted_command_goes_on(train, base_model, tasks, tmp_path, monk
         return step(run, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_step", interrupted)
+        patch.setattr(loop._Run, "step", interrupted)
         code, printed, err = train("sft", settings, "--tasks", tasks, "-o", tmp_path)
     assert (code, printed) == (130, "") and "Traceback" not in err
     assert train("sft", settings, "--tasks", tasks, "-o", tmp_path)[0] == 0

@@ -1,14 +1,17 @@
-"""Training with an LLM encoder: hidden states of descriptions and of worked examples, which its pooling attends to."""
+"""What adapters are generated from: embeddings of texts, or hidden states that the LLM encoder's pooling attends to."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,18 +20,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import to_json
 from t2l_engine.files.weights import write_text
-from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Task
 from t2l_engine.research.training import discriminant
-from t2l_engine.research.training.descriptions import Conditions
 from t2l_engine.research.training.sampling import Group, seeded, trained_descriptions
-from t2l_engine.research.training.settings import ReconstructionSettings, SFTSettings
-from t2l_engine.text.config import LLMEncoderConfig
+from t2l_engine.research.training.settings import BASE_MODEL, ReconstructionSettings, SFTSettings
+from t2l_engine.text.config import SAKANA_MAX_LENGTH, EncoderConfig, LLMEncoderConfig, OneHotConfig
+from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder
 from t2l_engine.text.llm_encoder import AttentionPooling, LLMEncoder, condition_text, pad_states
 
 #: Folder in that of a run, until the run is complete, and what is in it for each process.
@@ -39,16 +40,100 @@ _WITHOUT_DESCRIPTION = 8
 CHUNK, BATCH = 16, 48
 
 
-class PooledHyperNetwork(nn.Module):
-    """Pooling and hypernetwork, which are trained together: hidden states to adapters."""
+class Conditions(ABC):
+    """What the adapters of groups are generated from, as the trained model takes it.
 
-    def __init__(self, pooling: AttentionPooling, hypernetwork: HyperNetwork):
-        super().__init__()
-        self.pooling, self.hypernetwork = pooling, hypernetwork
+    ``train``, ``val``: of each task, indices of the descriptions used in training, and in validation (those that are held
+    out, or those of training if none is).  ``encoder_config``: of the text encoder; ``embed_dim``: width of ``task_emb``.
 
-    def forward(self, condition: tuple[Tensor, Tensor]) -> AdapterStack:
-        """Adapters with gradients of ``condition``: states and mask, as :class:`AttentionPooling` takes them."""
-        return self.hypernetwork(self.pooling(*condition))
+    Raises ConfigError if all descriptions of a task are held out.
+    """
+
+    encoder_config: EncoderConfig | OneHotConfig | LLMEncoderConfig
+    embed_dim: int
+
+    def __init__(self, settings: SFTSettings | ReconstructionSettings, tasks: Sequence[Task], device: torch.device):
+        self._settings, self._device, held_out = settings, device, settings.held_out_descriptions
+        self.train: list[Sequence[int]] = [trained_descriptions(t.name, len(t.descriptions), held_out) for t in tasks]
+        self.val = [range(len(of), len(of) + held_out) if held_out else of for of in self.train]
+
+    @abstractmethod
+    def clean(self, groups: Sequence[Group]) -> Any:
+        """The conditions of the groups' descriptions or inputs, without augmentation."""
+
+    @abstractmethod
+    def augmented(self, groups: Sequence[Group]) -> Any:
+        """As :meth:`clean`, with the settings' augmentation, drawn from a seed by each group's key."""
+
+    @abstractmethod
+    def initialise(self, linear: nn.Linear, pooling: AttentionPooling | None) -> None:
+        """With ``task_init`` "discriminant", initialise the task encoder's ``linear`` by the training descriptions."""
+
+    def pooling(self) -> AttentionPooling | None:
+        """A new pooling with random parameters, on the CPU; None where conditions are ``task_emb`` themselves."""
+        return None
+
+
+class TaskEmbeddings(Conditions):
+    """``task_emb [groups, embed_dim]``: the embedding of a group's description or, with ``condition`` "input", of its input.
+
+    All descriptions are embedded here, after which the encoder is released; inputs are embedded when they are needed.
+    With encoder "one-hot" only the tasks' names matter.
+    """
+
+    def __init__(self, settings: SFTSettings | ReconstructionSettings, tasks: Sequence[Task], device: torch.device):
+        if settings.encoder == "one-hot":
+            encoder = OneHotEncoder(OneHotConfig(tuple(task.name for task in tasks)))
+            tasks = [dataclasses.replace(task, descriptions=(task.name,)) for task in tasks]
+        super().__init__(settings, tasks, device)
+        if settings.encoder != "one-hot":
+            encoder = TextEncoder.from_pretrained(_encoder(settings), device=device)
+        self.embed_dim, self.encoder_config = encoder.embed_dim, encoder.config
+        by_input = isinstance(settings, SFTSettings) and settings.condition == "input"
+        self._input_encoder = encoder if by_input else None
+        # On the CPU, where mixes and noise are drawn.
+        self._rows = [] if by_input else [encoder.encode(list(task.descriptions)).cpu() for task in tasks]
+
+    def initialise(self, linear: nn.Linear, pooling: AttentionPooling | None = None) -> None:
+        if self._settings.task_init == "discriminant":
+            classes = [rows[: len(of)] for rows, of in zip(self._rows, self.train, strict=True)]
+            discriminant.initialise(linear, classes, self._settings.seed)
+
+    def clean(self, groups: Sequence[Group]) -> Tensor:
+        return self._read(groups).to(self._device)
+
+    def _read(self, groups: Sequence[Group]) -> Tensor:
+        if self._input_encoder is None:
+            return torch.stack([self._rows[g.task][g.description] for g in groups])
+        # One at a time: rounding depends on the batch, and a resumed run would batch other texts together.
+        return self._input_encoder.encode([g.samples[0].input for g in groups], batch_size=1).cpu()
+
+    def augmented(self, groups: Sequence[Group]) -> Tensor:
+        settings, rows = self._settings, []
+        for g, row in zip(groups, self._read(groups), strict=True):
+            generator = torch.Generator().manual_seed(seeded("task_emb", g.key))
+            if settings.mix_descriptions:
+                other = torch.randint(len(self.train[g.task]), (), generator=generator)
+                weight = torch.rand((), generator=generator)
+                row = weight * row + (1 - weight) * self._rows[g.task][other]
+                row = row * (math.sqrt(row.numel()) / row.norm())
+            if settings.embedding_noise:
+                row = row + settings.embedding_noise * torch.randn(row.shape, generator=generator)
+            rows.append(row)
+        return torch.stack(rows).to(self._device)
+
+
+def _encoder(settings: SFTSettings | ReconstructionSettings) -> str | EncoderConfig:
+    """Name or configuration of the text encoder."""
+    name = settings.encoder
+    if name == BASE_MODEL:
+        # A second copy of the base model: the run's may use another attention than one loaded from the checkpoint.
+        return EncoderConfig(settings.base_model.rstrip("/"), "last", SAKANA_MAX_LENGTH, dtype=settings.dtype)
+    if name != MINILM.name and not Path(name).is_dir():
+        raise ConfigError(
+            f"encoder: expected 'minilm', {BASE_MODEL!r}, 'one-hot' or a local sentence-transformers folder, got {name!r}"
+        )
+    return name
 
 
 class HiddenStates(Conditions):
@@ -64,7 +149,7 @@ class HiddenStates(Conditions):
         base_model: whose hidden states are read.
         folder: of the file; :func:`remove_states` removes it.
 
-    Raises ConfigError if all descriptions of a task are held out, or if encoder and language model do not fit together.
+    Raises ConfigError if all descriptions of a task are held out, or if encoder and base model do not fit together.
     """
 
     def __init__(
@@ -75,15 +160,20 @@ class HiddenStates(Conditions):
         device: torch.device,
         folder: Path,
     ):
-        self._settings, self._device = settings, device
+        super().__init__(settings, tasks, device)
         self._example_share, self._token_dropout = 0.0, 0.0
         if isinstance(settings, SFTSettings):
             self._example_share, self._token_dropout = settings.example_share, settings.token_dropout
-        self._train = [self._train_descriptions(task) for task in tasks]
-        self._val = [self._val_descriptions(task) for task in tasks]
-        self._sets = [self._example_sets(task, chosen) for task, chosen in zip(tasks, self._train, strict=True)]
+        if settings.llm_descriptions:
+            self.train = [self._sampled(task, of) for task, of in zip(tasks, self.train, strict=True)]
+        if not settings.held_out_descriptions:
+            self.val = self.train
+        read = self.val if settings.validate_every else self.train
         #: Of each task, number of each description that is read in the order of its texts; example sets follow.
-        self._numbers = [{i: n for n, i in enumerate(t + v)} for t, v in zip(self._train, self._val, strict=True)]
+        self._numbers = [
+            {i: n for n, i in enumerate(dict.fromkeys([*t, *v]))} for t, v in zip(self.train, read, strict=True)
+        ]
+        self._sets = [self._example_sets(task, of) for task, of in zip(tasks, self.train, strict=True)]
         texts = [
             [condition_text(task.descriptions[i]) for i in numbers] + [text for text, _ in sets]
             for task, numbers, sets in zip(tasks, self._numbers, self._sets, strict=True)
@@ -112,24 +202,17 @@ class HiddenStates(Conditions):
         """By LDA of what ``pooling`` makes of the descriptions: with untrained queries most of that is common to all."""
         if self._settings.task_init == "random" or pooling is None:
             return
-        classes = []
-        for task, indices in enumerate(self._train):
-            states, mask = self._rows([(task, self._numbers[task][i]) for i in indices])
-            classes.append(pooling(states, mask))
+        read = [[(task, self._numbers[task][i]) for i in indices] for task, indices in enumerate(self.train)]
+        classes = [pooling(*self._states_of(chosen)) for chosen in read]
         centre = torch.stack([rows.mean(dim=0) for rows in classes]).mean(dim=0)
         scale = torch.cat([rows - centre for rows in classes]).square().mean().sqrt()
         discriminant.initialise(linear, classes, self._settings.seed, float(scale))
 
-    def _train_descriptions(self, task: Task) -> list[int]:
+    def _sampled(self, task: Task, descriptions: Sequence[int]) -> Sequence[int]:
+        """``llm_descriptions`` of a task's training descriptions."""
         s = self._settings
-        found = trained_descriptions(task.name, len(task.descriptions), s.held_out_descriptions)
-        if not 0 < s.llm_descriptions < len(found):
-            return list(found)
-        return sorted(random.Random(seeded(s.seed, "read", task.name)).sample(found, s.llm_descriptions))
-
-    def _val_descriptions(self, task: Task) -> list[int]:
-        held_out, count = self._settings.held_out_descriptions, len(task.descriptions)
-        return list(range(count - held_out, count)) if held_out and self._settings.validate_every else []
+        draw, count = random.Random(seeded(s.seed, "read", task.name)), s.llm_descriptions
+        return sorted(draw.sample(descriptions, count)) if count < len(descriptions) else descriptions
 
     def _example_sets(self, task: Task, descriptions: Sequence[int]) -> list[tuple[str, frozenset[str]]]:
         """Text and normalised inputs of each example set."""
@@ -145,12 +228,6 @@ class HiddenStates(Conditions):
             text = condition_text(about, [(e.input, e.outputs[0]) for e in chosen])
             sets.append((text, frozenset(normalise(e.input) for e in chosen)))
         return sets
-
-    def train_indices(self, task: int) -> Sequence[int]:
-        return self._train[task]
-
-    def val_indices(self, task: int) -> Sequence[int]:
-        return self._val[task] or self._train[task]
 
     def clean(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
         """States and mask of the groups' descriptions."""
@@ -174,12 +251,13 @@ class HiddenStates(Conditions):
             return numbers[group.description]
         return len(numbers) + draw.choice(sets)
 
-    def _rows(self, chosen: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        places = [self._places[task][index] for task, index in chosen]
+    def _states_of(self, chosen: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Padded states and mask of texts (task, number), on the CPU."""
+        places = [self._places[task][number] for task, number in chosen]
         return pad_states([self._states[start:end] for start, end in places])
 
     def _gathered(self, chosen: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        states, mask = self._rows(chosen)
+        states, mask = self._states_of(chosen)
         return states.to(self._device), mask.to(self._device)
 
 

@@ -154,7 +154,7 @@ class TrainingContext:
                     "and are left out",
                     stacklevel=3,
                 )
-        if settings.validate_every and not any(self.validation.kept(i) for i in range(len(loaded))):
+        if settings.validate_every and not any(self.validation.kept):
             raise ConfigError(f"max_tokens: no example of split 'val' fits into {settings.max_tokens} tokens")
 
     def data(self, tasks: Sequence[int] | None = None, initial: str = "") -> dict[str, Any]:
@@ -171,8 +171,7 @@ class TrainingContext:
         data = self.data()
         if len(self.tasks) <= MANY_TASKS:
             return data
-        tasks = {"tasks": data["tasks"]}
-        digest = hashlib.sha256(json.dumps(tasks).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps({"tasks": data["tasks"]}).encode()).hexdigest()
         return data | {"tasks": list(data["tasks"]), "tasks_sha256": digest}
 
     def attach(self, stack: AdapterStack) -> None:
@@ -222,12 +221,11 @@ class TrainingContext:
             tasks: indices; None: all.
             one_sample: a group has one sample instead of several of its task.
         """
-        settings, counts = self.settings, [len(self.validation.kept(i)) for i in range(len(self.validation.tasks))]
+        settings, counts = self.settings, [len(kept) for kept in self.validation.kept]
         sums = {i: 0.0 for i, count in enumerate(counts) if count and (tasks is None or i in tasks)}
         rows = settings.tasks_per_batch * settings.samples_per_task
         group_size = 1 if one_sample else min(rows, settings.validation_samples)
-        groups = self.validation.all_groups(group_size, descriptions)
-        groups = [g for g in groups if g.task in sums]
+        groups = [g for g in self.validation.all_groups(group_size, descriptions) if g.task in sums]
         per_batch = rows // group_size
         for start in range(0, len(groups), per_batch):
             mine = shard.of(groups[start : start + per_batch])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,32 +35,16 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class Log:
-    """Appends rows to the log of ``folder``, first dropping rows after ``step``, which a resumed run repeats."""
+def rewind(folder: Path, step: int) -> None:
+    """Drop the rows of the log after ``step``, which a resumed run repeats; without a log, start one."""
+    rows = [row for row in read_log(folder) if row["step"] <= step] if step and (folder / NAME).is_file() else []
+    write_text(folder / NAME, "".join(json.dumps(row) + "\n" for row in rows))
 
-    def __init__(self, folder: Path, step: int, enabled: bool = True):
-        self._file = None
-        if not enabled:
-            return
-        path = folder / NAME
-        rows = [row for row in read_log(folder) if row["step"] <= step] if step and path.is_file() else []
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._file = path.open("a", encoding="utf-8")
 
-    def write(self, row: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
-
-    def flush(self) -> None:
-        if self._file is not None:
-            self._file.flush()
-
-    def __enter__(self) -> Log:
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        if self._file is not None:
-            self._file.close()
+def append(folder: Path, row: Mapping[str, Any]) -> None:
+    """Add a row to the log that :func:`rewind` started."""
+    with (folder / NAME).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def speed(folder: Path) -> str:
@@ -75,27 +61,24 @@ def plot(folder: Path) -> Path:
     from matplotlib.figure import Figure
 
     rows = read_log(folder)
-    steps = [row for row in rows if "loss" in row]
-    validations = [row for row in rows if "val_loss" in row]
-    if not steps:
+    losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    validations = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+    if not losses:
         raise ConfigError(f"{folder / NAME}: expected at least one step, got none")
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    losses = [row["loss"] for row in steps]
-    axes.plot([row["step"] for row in steps], losses, color="#b8c4d6", linewidth=0.8, label="loss of a step")
-    window = max(1, len(losses) // 25)
+    axes.plot(*zip(*losses.items(), strict=True), color="#b8c4d6", linewidth=0.8, label="loss of a step")
+    window = len(losses) // 25
     if window > 1:
-        smooth = [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
-        axes.plot([r["step"] for r in steps], smooth, color="#1f4e9c", linewidth=1.8, label=f"mean of the last {window}")
+        values = list(losses.values())
+        smooth = [statistics.fmean(values[max(0, i - window) : i]) for i in range(1, len(values) + 1)]
+        axes.plot([*losses], smooth, color="#1f4e9c", linewidth=1.8, label=f"mean of the last {window}")
     if validations:
-        axes.plot(
-            [row["step"] for row in validations], [row["val_loss"] for row in validations],
-            color="#c8102e", marker="o", markersize=4, label="validation",
-        )  # fmt: skip
+        style: dict[str, Any] = {"color": "#c8102e", "marker": "o", "markersize": 4, "label": "validation"}
+        axes.plot(*zip(*validations.items(), strict=True), **style)
     axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    path = folder / PICTURE
-    figure.savefig(path, dpi=120)
-    return path
+    figure.savefig(folder / PICTURE, dpi=120)
+    return folder / PICTURE

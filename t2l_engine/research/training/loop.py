@@ -40,7 +40,7 @@ from tqdm import tqdm
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.weights import check_no_model, expect_none, remove_unfinished, replacing, save_torch, write_text
 from t2l_engine.hypernetwork.folder import SAKANA_NAMES, WEIGHTS_NAME
-from t2l_engine.research.training.log import COUNTS, Log
+from t2l_engine.research.training.log import COUNTS, append, rewind
 from t2l_engine.research.training.runs import SETTINGS
 from t2l_engine.research.training.sampling import Shard, seeded
 from t2l_engine.research.training.settings import ADAMW, MUON, Settings, differences, to_yaml
@@ -137,17 +137,22 @@ def learning_rate(settings: Settings, step: int) -> float:
     return settings.learning_rate * max(0.0, (settings.steps - step) / max(1, settings.steps - settings.warmup_steps))
 
 
-def other_data(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """The kinds and names of data in which two runs' :meth:`Job.data` differ, as text."""
-    found = []
-    for kind in sorted(ours.keys() | theirs):
-        one, other = (json.loads(json.dumps(of.get(kind))) for of in (ours, theirs))
-        if isinstance(one, dict) and isinstance(other, dict):
-            names = [name for name in sorted(one.keys() | other) if one.get(name) != other.get(name)]
+def expect_same(
+    path: Path, settings: Settings, of_settings: Mapping[str, Any], data: Mapping[str, Any], of_data: Mapping[str, Any]
+) -> None:
+    """ConfigError naming what differs from the settings and the :meth:`Job.data` that the run in ``path`` had."""
+    found = differences(settings, of_settings)
+    for kind in sorted(data.keys() | of_data):
+        ours, theirs = (json.loads(json.dumps(of.get(kind))) for of in (data, of_data))
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            names = [name for name in sorted(ours.keys() | theirs) if ours.get(name) != theirs.get(name)]
             found += [f"{kind}: {short_repr(names)}"] if names else []
-        elif one != other:
+        elif ours != theirs:
             found.append(kind)
-    return found
+    if found:
+        raise ConfigError(
+            f"{path}: written by a run with other settings or data ({'; '.join(found)}); choose another output folder"
+        )
 
 
 def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Path:
@@ -161,40 +166,39 @@ def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Pat
             state.
     """
     job.model.to(accelerate.device)
-    going = _Run(job, output, accelerate)
-    step, main = going.state.load(), accelerate.is_main_process
+    going, main, settings = _Run(job, output, accelerate), accelerate.is_main_process, job.settings
+    step = going.load()
+    saved = False  # by this process
     accelerate.wait_for_everyone()  # all processes have read the state before one writes
     if main:
         remove_unfinished(output)
-        write_text(output / SETTINGS, to_yaml(job.settings))
+        write_text(output / SETTINGS, to_yaml(settings))
+        rewind(output, step)
     with (
-        Log(output, step, enabled=main) as log,
-        tqdm(total=job.settings.steps, initial=step, unit="step", desc=title or None, disable=not main) as bar,
+        tqdm(total=settings.steps, initial=step, unit="step", desc=title or None, disable=not main) as bar,
         _interrupts(single=going.shard.world_size == 1) as interrupted,
         torch.random.fork_rng(),  # leaves the caller's generator as it is
     ):
-        if step == 0 and job.settings.patience:
-            _validate(going, step, log)
-        while not _ended(job, step):
+        if step == 0 and settings.patience:
+            going.validate(step)
+        while not going.ended(step):
             began = time.perf_counter()
-            row = _step(going, step)
+            row = going.step(step)
             step += 1
-            log.write({"step": step, **row, "seconds": round(time.perf_counter() - began, 4)})
+            going.log({"step": step, **row, "seconds": round(time.perf_counter() - began, 4)})
             bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
             bar.update()
-            every = job.settings.validate_every
-            if every and (step % every == 0 or step == job.settings.steps):
-                _validate(going, step, log)
-            if step % job.settings.save_every == 0 or _ended(job, step) or interrupted:
-                log.flush()
-                if main:
-                    going.state.save(step)
-                    job.write(output, step, best=False)
+            if settings.validate_every and (step % settings.validate_every == 0 or step == settings.steps):
+                going.validate(step)
+            if main and (step % settings.save_every == 0 or going.ended(step) or interrupted):
+                going.save(step)
+                job.write(output, step, best=False)
+                saved = True
             if interrupted:
                 message = f"saved at step {step} in {output}; the same command goes on from there"
                 tqdm.write(message, file=sys.stderr)
                 raise KeyboardInterrupt(message)
-        if main and not going.state.saved:
+        if main and not saved:
             job.write(output, step, best=False)  # an earlier run was killed after saving its state and before this
     accelerate.wait_for_everyone()
     accelerate.free_memory()  # it keeps references to wrapped modules; this process may start another run
@@ -202,13 +206,13 @@ def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Pat
 
 
 class _Run:
-    """A run in progress: the job, its optimisers and state, and this process's part of it."""
+    """A run in progress: the job, its optimisers and saved state, and this process's part of it."""
 
     def __init__(self, job: Job, output: Path, accelerate: Accelerator):
         self.job, self.output, self.accelerate = job, output, accelerate
         self.shard = Shard(accelerate.process_index, accelerate.num_processes)
         self.optimizers = _optimizers(job)
-        self.state = _State(job, self.optimizers, output)
+        self.state = "no state was saved before"  # what errors say of the last good one
 
     @functools.cached_property
     def model(self) -> nn.Module:
@@ -219,6 +223,10 @@ class _Run:
             warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch's new name for what Accelerate passes
             return self.accelerate.prepare(self.job.model)
 
+    def log(self, row: Mapping[str, Any]) -> None:
+        if self.accelerate.is_main_process:
+            append(self.output, row)
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """The sums of ``values`` over processes."""
         summed = self.accelerate.reduce(torch.tensor(values, dtype=torch.float64, device=self.accelerate.device), "sum")
@@ -226,7 +234,89 @@ class _Run:
 
     def check_finite(self, what: str, value: float, step: int) -> None:
         if not math.isfinite(value):
-            raise FloatingPointError(f"{what} is {value} at step {step}; {self.state.describe()}")
+            raise FloatingPointError(f"{what} is {value} at step {step}; {self.state}")
+
+    def ended(self, step: int) -> bool:
+        """Whether ``step`` is the last one: of the settings, or after ``patience`` validations without improvement."""
+        s, best = self.job.settings, self.job.best.get("step")
+        stale = s.patience > 0 and best is not None and step - best >= s.patience * s.validate_every
+        return stale or step >= s.steps
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One optimiser step; returns its row of the log."""
+        job, settings, accelerate = self.job, self.job.settings, self.accelerate
+        rate = learning_rate(settings, step)
+        torch.manual_seed(seeded(settings.seed, "step", step, self.shard.rank))  # dropout
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
+        batches = job.batches(step, self.shard)
+        total = torch.zeros((), dtype=torch.float64, device=accelerate.device)
+        for number, batch in enumerate(batches):
+            # Gradients are reduced once a step, with the last micro-batch.
+            reduce = number == len(batches) - 1 or self.shard.world_size == 1
+            with contextlib.nullcontext() if reduce else accelerate.no_sync(self.model):
+                loss = job.loss(self.model, batch)
+                (loss * self.shard.world_size).backward()  # DDP averages over processes; the loss is a sum
+            total += loss.detach().double()
+        counts = [sum(getattr(batch, name, 0) for batch in batches) for name in COUNTS]
+        loss, *counts = self.sum([float(total), *counts])
+        loss = job.reported(loss)
+        self.check_finite("loss", loss, step + 1)
+        norm = float(job.clip(settings.grad_clip))
+        self.check_finite("the gradient's norm", norm, step + 1)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        counted = {name: int(count) for name, count in zip(COUNTS, counts, strict=True) if count}
+        return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **counted}
+
+    @torch.no_grad()
+    def validate(self, step: int) -> None:
+        job = self.job
+        if not (summands := job.validate(self.shard)):
+            return
+        losses = dict(zip(summands, self.sum(list(summands.values())), strict=True))
+        for task, loss in losses.items():
+            self.check_finite(f"validation loss of task {task}", loss, step)
+        better = job.improved(losses, step)
+        self.log({"step": step, "val_loss": math.fsum(losses.values()) / len(losses), "best": better, "tasks": losses})
+        if better and self.accelerate.is_main_process:
+            job.write(self.output / BEST, step, best=True)
+
+    def save(self, step: int) -> None:
+        content = {
+            "settings": self.job.settings.model_dump_json(),
+            "data": json.dumps(self.job.data(), sort_keys=True),
+            "step": step,
+            "trained": self.job.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "best": self.job.best,
+        }
+        with replacing(self.output, STATE) as temporary:
+            save_torch(content, temporary / STATE, self.output / STATE)
+        self.state = f"last good state: {self.output / STATE}, step {step}"
+
+    def load(self) -> int:
+        """The step to go on from; 0 where there is no state."""
+        path = self.output / STATE
+        if not path.is_file():
+            return 0
+        # Not mapped to the device: AdamW keeps its step counter on the host.
+        try:
+            content = torch.load(path, weights_only=True, map_location="cpu")
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ConfigError(f"{path}: cannot be read, perhaps cut short: {short_repr(str(error))}") from None
+        data = json.loads(content["data"])
+        expect_same(path, self.job.settings, json.loads(content["settings"]), self.job.data(), data)
+        if "optimizers" not in content:
+            raise ConfigError(f"{path}: written by an older version; choose another output folder")
+        self.job.model.load_state_dict(content["trained"])
+        for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.job.best = content["best"]
+        self.state = f"last good state: {path}, step {content['step']}"
+        return content["step"]
 
 
 def _optimizers(job: Job) -> list[torch.optim.Optimizer]:
@@ -242,112 +332,6 @@ def _optimizers(job: Job) -> list[torch.optim.Optimizer]:
         # Updates with the RMS of AdamW's (Liu et al., arXiv 2502.16982, section 2.2), so that both share a learning rate.
         made.append(torch.optim.Muon(matrices, **options, adjust_lr_fn="match_rms_adamw"))
     return made
-
-
-def _ended(job: Job, step: int) -> bool:
-    """Whether ``step`` is the last one: of the settings, or after ``patience`` validations without improvement."""
-    s, best = job.settings, job.best.get("step")
-    stale = s.patience > 0 and best is not None and step - best >= s.patience * s.validate_every
-    return stale or step >= s.steps
-
-
-def _step(run: _Run, step: int) -> dict[str, Any]:
-    """One optimiser step; returns its row of the log."""
-    job, settings, accelerate = run.job, run.job.settings, run.accelerate
-    rate = learning_rate(settings, step)
-    torch.manual_seed(seeded(settings.seed, "step", step, run.shard.rank))  # dropout
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.zero_grad(set_to_none=True)
-    batches = job.batches(step, run.shard)
-    total = torch.zeros((), dtype=torch.float64, device=accelerate.device)
-    for number, batch in enumerate(batches):
-        # Gradients are reduced once a step, with the last micro-batch.
-        reduce = number == len(batches) - 1 or run.shard.world_size == 1
-        with contextlib.nullcontext() if reduce else accelerate.no_sync(run.model):
-            loss = job.loss(run.model, batch)
-            (loss * run.shard.world_size).backward()  # DDP averages over processes; the loss is a sum
-        total += loss.detach().double()
-    counts = [sum(getattr(batch, name, 0) for batch in batches) for name in COUNTS]
-    loss, *counts = run.sum([float(total), *counts])
-    loss = job.reported(loss)
-    run.check_finite("loss", loss, step + 1)
-    norm = float(job.clip(settings.grad_clip))
-    run.check_finite("the gradient's norm", norm, step + 1)
-    for optimizer in run.optimizers:
-        optimizer.step()
-    counted = {name: int(count) for name, count in zip(COUNTS, counts, strict=True) if count}
-    return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **counted}
-
-
-def _validate(run: _Run, step: int, log: Log) -> None:
-    job = run.job
-    with torch.no_grad():
-        summands = job.validate(run.shard)
-    if not summands:
-        return
-    losses = dict(zip(summands, run.sum(list(summands.values())), strict=True))
-    for task, loss in losses.items():
-        run.check_finite(f"validation loss of task {task}", loss, step)
-    better = job.improved(losses, step)
-    log.write({"step": step, "val_loss": math.fsum(losses.values()) / len(losses), "best": better, "tasks": losses})
-    if better and run.accelerate.is_main_process:
-        job.write(run.output / BEST, step, best=True)
-
-
-class _State:
-    """``training_state.pt`` of a run."""
-
-    def __init__(self, job: Job, optimizers: Sequence[torch.optim.Optimizer], output: Path):
-        self._job, self._optimizers, self._path = job, optimizers, output / STATE
-        self._step: int | None = None
-        self.saved = False  # in this process
-
-    def describe(self) -> str:
-        if self._step is None:
-            return "no state was saved before"
-        return f"last good state: {self._path}, step {self._step}"
-
-    def save(self, step: int) -> None:
-        content = {
-            "settings": self._job.settings.model_dump_json(),
-            "data": json.dumps(self._job.data(), sort_keys=True),
-            "step": step,
-            "trained": self._job.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
-            "best": self._job.best,
-        }
-        with replacing(self._path.parent, self._path.name) as temporary:
-            save_torch(content, temporary / self._path.name, self._path)
-        self._step, self.saved = step, True
-
-    def load(self) -> int:
-        """The step to go on from; 0 where there is no state."""
-        if not self._path.is_file():
-            return 0
-        # Not mapped to the device: AdamW keeps its step counter on the host.
-        try:
-            content = torch.load(self._path, weights_only=True, map_location="cpu")
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ConfigError(f"{self._path}: cannot be read, perhaps cut short: {short_repr(str(error))}") from None
-        changed = differences(self._job.settings, json.loads(content["settings"]))
-        if changed:
-            raise ConfigError(
-                f"{self._path}: written by a run with other settings ({'; '.join(changed)}); choose another output folder"
-            )
-        if "optimizers" not in content:
-            raise ConfigError(f"{self._path}: written by an older version; choose another output folder")
-        if other := other_data(self._job.data(), json.loads(content["data"])):
-            raise ConfigError(
-                f"{self._path}: written by a run with other data ({'; '.join(other)}); choose another output folder"
-            )
-        self._job.model.load_state_dict(content["trained"])
-        for optimizer, saved in zip(self._optimizers, content["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self._job.best = content["best"]
-        self._step = content["step"]
-        return self._step
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from t2l_engine.research.training.context import Modules, TrainingContext
 from t2l_engine.research.training.objective import Batch
 from t2l_engine.research.training.runs import ADAPTERS, LAST, MULTI_TASK, RECORD, WAVES
 from t2l_engine.research.training.sampling import Group, Shard, Stream, divide, trained_descriptions
-from t2l_engine.research.training.settings import LoRASettings, differences
+from t2l_engine.research.training.settings import LoRASettings
 from t2l_engine.text.packaged import hub_name
 
 
@@ -104,8 +104,8 @@ class LoRA(loop.Job):
         self._shared = settings.mode == MULTI_TASK  # one adapter for all tasks
         self.names = _names(settings, context, self._tasks)
         held_out = settings.held_out_descriptions
-        self._described = [trained_descriptions(t.name, len(t.descriptions), held_out) for t in context.tasks]
-        validated = [bool(context.validation.kept(i)) for i in self._tasks]
+        self._descriptions = [trained_descriptions(t.name, len(t.descriptions), held_out) for t in context.tasks]
+        validated = [bool(context.validation.kept[i]) for i in self._tasks]
         self._validated = [any(validated)] if self._shared else validated  # by adapter: whether validation selects it
         scaling = resolve_scaling(settings.scaling, settings.lora_alpha, settings.rank)
         self.model = LoRABank(context.modules, len(self.names), settings.rank, scaling, settings.seed)
@@ -121,9 +121,6 @@ class LoRA(loop.Job):
     def _group(self, task: int, visit: int) -> Group:
         s = self.settings
         return self._context.train.group(self._tasks[task], visit, s.samples_per_task, s.seed, self._descriptions)
-
-    def _descriptions(self, task: int) -> range:
-        return self._described[task]
 
     def _adapter(self, number: int, group: Group) -> int:
         return 0 if self._shared else self._tasks.index(group.task)
@@ -190,6 +187,11 @@ class LoRA(loop.Job):
     def data(self) -> dict[str, Any]:
         return self._context.data(self._tasks, self._initial)
 
+    def record(self) -> dict[str, Any]:
+        """What the record of the finished wave says beside its settings."""
+        data = self.data()
+        return {"adapters": self.names, "data": data.pop("tasks"), **data}
+
 
 def waves(settings: LoRASettings, context: TrainingContext) -> list[list[int]]:
     """Indices of the tasks of each wave: waves of nearly equal size, of tasks of similar length to reduce padding."""
@@ -239,23 +241,13 @@ def train(
     return output
 
 
-def _recorded(job: LoRA) -> dict[str, Any]:
-    """What the record of a wave says beside its settings."""
-    data = job.data()
-    return {"adapters": job.names, "data": data.pop("tasks"), **data}
-
-
 def _finished(folder: Path, job: LoRA) -> bool:
     """Whether the wave in ``folder`` is done; ConfigError if the record there is of another run."""
     path = folder / RECORD
     if not path.is_file():
         return False
     theirs = read_texts(path, MAX_DESCRIPTIONS_BYTES)
-    changed = differences(job.settings, theirs.pop("settings", {}))
-    if changed := changed + loop.other_data(_recorded(job), theirs):
-        raise ConfigError(
-            f"{path}: written by a run with other settings or data ({'; '.join(changed)}); choose another output folder"
-        )
+    loop.expect_same(path, job.settings, theirs.pop("settings", {}), job.record(), theirs)
     (folder / loop.STATE).unlink(missing_ok=True)  # of a run that was killed between the record and this
     return True
 
@@ -266,7 +258,7 @@ def _finish(folder: Path, job: LoRA, tasks: Sequence[Task]) -> None:
         path = job.folder / ADAPTERS / DESCRIPTIONS_NAME
         known = read_texts(path, MAX_DESCRIPTIONS_BYTES) if path.is_file() else {}
         _write(path, known | {task.name: list(task.descriptions) for task in tasks if task.name in job.names})
-    _write(folder / RECORD, {"settings": job.settings.model_dump(mode="json"), **_recorded(job)})
+    _write(folder / RECORD, {"settings": job.settings.model_dump(mode="json"), **job.record()})
     (folder / loop.STATE).unlink()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import math
 from collections import Counter
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError
@@ -72,15 +74,11 @@ def collate(
         adapter: None: group i uses adapter i.
     """
     rows = [(index, sample, group) for index, group in enumerate(groups) for sample in group.samples]
-    longest = max(len(s.tokens) for _, s, _ in rows)
-    answer = max(s.answer_len for _, s, _ in rows)
-    ids = torch.full((len(rows), longest), pad)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    labels = torch.full((len(rows), answer), IGNORED)
-    for row, (_, s, _) in enumerate(rows):
-        ids[row, -len(s.tokens) :] = torch.tensor(s.tokens)
-        mask[row, -len(s.tokens) :] = 1
-        labels[row, -s.answer_len :] = torch.tensor(s.tokens[-s.answer_len :])
+    tokens = [torch.tensor(s.tokens) for _, s, _ in rows]
+    padded = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = padded(tokens, padding_value=pad)
+    mask = padded([torch.ones_like(of) for of in tokens])
+    labels = padded([of[-s.answer_len :] for of, (_, s, _) in zip(tokens, rows, strict=True)], padding_value=IGNORED)
     weights = torch.tensor([weight(s, g) for _, s, g in rows])
     adapters = [index if adapter is None else adapter(index, group) for index, _, group in rows]
     return Batch(groups, ids, mask, labels, weights, adapters, len(groups) / of_step)
@@ -182,14 +180,12 @@ class Objective:
 
         def add(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
             noise = torch.zeros(out.shape)
-            row = 0
+            rows = iter(noise)
             for group in batch.groups:
                 generator = torch.Generator().manual_seed(seeded("neftune", group.key))
-                for sample in group.samples:
-                    shape = len(sample.tokens), out.shape[-1]
-                    drawn = torch.rand(shape, generator=generator) * 2 - 1
-                    noise[row, -shape[0] :] = drawn * (alpha / math.sqrt(shape[0] * shape[1]))
-                    row += 1
+                for sample, row in zip(group.samples, rows):  # noqa: B905  # rows go on with the next group
+                    drawn = torch.rand(len(sample.tokens), out.shape[-1], generator=generator) * 2 - 1
+                    row[-len(drawn) :] = drawn * (alpha / math.sqrt(drawn.numel()))
             return out + noise.to(out)
 
         hook = self.model.get_input_embeddings().register_forward_hook(add)

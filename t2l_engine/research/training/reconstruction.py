@@ -24,18 +24,18 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from t2l_engine.adapters.paths import nondefault_paths
 from t2l_engine.adapters.peft import CONFIG_NAME, WEIGHTS_NAME
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import read_json
-from t2l_engine.hypernetwork.config import HyperNetworkConfig, same_scaling
+from t2l_engine.hypernetwork.config import same_scaling
 from t2l_engine.hypernetwork.modules import STD_EPS
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task, read_descriptions
 from t2l_engine.research.training import loop
 from t2l_engine.research.training.conditions import STATES, remove_states
-from t2l_engine.research.training.hypernetwork import HyperNetworkJob, conditions_of
+from t2l_engine.research.training.context import Modules
+from t2l_engine.research.training.hypernetwork import HyperNetworkJob
 from t2l_engine.research.training.runs import prompt_of_run
 from t2l_engine.research.training.sampling import Group, Shard, Stream, divide, seeded
 from t2l_engine.research.training.settings import LLM, ReconstructionSettings
@@ -62,8 +62,8 @@ class Library:
             raise ConfigError(f"names: expected some of {folder / DESCRIPTIONS_NAME}, got {short_repr(unknown)}")
         self.names = sorted(set(names or known))
         self.descriptions = {name: known[name] for name in self.names}
-        self._folders = [folder / name for name in self.names]
-        self.stack = AdapterStack.from_peft(self._folders, dtype=torch.float32)
+        folders = {name: folder / name for name in self.names}
+        self.stack = AdapterStack.from_peft([*folders.values()], dtype=torch.float32)
         self.scaling = float(self.stack.scaling[0])
         self.rank = int(next(iter(self.stack.ranks.values()))[0, 0])
         for name, scaling in zip(self.names, self.stack.scaling.tolist(), strict=True):
@@ -78,30 +78,26 @@ class Library:
                     f"{folder / self.names[unequal[0]]}: {module}: expected rank {self.rank} in all "
                     f"{ranks.shape[1]} layers, got {ranks[unequal[0]].tolist()}"
                 )
-        depths = {module: A.shape[1] for module, A in self.stack.lora_A.items()}
+        depths = {module: layers for module, (layers, _, _) in self.stack.sizes.items()}
         if len(set(depths.values())) > 1:
             raise ConfigError(f"{folder}: expected modules of the same number of layers, got {short_repr(depths)}")
-        # Computed once: every save needs them, and a library may have gigabytes.
-        self.base_model, self.digests = self._base_model(), self._digests()
+        layers, n_in, n_out = zip(*self.stack.sizes.values(), strict=True)
+        self.modules = Modules(tuple(self.stack.paths), tuple(self.stack.paths.values()), n_in, n_out, layers[0])
+        #: The base model in the adapters' configurations; None unless all state the same one.
+        named = [read_json(path / CONFIG_NAME).get("base_model_name_or_path") for path in folders.values()]
+        stated = {own_name(name) if isinstance(name, str) else None for name in named}
+        self.base_model = stated.pop() if len(stated) == 1 else None
+        #: Of each adapter the start of the SHA-256 of its weights file and of its descriptions, which every save states.
+        self.digests = {
+            name: [_digest((path / WEIGHTS_NAME).read_bytes()), _digest("\n".join(self.descriptions[name]).encode())]
+            for name, path in folders.items()
+        }
         form, described = prompt_of_run(folder)
         self.prompt = {"prompt_form": form, "prompt": "description" if described else "input"}
 
-    def _base_model(self) -> str | None:
-        """The base model in the adapters' configurations; None unless all state the same one."""
-        named = [read_json(folder / CONFIG_NAME).get("base_model_name_or_path") for folder in self._folders]
-        stated = {own_name(name) if isinstance(name, str) else None for name in named}
-        return stated.pop() if len(stated) == 1 else None
 
-    def _digests(self) -> dict[str, Any]:
-        """Per adapter: the first 16 hex digits of the SHA-256 of its weights file and of its descriptions."""
-
-        def digest(content: bytes) -> str:
-            return hashlib.sha256(content).hexdigest()[:16]
-
-        return {
-            name: [digest((folder / WEIGHTS_NAME).read_bytes()), digest("\n".join(self.descriptions[name]).encode())]
-            for name, folder in zip(self.names, self._folders, strict=True)
-        }
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 class DeltaL1(torch.autograd.Function):
@@ -160,7 +156,6 @@ class Reconstruction(HyperNetworkJob):
     def __init__(
         self, settings: ReconstructionSettings, library: Library, device: torch.device, folder: Path = Path(STATES)
     ):
-        """``folder``: for the file of hidden states of encoder "llm"."""
         if settings.target == "z-score" and len(library.names) < 2:
             raise ConfigError("target: z-score needs at least two adapters, since one has no standard deviation; got one")
         if settings.encoder == LLM and library.base_model is None:
@@ -169,7 +164,7 @@ class Reconstruction(HyperNetworkJob):
                 f"{short_repr(library.names)}, got none or several"
             )
         tasks = [Task(name, tuple(texts), ()) for name, texts in library.descriptions.items()]
-        super().__init__(settings, conditions_of(settings, tasks, library.base_model, device, folder))
+        super().__init__(settings, tasks, library.base_model, device, folder)
         self._library = library
         self._statistics: dict[str, dict[str, Tensor]] = {}  # module -> offsets that invert the z-scores
         self._unit = spread(library.stack) if settings.target == "raw" else 1.0
@@ -181,34 +176,20 @@ class Reconstruction(HyperNetworkJob):
                     sides[side], mean, std = z_scores(values)
                     self._statistics.setdefault(module, {}).update({f"mean_{side}": mean, f"std_{side}": std})
             self._targets[module] = sides["A"].to(device), sides["B"].to(device)
-        net, pooling = self._new(self._config(), hyperinit=False)
+        config = self._config(
+            library.modules, rank=library.rank, lora_alpha=library.scaling * library.rank, scaling="plain",
+            head_bias=settings.target != "z-score",
+            output_scale=DELTA_W_SCALING**-0.5 if settings.target == "delta-w" else self._unit,
+        )  # fmt: skip
+        net, pooling = self._new(config, hyperinit=False)
         if settings.target == "raw":
             for module, offsets in net.offsets.items():
                 offsets.add_A, offsets.add_B = (side.mean(dim=0) for side in self._targets[module])
-        self._train(net, pooling, device)
+        self._train(net, pooling)
         self._stream = Stream(len(library.names), settings.tasks_per_step, settings.seed, self._group)
 
-    def _config(self) -> HyperNetworkConfig:
-        s, stack = self.settings, self._library.stack
-        return HyperNetworkConfig(
-            variant=s.variant,
-            modules=tuple(stack.paths),
-            in_features=tuple(a.shape[3] for a in stack.lora_A.values()),
-            out_features=tuple(b.shape[2] for b in stack.lora_B.values()),
-            num_layers=next(iter(stack.lora_A.values())).shape[1],
-            rank=self._library.rank,
-            embed_dim=self._conditions.embed_dim,
-            latent_size=s.latent_size,
-            head_in_size=s.head_in_size,
-            lora_alpha=self._library.scaling * self._library.rank,
-            scaling="plain",
-            head_bias=s.target != "z-score",
-            output_scale=DELTA_W_SCALING**-0.5 if s.target == "delta-w" else self._unit,
-            paths=nondefault_paths(stack.paths),
-        )
-
     def _group(self, task: int, visit: int) -> Group:
-        choices = self._conditions.train_indices(task)
+        choices = self._conditions.train[task]
         key = f"{self.settings.seed}/{self._library.names[task]}/{visit}"
         return Group(task, choices[seeded("description", key) % len(choices)], (), key)
 
@@ -238,7 +219,7 @@ class Reconstruction(HyperNetworkJob):
     def validate(self, shard: Shard) -> dict[str, float]:
         """The loss of every task, with its first held-out description (its first one if none is held out)."""
         names = self._library.names
-        groups = [Group(task, self._conditions.val_indices(task)[0], (), "") for task in range(len(names))]
+        groups = [Group(task, self._conditions.val[task][0], (), "") for task in range(len(names))]
         found = dict.fromkeys(names, 0.0)
         size = self.settings.tasks_per_batch
         for start in range(0, len(groups), size):
@@ -262,7 +243,7 @@ class Reconstruction(HyperNetworkJob):
 
     def write(self, folder: Path, step: int, *, best: bool) -> None:
         stated = {"method": "reconstruction", **self._library.prompt, "tasks": self._library.digests}
-        self._write(self._denormalised(), folder, step, self._library.base_model, **stated)
+        self._write(self._denormalised(), folder, step, **stated)
 
     def data(self) -> dict[str, Any]:
         return {"adapters": self._library.digests}

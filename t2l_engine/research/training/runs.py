@@ -40,15 +40,6 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
     return settings
 
 
-def adapters_of(folder: Path) -> set[str]:
-    """Names of the adapters of the waves in run folder ``folder`` that are done."""
-    return {
-        name
-        for path in (folder / WAVES).glob(f"*/{RECORD}")
-        for name in read_texts(path, MAX_DESCRIPTIONS_BYTES)["adapters"]
-    }
-
-
 def _stated(adapters: Path) -> dict[str, Any]:
     """The settings of the run that folder ``adapters`` belongs to, finished or not; else of the runs of its adapters.
 

@@ -10,15 +10,16 @@ import dataclasses
 import functools
 import hashlib
 import random
+import statistics
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.tasks.folder import Task
 from t2l_engine.text.prompts import CHAT, answer_ids, answer_of, prompt_ids, prompt_of
 
 G = TypeVar("G")
-Descriptions = Callable[[int], Sequence[int]]  # task index -> indices of the descriptions to draw from
+Descriptions = Sequence[Sequence[int]]  # of each task, indices of the descriptions to draw from
 
 #: Samples with the description in the prompt that are kept: some 100 MB at 200 tokens.
 DESCRIBED_KEPT = 1 << 14
@@ -95,14 +96,14 @@ class Shard:
 
 
 class Examples:
-    """The tokenised examples of one split of some tasks.
+    """The tokenised examples of one split of some tasks; ``kept``: of each task, indices of the examples that are used.
 
     Args:
         tasks: with their examples of that split.
         tokenizer: of the base model; its end-of-text token ends every answer.
         max_tokens: limit of prompt and answer; longer examples are left out and counted in ``dropped``.
-        template: prompt template, see :mod:`t2l_engine.text.prompts`.
         with_description: whether the prompt has the description before the input.
+        template: prompt template, see :mod:`t2l_engine.text.prompts`.
         limit: of the examples kept per task; None: all.
 
     Raises ConfigError if no example of a task is kept, unless ``allow_empty``.
@@ -119,14 +120,10 @@ class Examples:
         limit: int | None = None,
         allow_empty: bool = False,
     ):
-        self.tasks, self._tokenizer, self._template, self._with_description = (
-            list(tasks),
-            tokenizer,
-            template,
-            with_description,
-        )
+        self.tasks, self._tokenizer = list(tasks), tokenizer
+        self._template, self._with_description = template, with_description
         self._cache: dict[tuple[int, int, int | None], Sample] = {}
-        self._kept: list[list[int]] = []
+        self.kept: list[list[int]] = []
         self.dropped = 0
         for index, task in enumerate(tasks):
             longest = 0
@@ -135,18 +132,13 @@ class Examples:
                 longest = tokens.index(max(tokens))
             fits = [len(self.sample(index, i, longest).tokens) <= max_tokens for i in range(len(task.examples))]
             self.dropped += fits.count(False)
-            self._kept.append([i for i, fit in enumerate(fits) if fit][:limit])
-            if not self._kept[-1] and not allow_empty:
+            self.kept.append([i for i, fit in enumerate(fits) if fit][:limit])
+            if not self.kept[-1] and not allow_empty:
                 raise ConfigError(f"max_tokens: no example of task {task.name} fits into {max_tokens} tokens")
-
-    def kept(self, task: int) -> list[int]:
-        """Indices of the examples of a task that are used."""
-        return self._kept[task]
 
     def mean_length(self, task: int) -> float:
         """Mean number of tokens of a task's examples (with its first description if prompts have descriptions)."""
-        kept = self._kept[task]
-        return sum(len(self.sample(task, i, 0).tokens) for i in kept) / len(kept)
+        return statistics.fmean(len(self.sample(task, i, 0).tokens) for i in self.kept[task])
 
     def sample(self, task: int, example: int, description: int) -> Sample:
         key = (task, example, description if self._with_description else None)
@@ -165,8 +157,7 @@ class Examples:
 
     def group(self, task: int, visit: int, count: int, seed: int, descriptions: Descriptions) -> Group:
         """The group of a task's ``visit``-th visit: its next ``count`` examples and one of its descriptions."""
-        name, kept = self.tasks[task].name, self._kept[task]
-        choices = descriptions(task)
+        name, kept, choices = self.tasks[task].name, self.kept[task], descriptions[task]
         description = choices[random.Random(seeded(seed, "description", name, visit)).randrange(len(choices))]
         turns = range(visit * count, (visit + 1) * count)
         chosen = [kept[permuted(len(kept), turn, seed, "examples", name)] for turn in turns]
@@ -176,8 +167,7 @@ class Examples:
     def all_groups(self, count: int, descriptions: Descriptions) -> list[Group]:
         """Every kept example once, in groups of up to ``count``, shortest first; descriptions rotate within a task."""
         groups = []
-        for index, kept in enumerate(self._kept):
-            choices = descriptions(index)
+        for index, (kept, choices) in enumerate(zip(self.kept, descriptions, strict=True)):
             for start in range(0, len(kept), count):
                 description = choices[start // count % len(choices)]
                 samples = tuple(self.sample(index, i, description) for i in kept[start : start + count])
@@ -185,43 +175,34 @@ class Examples:
         return sorted(groups, key=lambda g: g.longest)
 
 
-class Stream:
+@dataclasses.dataclass
+class Stream(Generic[G]):
     """The groups of every step: tasks in endless permutations, bucketed by length over ``bucket_steps`` steps.
 
     With ``bucket_steps`` 1 the tasks of a step are distinct if ``per_step`` divides their number; otherwise a step that
     spans two permutations may have a task twice.
 
-    Args:
-        num_tasks: number of tasks; a step has ``per_step`` groups.
-        make: (task, visit) -> group; visits of a task count from 0.
-        length: of a group, the key of bucketing.
+    ``make``: (task, visit) -> group; visits of a task count from 0.  ``length``: of a group, the key of bucketing.
     """
 
-    def __init__(
-        self,
-        num_tasks: int,
-        per_step: int,
-        seed: int,
-        make: Callable[[int, int], G],
-        length: Callable[[G], int] = lambda group: 0,
-        bucket_steps: int = 1,
-    ):
-        self._num_tasks, self._per_step, self._seed = num_tasks, per_step, seed
-        self._make, self._length, self._bucket_steps = make, length, bucket_steps
-        self._pool: tuple[int, list[G]] | None = None
+    num_tasks: int
+    per_step: int
+    seed: int
+    make: Callable[[int, int], G]
+    length: Callable[[G], int] = lambda group: 0
+    bucket_steps: int = 1
+    _pool: tuple[int, list[G]] | None = None  # the last bucket
 
     def step(self, step: int) -> list[G]:
         """The groups of ``step``, shortest first."""
-        bucket, index = divmod(step, self._bucket_steps)
+        bucket, index = divmod(step, self.bucket_steps)
         if self._pool is None or self._pool[0] != bucket:
-            size = self._bucket_steps * self._per_step
-            groups = []
-            for position in range(bucket * size, (bucket + 1) * size):
-                task = permuted(self._num_tasks, position, self._seed, "tasks")
-                groups.append(self._make(task, position // self._num_tasks))
-            self._pool = bucket, sorted(groups, key=self._length)
-        start = permuted(self._bucket_steps, index, self._seed, "bucket", bucket) * self._per_step
-        return self._pool[1][start : start + self._per_step]
+            size = self.bucket_steps * self.per_step
+            places = range(bucket * size, (bucket + 1) * size)
+            tasks = [(permuted(self.num_tasks, at, self.seed, "tasks"), at // self.num_tasks) for at in places]
+            self._pool = bucket, sorted((self.make(*of) for of in tasks), key=self.length)
+        start = permuted(self.bucket_steps, index, self.seed, "bucket", bucket) * self.per_step
+        return self._pool[1][start : start + self.per_step]
 
 
 def divide(groups: Sequence[G], per_batch: int, shard: Shard) -> list[Sequence[G]]:

@@ -8,7 +8,6 @@ adapter is generated from its input instead of the description.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import to_json
 from t2l_engine.hypernetwork import checkpoint
@@ -27,7 +25,7 @@ from t2l_engine.hypernetwork.network import HyperNetwork, build, build_pooling
 from t2l_engine.research.training import loop
 from t2l_engine.research.training.conditions import STATES, remove_states
 from t2l_engine.research.training.context import TrainingContext
-from t2l_engine.research.training.hypernetwork import HyperNetworkJob, conditions_of
+from t2l_engine.research.training.hypernetwork import HyperNetworkJob
 from t2l_engine.research.training.objective import Batch, generated_l2
 from t2l_engine.research.training.sampling import Examples, Group, Shard, Stream, divide
 from t2l_engine.research.training.settings import SFTSettings
@@ -41,72 +39,50 @@ class SFT(HyperNetworkJob):
     settings: SFTSettings
 
     def __init__(self, settings: SFTSettings, context: TrainingContext, folder: Path = Path(STATES)):
-        """``folder``: for the file of hidden states of encoder "llm"."""
         self._context, self._by_input = context, settings.condition == "input"
         if self._by_input:
             _check_inputs(context.train)
             _check_inputs(context.validation)
-        super().__init__(
-            settings,
-            conditions_of(
-                settings, context.tasks, settings.base_model, context.device, folder, by_input=self._by_input
-            ),
-        )  # fmt: skip
+        super().__init__(settings, context.tasks, settings.base_model, context.device, folder)
         self._initial = ""  # SHA-256 of the weights file that the run starts from
         self._before: set[str] = set()  # tasks that it was trained on
-        net, pooling = self._trained_before() if settings.initial else self._new(self._config(), hyperinit=True)
-        self._train(net, pooling, context.device)
+        config = self._config(
+            context.modules, rank=settings.rank, lora_alpha=settings.lora_alpha, scaling=settings.scaling
+        )  # fmt: skip
+        self._train(*(self._trained_before(config) if settings.initial else self._new(config, hyperinit=True)))
         self._stream = Stream(
             len(context.tasks), settings.tasks_per_step, settings.seed, self._group, lambda g: g.longest,
             settings.bucket_steps,
         )  # fmt: skip
         with torch.no_grad():
-            context.attach(net(torch.zeros(1, net.config.embed_dim, device=context.device)))
+            context.attach(self._net(torch.zeros(1, config.embed_dim, device=context.device)))
 
-    def _config(self) -> HyperNetworkConfig:
-        s, modules = self.settings, self._context.modules
-        return HyperNetworkConfig(
-            variant=s.variant,
-            modules=modules.names,
-            in_features=modules.in_features,
-            out_features=modules.out_features,
-            num_layers=modules.num_layers,
-            rank=s.rank,
-            embed_dim=self._conditions.embed_dim,
-            latent_size=s.latent_size,
-            head_in_size=s.head_in_size,
-            lora_alpha=s.lora_alpha,
-            scaling=s.scaling,
-            paths=modules.own_paths,
-        )
-
-    def _trained_before(self) -> tuple[HyperNetwork, AttentionPooling | None]:
+    def _trained_before(self, config: HyperNetworkConfig) -> tuple[HyperNetwork, AttentionPooling | None]:
         """Those of the checkpoint ``initial``; ConfigError if its configuration is not that of this run."""
         contents = checkpoint.read(resolve_checkpoint(self.settings.initial))
-        networks = [_by_scaling(config) for config in (contents.config, self._config())]
-        # How many examples are read changes no parameter.
-        encoders = [of and of | {"max_examples": None} for of in (contents.blocks.get("encoder"), self._conditions.config())]
-        for what, got, expected in (("hypernetwork", *networks), ("encoder", *encoders)):
-            got, expected = (json.loads(json.dumps(values)) for values in (got, expected))  # lists for tuples
-            if got != expected:
-                if got and expected:
-                    other = {key for key in got.keys() | expected.keys() if got.get(key) != expected.get(key)}
-                    got, expected = ({key: of.get(key) for key in sorted(other)} for of in (got, expected))
+        encoder = self._conditions.encoder_config
+        for what, got, expected in (
+            ("hypernetwork", _by_scaling(contents.config), _by_scaling(config)),
+            ("encoder", contents.blocks.get("encoder") or {}, to_json(encoder)),
+        ):
+            # How many examples are read changes no parameter.
+            other = {key for key in got.keys() | expected if got.get(key) != expected.get(key)} - {"max_examples"}
+            if other:
+                got, expected = ({key: of[key] for key in sorted(other & of.keys())} for of in (got, expected))
                 raise ConfigError(
                     f"initial: expected a checkpoint with the {what} {short_repr(expected)} of this run, "
-                    f"got {short_repr(got)}"
+                    f"got {short_repr(got or None)}"
                 )
         self._initial = hashlib.sha256(contents.path.read_bytes()).hexdigest()
         self._before = checkpoint.trained_tasks(contents.blocks)
-        config = self._conditions.encoder_config
-        pooling = build_pooling(contents, config) if isinstance(config, LLMEncoderConfig) else None
+        pooling = build_pooling(contents, encoder) if isinstance(encoder, LLMEncoderConfig) else None
         # A published checkpoint may be in bfloat16, in which small updates would be lost.
         net = build(contents).set_dtype(torch.float32)
         return net.requires_grad_(), pooling and pooling.requires_grad_()
 
     def _group(self, task: int, visit: int) -> Group:
         s = self.settings
-        return self._context.train.group(task, visit, s.samples_per_task, s.seed, self._conditions.train_indices)
+        return self._context.train.group(task, visit, s.samples_per_task, s.seed, self._conditions.train)
 
     def batches(self, step: int, shard: Shard) -> Sequence[Batch]:
         groups = self._stream.step(step)
@@ -118,16 +94,14 @@ class SFT(HyperNetworkJob):
         return losses + weight * batch.fraction * generated_l2(stack) if weight else losses
 
     def validate(self, shard: Shard) -> dict[str, float]:
-        def stack(groups: Sequence[Group]) -> AdapterStack:
-            return self.model(self._conditions.clean(groups))
-
-        return self._context.validate(shard, self._conditions.val_indices, stack, one_sample=self._by_input)
+        stack = lambda groups: self.model(self._conditions.clean(groups))  # noqa: E731
+        return self._context.validate(shard, self._conditions.val, stack, one_sample=self._by_input)
 
     def write(self, folder: Path, step: int, *, best: bool) -> None:
         stated = {"method": "sft", "initial": self._initial, **self._context.stated()}  # no path of this machine
         if before := sorted(self._before - {task.name for task in self._context.tasks}):
             stated["tasks_before"] = before
-        self._write(self._net, folder, step, self.settings.base_model, **stated)
+        self._write(self._net, folder, step, **stated)
 
     def data(self) -> dict[str, Any]:
         return self._context.data(initial=self._initial)
@@ -141,8 +115,8 @@ def _by_scaling(config: HyperNetworkConfig) -> dict[str, Any]:
 
 def _check_inputs(examples: Examples) -> None:
     """ConfigError if the input of a used example is blank and cannot be embedded."""
-    for number, task in enumerate(examples.tasks):
-        if not all(task.examples[i].input.strip() for i in examples.kept(number)):
+    for task, kept in zip(examples.tasks, examples.kept, strict=True):
+        if not all(task.examples[i].input.strip() for i in kept):
             raise ConfigError(
                 f"condition: expected inputs with text to generate adapters from, got an empty one in task {task.name}"
             )

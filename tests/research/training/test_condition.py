@@ -76,7 +76,7 @@ def test_trains_and_validates_with_an_adapter_a_sample(base_model, tasks, tmp_pa
     expected = {}
     for number, task in enumerate(load_tasks(tasks, "val")):
         losses = []
-        for turn, i in enumerate(fit.validation.kept(number)):
+        for turn, i in enumerate(fit.validation.kept[number]):
             stack = engine.generate([task.examples[i].input])
             modules = {name: (A, stack.lora_B[name]) for name, A in stack.lora_A.items()}
             with torch.no_grad(), plain_torch.applied(model, modules, stack.paths, stack.scaling, torch.tensor([0])):

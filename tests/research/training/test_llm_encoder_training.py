@@ -63,7 +63,7 @@ def test_trains_and_the_checkpoint_reads_examples(base_model, tasks, tmp_path):
     for number, task in enumerate(fit.tasks):
         modules = {name: (A, stack.lora_B[name]) for name, A in stack.lora_A.items()}
         losses = []
-        for i in fit.validation.kept(number):
+        for i in fit.validation.kept[number]:
             with torch.no_grad(), plain_torch.applied(model, modules, stack.paths, stack.scaling, torch.tensor([number])):
                 losses.append(plain_torch.answer_losses(model, fit.validation.sample(number, i, 0)).mean())
         assert abs(found[task.name] - torch.stack(losses).mean()) <= LOSS_ATOL, task.name
@@ -123,7 +123,7 @@ def test_share_of_example_sets(made, share, low, high):
     reads = (job := made(example_share=share))._conditions
     found = sum(reads._drawn(g) >= len(reads._numbers[g.task]) for g in groups_of(job, 40))
     assert low <= found <= high
-    assert reads.config()["max_examples"] == (2 if share else 0)
+    assert reads.encoder_config.max_examples == (2 if share else 0)
 
 
 def test_dropped_tokens(made):
@@ -157,7 +157,7 @@ def test_states_are_those_of_the_checkpoints_encoder(made, base_model, tasks):
 
 def test_some_descriptions_are_read(made):
     job = made(llm_descriptions=1, validate_every=0)
-    chosen = [list(job._conditions.train_indices(i)) for i in range(2)]
+    chosen = [list(job._conditions.train[i]) for i in range(2)]
     assert all(len(indices) == 1 for indices in chosen) and {g.description for g in groups_of(job, 9)} <= {0, 1}
     for group in groups_of(job, 9):
         assert [group.description] == chosen[group.task]
@@ -284,7 +284,7 @@ def test_a_start_is_part_of_a_run(base_model, tasks, tmp_path):
     assert checkpoint.trained_tasks(checkpoint.describe(third)) == {"first", "last"}
     sft.train(reading(base_model, steps=1, seed=5), tasks, tmp_path / "other")
     (first / "hypernet.safetensors").write_bytes((tmp_path / "other" / "hypernet.safetensors").read_bytes())
-    with pytest.raises(ConfigError, match=r"other data \(initial\); choose another"):
+    with pytest.raises(ConfigError, match=r"other settings or data \(initial\); choose another"):
         sft.train(more, tasks, tmp_path / "second", names=["last"])
 
 
@@ -381,7 +381,7 @@ def test_texts_differ_from_the_start(made):
         reads = job._conditions
         with torch.no_grad():
             rows = [
-                torch.cat([job.model.pooling(*reads._gathered([(t, reads._numbers[t][i])])) for i in reads.train_indices(t)])
+                torch.cat([job.model.pooling(*reads._gathered([(t, reads._numbers[t][i])])) for i in reads.train[t]])
                 for t in range(2)
             ]
             z = torch.stack([job._net.task_encoder.linear(of_task) for of_task in rows])  # [tasks, descriptions, t]

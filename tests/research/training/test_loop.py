@@ -242,7 +242,7 @@ EVERY = {"replaced": 7, "saved": 2, "stepped": 2}
 def test_a_run_that_failed_anywhere_goes_on_bit_for_bit(base_model, tasks, tmp_path, monkeypatch, kind):
     """At files that are put in their place, at states that are written, in steps."""
     small_runs.library(tmp_path / "library")
-    places = {"replaced": (os, "replace"), "saved": (torch, "save"), "stepped": (loop, "_step")}
+    places = {"replaced": (os, "replace"), "saved": (torch, "save"), "stepped": (loop._Run, "step")}
     counts = dict.fromkeys(places, 0)
     with monkeypatch.context() as patch:
         for name, (owner, attribute) in places.items():
@@ -306,10 +306,10 @@ def test_a_finished_run_does_nothing_and_says_the_same(tmp_path):
 def test_another_run_in_the_folder_is_refused(tmp_path):
     train(tmp_path)
     before = small_runs.left(tmp_path)
-    message = "other settings \\(learning_rate: 0.001 then, 0.01 now; steps: 8 then, 9 now\\); choose another output folder"
+    message = "other settings or data \\(learning_rate: 0.001 then, 0.01 now; steps: 8 then, 9 now\\); choose another"
     with pytest.raises(ConfigError, match=message):
         train(tmp_path, steps=9, learning_rate=0.01)
-    with pytest.raises(ConfigError, match=r"training_state.pt: .* other data \(points\)"):
+    with pytest.raises(ConfigError, match=r"training_state.pt: .* other settings or data \(points\)"):
         train(tmp_path, points="b")
     assert small_runs.differing(before, small_runs.left(tmp_path)) == []
 
@@ -322,16 +322,16 @@ def test_changed_data_are_refused(base_model, tasks, tmp_path):
     texts = json.loads((tasks / "descriptions.json").read_text())
     texts["last"][1] += " now"
     (tmp_path / "changed" / "descriptions.json").write_text(json.dumps(texts))
-    with pytest.raises(ConfigError, match=r"other data \(tasks: \['last'\]\)"):
+    with pytest.raises(ConfigError, match=r"other settings or data \(tasks: \['last'\]\)"):
         sft.train(settings, tmp_path / "changed", tmp_path / "out")
     change_examples(tasks, "val", lambda row: row | {"output": ["green"]})
-    with pytest.raises(ConfigError, match=r"other data \(tasks: \['first', 'last'\]\)"):
+    with pytest.raises(ConfigError, match=r"other settings or data \(tasks: \['first', 'last'\]\)"):
         sft.train(settings, tasks, tmp_path / "out")
     stack = small_runs.library(tmp_path / "library")
     reconstructed(None, None, tmp_path / "made")
     stack.lora_B["v_proj"][1, 0, 0, 0] += 1
     stack.save_pretrained(tmp_path / "library" / "task1", adapter=1, base_model_name_or_path="base")
-    with pytest.raises(ConfigError, match=r"other data \(adapters: \['task1'\]\)"):
+    with pytest.raises(ConfigError, match=r"other settings or data \(adapters: \['task1'\]\)"):
         reconstructed(None, None, tmp_path / "made")
 
 
@@ -368,7 +368,7 @@ def test_other_weights_of_the_base_model_are_refused(base_model, tasks, tmp_path
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"other data \(base_model_sha256\)"):
+    with pytest.raises(ConfigError, match=r"other settings or data \(base_model_sha256\)"):
         sft.train(settings, tasks, tmp_path / "out")
 
 
@@ -437,7 +437,7 @@ def test_the_second_interrupt_acts_at_once(tmp_path):
 
 def test_an_interrupt_between_waves_is_not_lost(base_model, tasks, tmp_path, monkeypatch):
     """In the last step of a wave: the next one does not begin."""
-    step, calls = loop._step, []
+    step, calls = loop._Run.step, []
 
     def interrupted(*args):
         calls.append(args)
@@ -445,7 +445,7 @@ def test_an_interrupt_between_waves_is_not_lost(base_model, tasks, tmp_path, mon
             signal.raise_signal(signal.SIGINT)
         return step(*args)
 
-    monkeypatch.setattr(loop, "_step", interrupted)
+    monkeypatch.setattr(loop._Run, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lora_waves(base_model, tasks, tmp_path)
     assert len(calls) == 3

@@ -14,7 +14,8 @@ from torch import nn
 
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.tasks.folder import Example, Task
-from t2l_engine.research.training import context, descriptions, discriminant, sft
+from t2l_engine.research.training import conditions, context, discriminant, sft
+from t2l_engine.research.training.conditions import TaskEmbeddings
 from t2l_engine.research.training.sampling import Examples, Group, Sample, Shard, Stream, divide, permuted, seeded
 from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, STANDARD_ERRORS
@@ -124,8 +125,7 @@ def many(name, count=6):
     return task(name, [f"{COLOURS[i % 3]} " + "cat " * (i + 1) for i in range(count)])
 
 
-def everything(index):
-    return range(2)
+everything = (range(2),) * 3
 
 
 def words(tokenizer, sample):
@@ -164,26 +164,26 @@ def test_raw_prompts(tokenizer):
 
 def test_long_examples_are_left_out(tokenizer):
     made = Examples([many("a"), many("b", 2)], tokenizer, 8, with_description=False)
-    assert made.kept(0) == [0, 1, 2] and made.kept(1) == [0, 1]  # 2 words: 6 tokens
+    assert made.kept[0] == [0, 1, 2] and made.kept[1] == [0, 1]  # 2 words: 6 tokens
     assert made.dropped == 3
     assert made.mean_length(0) == 7 and made.mean_length(1) == 6.5
-    assert max(g.longest for g in made.all_groups(1, everything)) == 8
+    assert max(g.longest for g in made.all_groups(1, everything[:2])) == 8
     few = Examples([many("a")], tokenizer, 8, with_description=False, limit=2)
-    assert few.kept(0) == [0, 1]
+    assert few.kept[0] == [0, 1]
     with pytest.raises(ConfigError, match="max_tokens: no example of task a fits into 5 tokens"):
         Examples([many("a")], tokenizer, 5, with_description=False)
     with pytest.raises(ConfigError, match="max_tokens: .* task a .* 9 tokens"):  # 4 of them the description
         Examples([many("a")], tokenizer, 9, with_description=True)
     empty = Examples([many("a"), many("b")], tokenizer, 5, with_description=False, allow_empty=True)
-    assert empty.kept(0) == empty.kept(1) == [] and empty.dropped == 12 and empty.all_groups(3, everything) == []
+    assert empty.kept[0] == empty.kept[1] == [] and empty.dropped == 12 and empty.all_groups(3, everything[:2]) == []
 
 
 def test_a_prompt_with_any_description_fits(tokenizer):
     """The description of the most tokens need not be that of the most letters."""
     texts = ("an_answer_in_a_single_long_word", "a b c d e")
     made = Examples([task("one", ["red cat", "red cat cow dog"], texts)], tokenizer, 11, with_description=True)
-    assert all(len(made.sample(0, i, description).tokens) <= 11 for i in made.kept(0) for description in (0, 1))
-    assert made.kept(0) == [0]
+    assert all(len(made.sample(0, i, description).tokens) <= 11 for i in made.kept[0] for description in (0, 1))
+    assert made.kept[0] == [0]
 
 
 @pytest.mark.parametrize("per_visit", [1, 2, 4, 9])
@@ -215,7 +215,7 @@ def test_a_group_is_a_function_of_seed_task_and_visit(tokenizer):
 def test_all_groups(tokenizer):
     """Every example once, shortest first; descriptions take turns within a task."""
     made = Examples([many("a"), many("b", 3)], tokenizer, 9, with_description=False)
-    groups = made.all_groups(2, lambda index: (4, 5))
+    groups = made.all_groups(2, [(4, 5)] * 2)
     assert Counter(s for g in groups for s in g.samples if g.task == 0) == Counter(made.sample(0, i, 0) for i in range(4))
     assert [g.longest for g in groups] == sorted(g.longest for g in groups)
     assert sorted((g.task, len(g.samples), g.description) for g in groups) == [(0, 2, 4), (0, 2, 5), (1, 1, 5), (1, 2, 4)]
@@ -241,11 +241,11 @@ class Encoder:
 
 @pytest.fixture
 def encoder(monkeypatch):
-    monkeypatch.setattr(descriptions, "TextEncoder", Encoder)
+    monkeypatch.setattr(conditions, "TextEncoder", Encoder)
     return Encoder()
 
 
-TEXTS = [("a", ["a0", "a1", "a2", "a3"]), ("b", ["b0", "b1", "b2"])]
+TASKS = [Task("a", ("a0", "a1", "a2", "a3"), ()), Task("b", ("b0", "b1", "b2"), ())]
 
 
 def settings(base_model="x", **changes):
@@ -258,26 +258,26 @@ def groups_of(pairs):
 
 
 def test_held_out_descriptions(encoder):
-    made = descriptions.TaskEmbeddings(settings(held_out_descriptions=2), TEXTS, torch.device("cpu"))
-    assert [list(made.train_indices(i)) for i in (0, 1)] == [[0, 1], [0]]
-    assert [list(made.val_indices(i)) for i in (0, 1)] == [[2, 3], [1, 2]]
+    made = TaskEmbeddings(settings(held_out_descriptions=2), TASKS, torch.device("cpu"))
+    assert [list(made.train[i]) for i in (0, 1)] == [[0, 1], [0]]
+    assert [list(made.val[i]) for i in (0, 1)] == [[2, 3], [1, 2]]
     exact = made.clean(groups_of([(1, 2), (0, 3)]))
     assert torch.equal(exact, encoder.encode(["b2", "a3"])) and made.embed_dim == 16
-    every = descriptions.TaskEmbeddings(settings(), TEXTS, torch.device("cpu"))
-    assert list(every.train_indices(0)) == list(every.val_indices(0)) == [0, 1, 2, 3]
+    every = TaskEmbeddings(settings(), TASKS, torch.device("cpu"))
+    assert list(every.train[0]) == list(every.val[0]) == [0, 1, 2, 3]
     with pytest.raises(ConfigError, match="held_out_descriptions: expected fewer than the 3 descriptions of task b, got 3"):
-        descriptions.TaskEmbeddings(settings(held_out_descriptions=3), TEXTS, torch.device("cpu"))
+        TaskEmbeddings(settings(held_out_descriptions=3), TASKS, torch.device("cpu"))
     with pytest.raises(ConfigError, match="encoder: expected 'minilm', .*'one-hot' or a local .* folder, got 'nowhere'"):
-        descriptions.TaskEmbeddings(settings(encoder="nowhere"), TEXTS, torch.device("cpu"))
+        TaskEmbeddings(settings(encoder="nowhere"), TASKS, torch.device("cpu"))
 
 
 def test_mixes_and_noise(encoder):
     """Functions of a group's key; mixes are of what is trained on and keep the RMS of 1."""
     pairs = [(i % 2, 0) for i in range(64)]
-    plain = descriptions.TaskEmbeddings(settings(), TEXTS, torch.device("cpu"))
+    plain = TaskEmbeddings(settings(), TASKS, torch.device("cpu"))
     assert torch.equal(plain.augmented(groups_of(pairs)), plain.clean(groups_of(pairs)))
     for changes in ({"mix_descriptions": True, "held_out_descriptions": 1}, {"embedding_noise": 0.5}):
-        made = descriptions.TaskEmbeddings(settings(**changes), TEXTS, torch.device("cpu"))
+        made = TaskEmbeddings(settings(**changes), TASKS, torch.device("cpu"))
         groups = groups_of(pairs)
         rows = made.augmented(groups)
         assert torch.equal(rows[5:9], made.augmented(groups[5:9])) and torch.equal(made.clean(groups), plain.clean(groups))
@@ -289,7 +289,7 @@ def test_mixes_and_noise(encoder):
             continue
         assert (rows.norm(dim=1) / 4 - 1).abs().max() <= EMBEDDING_FROBENIUS
         for (index, _), row in zip(pairs, rows.double(), strict=True):
-            basis = encoder.encode(TEXTS[index][1])[made.train_indices(index)].double().mT
+            basis = encoder.encode(TASKS[index].descriptions)[made.train[index]].double().mT
             parts = torch.linalg.lstsq(basis, row).solution
             assert (basis @ parts - row).norm() <= EMBEDDING_FROBENIUS * row.norm()
             assert (parts >= -EMBEDDING_FROBENIUS).all()
@@ -298,12 +298,10 @@ def test_mixes_and_noise(encoder):
 @pytest.mark.parametrize("width", [3, 16, 24])  # of the task encoder, beside embeddings of 16
 def test_discriminants_tell_tasks_apart(encoder, width):
     """Against the generalised eigenproblem by Cholesky: along the axes kept, variance is the root of its eigenvalues."""
-    made = descriptions.TaskEmbeddings(
-        settings(held_out_descriptions=1, task_init="discriminant"), TEXTS, torch.device("cpu")
-    )
+    made = TaskEmbeddings(settings(held_out_descriptions=1, task_init="discriminant"), TASKS, torch.device("cpu"))
     linear = nn.Linear(16, width)
     made.initialise(linear)
-    rows = [encoder.encode(texts[:-1]).double() for _, texts in TEXTS]
+    rows = [encoder.encode(task.descriptions[:-1]).double() for task in TASKS]
     means = torch.stack([of.mean(dim=0) for of in rows])
     within = sum(((of - mean).T @ (of - mean)) / len(of) for of, mean in zip(rows, means, strict=True)) / 2
     centred = means - means.mean(dim=0)
