@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.report.data import Data
 from bench.report.tables import Line, derived
-from t2l_engine.research.evaluation.bootstrap import Interval, interval, ratio
+from t2l_engine.research.evaluation.bootstrap import Interval, interval
 
 #: Split -> part of the records of ``specs``.
 SPLITS = {
@@ -87,7 +87,7 @@ def gap_over_families(found: Scores, ours: str, theirs: str) -> Interval:
     families: dict[str, list[float]] = {}
     for task, of in found.items():
         families.setdefault(task.rpartition("-")[0], []).append(of[ours] - of[theirs])
-    return ratio([sum(of) for of in families.values()], [len(of) for of in families.values()])
+    return interval([sum(of) for of in families.values()], [len(of) for of in families.values()])
 
 
 def tokens(data: Data, run: str, suite: str = "specs") -> float:

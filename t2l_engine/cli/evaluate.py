@@ -146,7 +146,7 @@ def evaluate(options: Options, settings: Settings) -> None:
 
     from t2l_engine.hypernetwork.checkpoint import describe, trained_tasks
     from t2l_engine.research.evaluation import run
-    from t2l_engine.research.evaluation.candidates import without_chat
+    from t2l_engine.research.evaluation.methods import without_chat
     from t2l_engine.text.base_model import check_device
     from t2l_engine.text.prompts import has_chat
 
@@ -246,7 +246,7 @@ def _checkpoints(options: Options) -> list[tuple[str, Any, Path]]:
 
 def _methods(options: Options, tasks: Sequence[Task], pools: dict, checkpoints: Sequence[Any]) -> list[Method]:
     """The methods to compare; says which possible ones are left out, and why."""
-    from t2l_engine.research.evaluation.candidates import Candidates
+    from t2l_engine.research.evaluation.methods import Candidates
 
     made = Candidates(
         tasks, pools, options.counts, pool_asked=options.split == "train", held_out=options.held_out_descriptions

@@ -1,6 +1,6 @@
 """Evaluation of adapters on tasks: answers, scores, comparisons with baselines.
 
-May be imported: ``run`` (Evaluation), ``settings``, ``methods``, ``candidates`` (possible methods), ``answers``,
-``metrics``, ``library`` (average, Arrow), ``bootstrap``, ``sandbox``, ``plots``.  Imports ``tasks``, ``training.runs`` and
+May be imported: ``run`` (Evaluation), ``settings``, ``methods``, ``answers``,
+``metrics``, ``library`` (average, arrow), ``bootstrap``, ``sandbox``, ``plots``.  Imports ``tasks``, ``training.runs`` and
 the rooms of the engine.
 """

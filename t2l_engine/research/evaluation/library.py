@@ -5,10 +5,12 @@ A library is an :class:`t2l_engine.AdapterStack` of N adapters for the same modu
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import short_repr
@@ -56,45 +58,23 @@ def average(stack: AdapterStack) -> AdapterStack:
     return AdapterStack(mean(stack.lora_A), mean(stack.lora_B), scaling, ranks, stack.paths, partial=stack.partial)
 
 
-@torch.no_grad()
-def prototypes(stack: AdapterStack) -> dict[str, Tensor]:
-    """Per adapter and layer, the unit input direction with the largest response of B A: Arrow's routing prototypes.
+def prototypes(a: Tensor, b: Tensor) -> Tensor:
+    """Per adapter, the unit input direction with the largest response of B A: Arrow's routing prototypes.
 
     Source: Arrow (arXiv 2405.11157): the right singular vector of B A with the largest singular value.
 
     Args:
-        stack: N adapters, A ``[N, n, r, in]``, B ``[N, n, out, r]``; the scaling has no effect.
+        a, b: A ``[..., r, in]`` and the transposed B ``[..., r, out]``, zero beyond the true ranks.
 
     Returns:
-        Per module name ``[N, n, in]``, rows of norm 1 (their sign is arbitrary), zero where B A is zero; float32, or float64
-        for a float64 stack.
-
-    Raises:
-        ValueError: ``stack`` is not an AdapterStack, or is empty.
+        ``[..., in]``, rows of norm 1 (their sign is arbitrary), zero where B A is zero; float32, or float64 for float64.
     """
-    _check_library(stack)
-    # Layer by layer, to bound the memory of float64 copies.
-    return {
-        name: torch.stack([_leading(*_factors(stack, name, layer)) for layer in range(a.shape[1])], dim=1)
-        for name, a in stack.lora_A.items()
-    }
-
-
-def _factors(stack: AdapterStack, name: str, layer: int) -> tuple[Tensor, Tensor]:
-    """A ``[N, r, in]`` and transposed B ``[N, r, out]`` of one layer, padding beyond the true ranks zeroed."""
-    a, b = stack.lora_A[name][:, layer], stack.lora_B[name][:, layer].mT
-    padding = torch.arange(a.shape[1], device=a.device) >= stack.ranks[name][:, layer, None]
-    return a.masked_fill(padding[..., None], 0), b.masked_fill(padding[..., None], 0)
-
-
-def _leading(a: Tensor, b: Tensor) -> Tensor:
-    """The leading right singular vectors ``[N, in]`` of B A, for ``a [N, r, in]`` and ``b [N, r, out]`` (B transposed)."""
     # B A = Q_b (R_b R_a^T) Q_a^T with orthogonal Q_a, Q_b: an SVD of the r x r matrix in brackets suffices.
     basis, r_a = torch.linalg.qr(a.double().mT)
     r_b = torch.linalg.qr(b.double().mT, mode="r").R
     _, sizes, right = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
-    vectors = (basis @ right[:, 0, :, None]).squeeze(-1)
-    return (vectors * (sizes[:, :1] > 0)).to(accumulation_dtype(a))  # for B A = 0 the direction is undefined: zero
+    vectors = (basis @ right[..., 0, :, None]).squeeze(-1)
+    return (vectors * (sizes[..., :1] > 0)).to(accumulation_dtype(a))
 
 
 def routing_weights(x: Tensor, directions: Tensor, top_k: int) -> Tensor:
@@ -118,16 +98,16 @@ def routing_weights(x: Tensor, directions: Tensor, top_k: int) -> Tensor:
     return weights.scatter(-1, top.indices, top.values.softmax(dim=-1))
 
 
-class Arrow:
-    """Arrow routing: in every adapted layer, each token uses the ``top_k`` adapters with the closest :func:`prototypes`.
+@contextlib.contextmanager
+def arrow(model: nn.Module, stack: AdapterStack, top_k: int = TOP_K, *, packed: Packed | None = None) -> Iterator[None]:
+    """A context with Arrow routing: in every adapted layer, each token uses the ``top_k`` adapters with the closest
+    :func:`prototypes`.
 
     A layer's output is ``W h + sum_i w_i s_i B_i A_i h`` with the :func:`routing_weights` ``w`` of its input ``h``, as in
     PEFT's Arrow.  An adapter with B A = 0 in a layer has the logit 0 there; if it is among the ``top_k``, its term is zero.
 
-    Routing is active until :meth:`detach` or the end of a ``with`` block.  Inputs ``[..., in]``, usually
-    ``[batch, tokens, in]``, give outputs ``[..., out]`` in the dtype of the layer.  A and B are copied in the dtype of the
-    layer's weight, in which their products are computed; logits and weights are float32 (:func:`routing_weights`).  Detach
-    before copying or pickling the model or passing it to :func:`t2l_engine.attach`.
+    Inputs ``[..., in]`` give outputs ``[..., out]`` in the dtype of the layer.  A and B are copied in the dtype of the
+    layer's weight, in which their products are computed; logits and weights are float32 (:func:`routing_weights`).
 
     Source: Arrow (arXiv 2405.11157).
 
@@ -147,60 +127,38 @@ class Arrow:
     >>> stack = t2l.AdapterStack({"q_proj": torch.randn(5, 1, 2, 8)}, {"q_proj": torch.randn(5, 1, 6, 2)}, torch.ones(5))
     >>> x = torch.randn(3, 7, 8)
     >>> base = model[0]["q_proj"](x)
-    >>> with Arrow(model, stack, top_k=2):
+    >>> with arrow(model, stack, top_k=2):
     ...     routed = model[0]["q_proj"](x)
     >>> routed.shape, torch.equal(routed, base), torch.equal(model[0]["q_proj"](x), base)
     (torch.Size([3, 7, 6]), False, True)
     """
-
-    @torch.no_grad()
-    def __init__(self, model: nn.Module, stack: AdapterStack, top_k: int = TOP_K, *, packed: Packed | None = None):
-        _check_library(stack)
-        if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= len(stack):
-            raise ValueError(
-                f"top_k: expected an int in [1, {len(stack)}], the adapters of the stack, got {short_repr(top_k)}"
-            )
-        attach(model, packed=packed)  # without a stack: only checks the model
-        places = find_all(model, stack, packed)
-        _check_linears(places)
-        device = device_of(model)
-        scaling = stack.scaling.to(device, copy=True)
-        routed: list[tuple[nn.Module, _Routed]] = []
-        for name, targets in places.items():
-            depth = stack.lora_A[name].shape[1]  # fewer than the model's in a partial stack
-            for layer, target in targets.items():
-                if layer < depth and bool(stack.ranks[name][:, layer].any()):
-                    a, b = (factor.to(device) for factor in _factors(stack, name, layer))
-                    routed.append((target.linear, _Routed(target, a, b, scaling, top_k)))
-        # Last, so that errors above (out of memory, non-finite adapters) leave the model unchanged.
-        self._hooks: list[RemovableHandle] | None = [
-            linear.register_forward_hook(hook, with_kwargs=True) for linear, hook in routed
-        ]
-
-    def detach(self) -> None:
-        """Remove the hooks, which restores the model bit for bit.  Raises RuntimeError if it is detached already."""
-        if self._hooks is None:
-            raise RuntimeError("the library is detached already; make another Arrow")
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = None
-
-    def __enter__(self) -> Arrow:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._hooks is not None:
-            self.detach()
+    _check_library(stack)
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= len(stack):
+        raise ValueError(f"top_k: expected an int in [1, {len(stack)}], the adapters of the stack, got {short_repr(top_k)}")
+    attach(model, packed=packed)  # without a stack: only checks the model
+    places = find_all(model, stack, packed)
+    _check_linears(places)
+    clean, routed = stack.to(device_of(model)).zero_padded(), []
+    for name, targets in places.items():
+        for layer, target in targets.items():  # a partial stack has fewer
+            if layer < clean.ranks[name].shape[1] and clean.ranks[name][:, layer].any():
+                routed.append((target.linear, _Routed(target, clean, name, layer, top_k)))
+    with contextlib.ExitStack() as hooks:  # last: errors above (non-finite adapters) leave the model unchanged
+        for linear, hook in routed:
+            hooks.enter_context(linear.register_forward_hook(hook, with_kwargs=True))
+        yield
 
 
 class _Routed:
-    """Forward hook of one module: ``a [N, r, in]``, ``b [N, r, out]`` as of :func:`_factors`, ``scaling [N]``."""
+    """Forward hook of one module."""
 
-    def __init__(self, target: Target, a: Tensor, b: Tensor, scaling: Tensor, top_k: int):
+    @torch.no_grad()
+    def __init__(self, target: Target, stack: AdapterStack, name: str, layer: int, top_k: int):
+        a, b = stack.lora_A[name][:, layer], stack.lora_B[name][:, layer].mT
         dtype = slot_dtype(target.linear, a.dtype)
         self._path, self._columns, self._top_k = target.path, target.columns, top_k
-        self._A, self._B = a.flatten(0, 1).to(dtype), b.flatten(0, 1).to(dtype)  # [N r, in], [N r, out]
-        self._scaling, self._directions = scaling, _leading(a, b)  # [N, in]
+        self._A, self._B = (side.flatten(0, 1).to(dtype, copy=True) for side in (a, b))  # [N r, in], [N r, out]
+        self._scaling, self._directions = stack.scaling.clone(), prototypes(a, b)  # [N], [N, in]
 
     def __call__(self, linear: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))  # the first argument, as in LoRALinear
@@ -230,7 +188,7 @@ def _check_linears(places: dict[str, dict[int, Target]]) -> None:
     for name, targets in places.items():
         for target in targets.values():
             if any(isinstance(hook, _Routed) for hook in target.linear._forward_hooks.values()):
-                raise ValueError("model: a library is routed on it already; detach that one first")
+                raise ValueError("model: a library is routed on it already; end that context first")
             other = paths.setdefault(id(target.linear), target.path)
             if other != target.path:
                 raise ValueError(f"{name}: {other} and {target.path} are one linear; they cannot be routed apart")

@@ -23,8 +23,9 @@ from t2l_engine.text.prompts import answer_in, answer_of, prompt_ids, prompt_of
 TASKS_A_ROUND = 40
 
 
-@dataclasses.dataclass(frozen=True)
-class _Item:
+class _Item(NamedTuple):
+    """The arguments of :attr:`Method.key`."""
+
     task: Task
     example: Example
     repeat: int
@@ -38,6 +39,7 @@ class _Scored(NamedTuple):
     scores: dict[str, float]
 
 
+@dataclasses.dataclass(eq=False)
 class Evaluation:
     """Runs methods on tasks.
 
@@ -54,87 +56,80 @@ class Evaluation:
     a task without a pool, and for tasks of code without ``settings.run_code``.
     """
 
-    def __init__(
-        self,
-        answerer: Answerer,
-        tokenizer: Any,
-        tasks: Sequence[Task],
-        methods: Sequence[Method],
-        settings: Settings = DEFAULTS,
-        *,
-        pools: Mapping[str, Sequence[Example]] | None = None,
-        validation: Mapping[str, Sequence[Example]] | None = None,
-        groups: Mapping[str, Sequence[str]] | None = None,
-        progress: Callable[[str, int], None] = lambda method, count: None,
-    ):
-        names = [method.name for method in methods]
+    answerer: Answerer
+    tokenizer: Any
+    tasks: Sequence[Task]
+    methods: Sequence[Method]
+    settings: Settings = DEFAULTS
+    _: dataclasses.KW_ONLY
+    pools: Mapping[str, Sequence[Example]] = dataclasses.field(default_factory=dict)
+    validation: Mapping[str, Sequence[Example]] = dataclasses.field(default_factory=dict)
+    groups: Mapping[str, Sequence[str]] | None = None
+    progress: Callable[[str, int], None] = lambda method, count: None
+
+    def __post_init__(self) -> None:
+        names = [method.name for method in self.methods]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"methods: expected at least one and distinct names, got {names}")
-        if settings.precision and len(names) < 2:
+        if self.settings.precision and len(names) < 2:
             raise ValueError(f"precision: expected at least two methods, whose differences it bounds, got {names}")
-        self._answerer, self._tokenizer, self._settings, self._progress = answerer, tokenizer, settings, progress
-        self._tasks, self._methods = list(tasks), list(methods)
-        self._pools, self._validation = dict(pools or {}), dict(validation or {})
-        self._groups = dict(groups or {"all": [task.name for task in tasks]})
-        for method in methods:
-            for task in tasks if method.shots else ():
-                if not self._pools.get(task.name):
-                    raise ValueError(f"methods: {method.name} needs worked examples of task {task.name}, found none")
-        if any(e.metric == "pass" for task in tasks for e in task.examples):
-            if not settings.run_code:
+        for method, task in itertools.product(self.methods, self.tasks):
+            if method.shots and not self.pools.get(task.name):
+                raise ValueError(f"methods: {method.name} needs worked examples of task {task.name}, found none")
+        if any(e.metric == "pass" for task in self.tasks for e in task.examples):
+            if not self.settings.run_code:
                 raise ValueError("run_code: expected to be set, since some answers are code that has to be run to be judged")
             try:
                 sandbox.check_sandbox()
             except RuntimeError as error:
                 raise ValueError(f"run_code: {error}") from None
-        self._validated = {task.name: self._validation_items(task) for task in tasks}
+        self._validated = {task.name: self._validation_items(task) for task in self.tasks}
 
     @property
     def answers(self) -> int:
         """Number of answers that :meth:`run` computes at most, including those for selecting prompt templates."""
-        items = sum(len(task.examples) for task in self._tasks)
-        validated = sum(map(len, self._validated.values()))
-        count = 0
-        for method in self._methods:
-            count += items * self._repeats(method) + (validated * len(method.templates) if len(method.templates) > 1 else 0)
-        return count
+        items, validated = sum(len(task.examples) for task in self.tasks), sum(map(len, self._validated.values()))
+        tried = sum(len(method.templates) for method in self.methods if len(method.templates) > 1)
+        return items * sum(map(self._repeats, self.methods)) + validated * tried
 
     def run(self) -> dict[str, Any]:
         """The result: ``tasks``: score in percent by task and method; other keys are described in docs/evaluation.md.
 
         Raises ConfigError if no item of a task is left.
         """
-        kept, left_out = self._fitting()
-        templates = {method.name: self._choose(method) for method in self._methods}
-        given: dict[str, list[_Scored]] = {method.name: [] for method in self._methods}
+        kept = {task.name: self._fitting(task) for task in self.tasks}
+        templates = {method.name: self._choose(method) for method in self.methods}
+        given: dict[str, list[_Scored]] = {method.name: [] for method in self.methods}
         scores: dict[str, dict[str, float]] = {}
         details: dict[str, dict[str, Any]] = {}
         while tasks := self._next(scores):
-            for method in self._methods:
-                items = [_Item(t, e, r) for r in range(self._repeats(method)) for t in tasks for e in kept[t.name]]
-                items = [item for item in items if self._adapter(method, item) is not None]
+            for method in self.methods:
+                items = self._items(method, {task.name: kept[task.name] for task in tasks}, self._repeats(method))
                 given[method.name] += self._ask(method, templates[method.name]["form"], items)
+            details = {name: _details(scored) for name, scored in given.items()}
             asked = {*scores, *(task.name for task in tasks)}
-            scores = {task.name: {} for task in self._tasks if task.name in asked}
-            for method in self._methods:
-                details[method.name] = self._details(given[method.name])
-                for name, of in details[method.name]["tasks"].items():
-                    scores[name][method.name] = of["score"]
+            scores = {
+                task.name: {m: of["tasks"][task.name]["score"] for m, of in details.items() if task.name in of["tasks"]}
+                for task in self.tasks
+                if task.name in asked
+            }
+        short = {task.name: len(task.examples) - len(kept[task.name]) for task in self.tasks}
         return {
             "tasks": scores,
             "items": {name: len(kept[name]) for name in scores},
-            "left_out": left_out,
-            "not_asked": [task.name for task in self._tasks if task.name not in scores],
+            "left_out": {name: count for name, count in short.items() if count},
+            "not_asked": [task.name for task in self.tasks if task.name not in scores],
             "forms": templates,
             "details": details,
         }
 
     def _next(self, scores: Mapping[str, Mapping[str, float]]) -> list[Task]:
         """The tasks to ask next, after those with ``scores``."""
-        left = [task for task in self._tasks if task.name not in scores]
-        if not self._settings.precision:
+        left = [task for task in self.tasks if task.name not in scores]
+        if not self.settings.precision:
             return left
-        wanted = {name for names in self._groups.values() if not self._precise(names, scores) for name in names}
+        groups = self.groups or {"all": [task.name for task in self.tasks]}
+        wanted = {name for names in groups.values() if not self._precise(names, scores) for name in names}
         left = [task for task in left if task.name in wanted]
         return sorted(left, key=lambda task: hashlib.sha256(task.name.encode()).digest())[:TASKS_A_ROUND]
 
@@ -146,14 +141,12 @@ class Evaluation:
         asked = [name for name in names if name in scores]
         if not asked:
             return False
-        first, *others = self._methods
-        (of,) = summary(scores, {"": asked}, first.name).values()
-        for method in others:
-            can = sum(name in self._answered[first.name] and name in self._answered[method.name] for name in names)
-            found = of["difference"].get(method.name)
-            if can and (
-                found is None or found["tasks"] < min(TASKS_A_ROUND, can) or reach(found) > self._settings.precision
-            ):
+        first, *others = (method.name for method in self.methods)
+        differences = summary(scores, {"": asked}, first)[""]["difference"]
+        for other in others:
+            can = len(self._answered[first] & self._answered[other] & {*names})
+            found = differences.get(other, {"tasks": 0})
+            if can and (found["tasks"] < min(TASKS_A_ROUND, can) or reach(found) > self.settings.precision):
                 return False
         return True
 
@@ -163,106 +156,81 @@ class Evaluation:
 
         Not before ``precision`` asks: finding the key of an adapter may load an encoder.
         """
-        return {
-            method.name: {
-                t.name for t in self._tasks if any(self._adapter(method, _Item(t, e, 0)) is not None for e in t.examples[:1])
-            }
-            for method in self._methods
-        }
+        one = {task.name: task.examples[:1] for task in self.tasks}
+        return {method.name: {item.task.name for item in self._items(method, one)} for method in self.methods}
 
     # --- prompts ---------------------------------------------------------------------------------------------------
 
     def _repeats(self, method: Method) -> int:
-        return self._settings.repeats if method.repeats else 1
+        return self.settings.repeats if method.repeats else 1
+
+    def _items(self, method: Method, examples: Mapping[str, Sequence[Example]], repeats: int = 1) -> list[_Item]:
+        """The items of ``examples``, by task, for which ``method`` has an adapter."""
+        tasks = [task for task in self.tasks if task.name in examples]
+        items = (_Item(task, e, repeat) for repeat in range(repeats) for task in tasks for e in examples[task.name])
+        return [item for item in items if method.key(*item) is not None]
 
     def _prompt(self, method: Method, template: str, item: _Item) -> str:
-        description = description_of(item.task, item.repeat) if method.description else ""
-        shots = []
-        if method.shots:
-            shots = shots_of(item.task, self._pools[item.task.name], item.repeat, method.shots, item.example.input)
-        return prompt_of(template, self._tokenizer, item.example.input, description, shots)
-
-    def _adapter(self, method: Method, item: _Item) -> str | None:
-        return method.key(item.task, item.example, item.repeat)
+        task, example, repeat = item
+        description = description_of(task, repeat) if method.description else ""
+        shots = shots_of(task, self.pools[task.name], repeat, method.shots, example.input) if method.shots else []
+        return prompt_of(template, self.tokenizer, example.input, description, shots)
 
     def _query(self, method: Method, template: str, item: _Item) -> Query:
-        long = item.example.metric in ("number", "pass")
-        exact = item.example.metric == "exact_match"
-        lines = exact and any("\n" in output.strip() for output in item.example.outputs)
+        example = item.example
+        long, exact = example.metric in ("number", "pass"), example.metric == "exact_match"
+        lines = exact and any("\n" in output.strip() for output in example.outputs)
         return Query(
             self._prompt(method, template, item),
-            self._adapter(method, item),
-            tuple(answer_of(template, option) for option in item.example.options),
-            self._settings.max_long_tokens if long else self._settings.max_new_tokens,
+            method.key(*item),
+            tuple(answer_of(template, option) for option in example.options),
+            self.settings.max_long_tokens if long else self.settings.max_new_tokens,
             not long and not lines,
-            tuple(answer_of(template, output) for output in item.example.outputs) if self._settings.verify and exact else (),
+            tuple(answer_of(template, output) for output in example.outputs) if self.settings.verify and exact else (),
         )
 
-    def _fitting(self) -> tuple[dict[str, tuple[Example, ...]], dict[str, int]]:
-        """Per task, the examples whose prompts fit in every method, template and repeat, and the number of the others."""
-        kept, left_out = {}, {}
-        for task in self._tasks:
-            kept[task.name] = tuple(e for e in task.examples if self._fits(task, e))
-            if len(kept[task.name]) < len(task.examples):
-                left_out[task.name] = len(task.examples) - len(kept[task.name])
-            if not kept[task.name]:
-                raise ConfigError(
-                    f"max_prompt_tokens: no item of task {task.name} has prompts of at most "
-                    f"{self._settings.max_prompt_tokens} tokens in every method"
-                )
-        return kept, left_out
+    def _fitting(self, task: Task) -> tuple[Example, ...]:
+        """The examples whose prompts fit in every method, template and repeat."""
+        kept = tuple(e for e in task.examples if self._fits(task, e))
+        if not kept:
+            raise ConfigError(
+                f"max_prompt_tokens: no item of task {task.name} has prompts of at most "
+                f"{self.settings.max_prompt_tokens} tokens in every method"
+            )
+        return kept
 
     def _fits(self, task: Task, example: Example) -> bool:
-        items = ((method, template, _Item(task, example, r)) for method in self._methods for template in method.templates
-                 for r in range(self._repeats(method)))  # fmt: skip
-        texts = {self._prompt(*which) for which in items}
-        return max(map(len, prompt_ids(self._tokenizer, [*texts]))) <= self._settings.max_prompt_tokens
+        texts = {
+            self._prompt(method, template, _Item(task, example, repeat))
+            for method in self.methods
+            for template in method.templates
+            for repeat in range(self._repeats(method))
+        }
+        return max(map(len, prompt_ids(self.tokenizer, [*texts]))) <= self.settings.max_prompt_tokens
 
     # --- answers ---------------------------------------------------------------------------------------------------
 
     def _validation_items(self, task: Task) -> list[Example]:
-        if all(len(method.templates) == 1 for method in self._methods):
+        if all(len(method.templates) == 1 for method in self.methods):
             return []
-        found = self._validation.get(task.name, ())
+        found = self.validation.get(task.name, ())
         fitting = (e for e in found if e.metric != "pass" and self._fits(task, e))  # no code is run for selecting a template
-        return list(itertools.islice(fitting, self._settings.validation_items))
+        return list(itertools.islice(fitting, self.settings.validation_items))
 
     def _choose(self, method: Method) -> dict[str, Any]:
         """The prompt template with the best score on validation items, and the scores in percent."""
-        items = [_Item(task, e, 0) for task in self._tasks for e in self._validated[task.name]]
-        items = [item for item in items if self._adapter(method, item) is not None]
-        if len(method.templates) == 1 or not items:
-            return {"form": method.templates[0], "validation": None}
+        items = self._items(method, self._validated) if len(method.templates) > 1 else []
         means = {}
-        for template in method.templates:
-            by_task = self._details(self._ask(method, template, items))["tasks"]
+        for template in method.templates if items else ():
+            by_task = _details(self._ask(method, template, items))["tasks"]
             means[template] = statistics.fmean(task["score"] for task in by_task.values())
-        return {"form": max(method.templates, key=lambda template: means[template]), "validation": means}
+        return {"form": max(method.templates, key=lambda template: means.get(template, 0)), "validation": means or None}
 
     def _ask(self, method: Method, template: str, items: Sequence[_Item]) -> list[_Scored]:
         queries = [self._query(method, template, item) for item in items]
-        answers = self._answerer.ask(queries, method.adapters, lambda count: self._progress(method.name, count))
+        answers = self.answerer.ask(queries, method.adapters, lambda count: self.progress(method.name, count))
         answers = [dataclasses.replace(answer, text=answer_in(template, answer.text)) for answer in answers]
-        pairs = zip(items, answers, strict=True)
-        return [_Scored(item, answer, self._scores(item.example, answer)) for item, answer in pairs]
-
-    # --- scores ----------------------------------------------------------------------------------------------------
-
-    def _details(self, given: Sequence[_Scored]) -> dict[str, Any]:
-        by_task: dict[str, list[_Scored]] = {}
-        for scored in given:
-            by_task.setdefault(scored.item.task.name, []).append(scored)
-        tasks = {}
-        for name, rows in by_task.items():
-            found = dict.fromkeys(m for _, _, s in rows for m in s)  # metrics may differ within a task
-            measures = {m: 100 * statistics.fmean(s[m] for _, _, s in rows if m in s) for m in found}
-            repeats = sorted({item.repeat for item, _, _ in rows})
-            tasks[name] = measures | {
-                "by_repeat": [100 * statistics.fmean(s["score"] for i, _, s in rows if i.repeat == r) for r in repeats],
-                "prompt_tokens": statistics.fmean(a.prompt_tokens for _, a, _ in rows),
-            }
-        seconds = statistics.fmean(scored.answer.seconds for scored in given) if given else None
-        return {"tasks": tasks, "seconds_per_answer": seconds}
+        return [_Scored(item, a, self._scores(item.example, a)) for item, a in zip(items, answers, strict=True)]
 
     def _scores(self, example: Example, answer: Answer) -> dict[str, float]:
         """``score`` by the example's metric, and further measures; all in [0, 1]."""
@@ -280,13 +248,31 @@ class Evaluation:
             return {"score": float(sandbox.run_tests(program, example.tests) == "passed")}
         first, *_ = answer.text.strip().split("\n")
         score = float(metrics.exact_match(answer.text, example.outputs) or metrics.exact_match(first, example.outputs))
-        if self._settings.verify:
+        if self.settings.verify:
             return {"score": score}
         return {
             "score": score,
             "containment": float(metrics.containment(answer.text, example.outputs)),
             "rouge_l": metrics.rouge_l(answer.text, example.outputs),
         }
+
+
+def _details(given: Sequence[_Scored]) -> dict[str, Any]:
+    """Means over the answers of one method: of the measures of each task, and of the time."""
+    by_task: dict[str, list[_Scored]] = {}
+    for scored in given:
+        by_task.setdefault(scored.item.task.name, []).append(scored)
+    tasks = {}
+    for name, rows in by_task.items():
+        found = dict.fromkeys(m for _, _, s in rows for m in s)  # metrics may differ within a task
+        measures = {m: 100 * statistics.fmean(s[m] for _, _, s in rows if m in s) for m in found}
+        repeats = sorted({item.repeat for item, _, _ in rows})
+        tasks[name] = measures | {
+            "by_repeat": [100 * statistics.fmean(s["score"] for i, _, s in rows if i.repeat == r) for r in repeats],
+            "prompt_tokens": statistics.fmean(a.prompt_tokens for _, a, _ in rows),
+        }
+    seconds = statistics.fmean(scored.answer.seconds for scored in given) if given else None
+    return {"tasks": tasks, "seconds_per_answer": seconds}
 
 
 def reach(difference: Mapping[str, float]) -> float:

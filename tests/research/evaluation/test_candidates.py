@@ -8,8 +8,16 @@ import torch
 
 import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
-from t2l_engine.research.evaluation.candidates import Candidates, without_chat
-from t2l_engine.research.evaluation.methods import CONSTANT, SHOTS, description_of, junk, partners, shots_of
+from t2l_engine.research.evaluation.methods import (
+    CONSTANT,
+    SHOTS,
+    Candidates,
+    description_of,
+    junk,
+    partners,
+    shots_of,
+    without_chat,
+)
 from t2l_engine.research.tasks.folder import Example
 from t2l_engine.research.training import lora
 from t2l_engine.text.llm_encoder import condition_text

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from t2l_engine import AdapterStack, attach
-from t2l_engine.research.evaluation.library import Arrow, average, prototypes, routing_weights
+from t2l_engine.research.evaluation.library import arrow, average, routing_weights
+from t2l_engine.research.evaluation.library import prototypes as directions
 from t2l_engine.testing.numerics import LOGITS_ATOL, logits_bound, lora_frobenius, relative_frobenius, u
 
 NAMES = ("q_proj", "v_proj", "down_proj")
@@ -27,6 +28,16 @@ def blocks(**linears):
     """A model of two layers; ``linears``: name -> (in, out) features."""
     torch.manual_seed(0)
     return nn.ModuleList(nn.ModuleDict({name: nn.Linear(*sizes) for name, sizes in linears.items()}) for _ in range(2))
+
+
+def enter(*arguments, **options):
+    with arrow(*arguments, **options):
+        pass
+
+
+def prototypes(stack):
+    clean = stack.zero_padded()
+    return {name: directions(clean.lora_A[name], clean.lora_B[name].mT) for name in clean.lora_A}
 
 
 def inputs(*shape):
@@ -129,8 +140,6 @@ def test_prototypes_of_nothing_are_zero_and_padding_means_nothing(make_stack):
         exact = leading(stack.lora_A["q_proj"][i, layer, :rank], stack.lora_B["q_proj"][i, layer, :, :rank])
         got = found[i, layer] * torch.sign(found[i, layer].double() @ exact)
         assert relative_frobenius(got, exact) <= u(torch.float32)
-    with pytest.raises(ValueError, match="stack: expected at least one adapter, got none"):
-        prototypes(stack[:0])
 
 
 def test_logits_of_bfloat16_inputs_are_float32():
@@ -149,7 +158,7 @@ def test_logits_of_bfloat16_inputs_are_float32():
 def test_layers_equal_a_loop_over_tokens(make_stack, top_k, shape):
     bare, stack, x = blocks(q_proj=(16, 12)), make_stack({"q_proj": (16, 12)}), inputs(*shape)
     stack = with_ranks(stack, [[4, 2], [1, 4], [3, 3]])
-    with Arrow(bare, stack, top_k):
+    with arrow(bare, stack, top_k):
         for layer, block in enumerate(bare):
             got, base = block["q_proj"](x), nn.functional.linear(x, block["q_proj"].weight, block["q_proj"].bias)
             expected = naive(block["q_proj"], stack, "q_proj", layer, x, top_k)
@@ -162,14 +171,14 @@ def test_experts_that_add_nothing(make_stack):
     """Adapters with B A = 0; no tokens at all."""
     bare, stack, x = blocks(q_proj=(16, 12)), make_stack({"q_proj": (16, 12)}), inputs(2, 5, 16)
     stack.lora_B["q_proj"][1:] = 0
-    with Arrow(bare, stack, top_k=3):  # two shares of nothing
+    with arrow(bare, stack, top_k=3):  # two shares of nothing
         assert bare[0]["q_proj"](inputs(0, 5, 16)).shape == (0, 5, 12)
         expected = naive(bare[0]["q_proj"], stack, "q_proj", 0, x, 3)
         assert relative_frobenius(bare[0]["q_proj"](x), expected) <= lora_frobenius(torch.float32)
     base = bare[0]["q_proj"](x)
-    with Arrow(bare, stack[1:], top_k=2):
+    with arrow(bare, stack[1:], top_k=2):
         assert torch.equal(bare[0]["q_proj"](x), base)
-    with Arrow(bare, with_ranks(stack, [[0, 4], [0, 4], [0, 4]]), top_k=2):  # no adapter has the layer
+    with arrow(bare, with_ranks(stack, [[0, 4], [0, 4], [0, 4]]), top_k=2):  # no adapter has the layer
         assert torch.equal(bare[0]["q_proj"](x), base)
 
 
@@ -180,7 +189,7 @@ def test_packed_projections(make_stack):
     stack = make_stack({"v_proj": (16, 4), "q_proj": (16, 12)})
     packed = {"qkv": {"q_proj": 12, "k_proj": 4, "v_proj": 4}}
     base = bare[1]["qkv"](x)
-    with Arrow(bare, stack, top_k=2, packed=packed):
+    with arrow(bare, stack, top_k=2, packed=packed):
         got = bare[1]["qkv"](x)
     assert torch.equal(got[..., 12:16], base[..., 12:16])
     for name, start, width in (("q_proj", 0, 12), ("v_proj", 16, 4)):
@@ -191,14 +200,14 @@ def test_packed_projections(make_stack):
         expected = naive(part, stack, name, 1, x, 2)
         assert relative_frobenius(got[..., start : start + width], expected) <= lora_frobenius(torch.float32)
     with pytest.raises(ValueError, match="v_proj: .*ModuleList has no such module"):
-        Arrow(bare, stack, top_k=2)
+        enter(bare, stack, top_k=2)
 
 
 @torch.no_grad()
 def test_partial_libraries_leave_later_layers_alone(make_stack):
     bare, x = blocks(q_proj=(16, 12)), inputs(2, 5, 16)
     before = [block["q_proj"](x) for block in bare]
-    with Arrow(bare, make_stack({"q_proj": (16, 12)}, num_layers=1, partial=True), top_k=2):
+    with arrow(bare, make_stack({"q_proj": (16, 12)}, num_layers=1, partial=True), top_k=2):
         after = [block["q_proj"](x) for block in bare]
     assert not torch.equal(after[0], before[0]) and torch.equal(after[1], before[1])
 
@@ -207,7 +216,7 @@ def test_partial_libraries_leave_later_layers_alone(make_stack):
 def test_autocast_does_not_round_the_logits(make_stack):
     bare, stack, x = blocks(q_proj=(16, 12)), make_stack({"q_proj": (16, 12)}), inputs(2, 5, 16)
     base = bare[0]["q_proj"](x)
-    with Arrow(bare, stack, top_k=2):
+    with arrow(bare, stack, top_k=2):
         delta = bare[0]["q_proj"](x) - base
         with torch.autocast("cpu", dtype=torch.bfloat16):
             rounded = bare[0]["q_proj"](x)
@@ -226,7 +235,7 @@ def test_a_library_of_one_is_that_adapter(model, stack_for, tokens):
     with handle.use(0):
         expected = logits(model, tokens)
     handle.detach()
-    with Arrow(model, stack, top_k=1):
+    with arrow(model, stack, top_k=1):
         got = logits(model, tokens)
     assert (got - expected).abs().max() <= LOGITS_ATOL < 1000 * LOGITS_ATOL < (got - base).abs().max()
 
@@ -239,42 +248,38 @@ def test_bfloat16_models(tiny_model, stack_for, tokens):
         handle = attach(tiny := tiny_model("Llama", dtype=torch.bfloat16).to(dtype), stack.to(dtype=dtype))
         with handle.use(0):
             results.append(logits(tiny, tokens))
-    with Arrow(model, stack.to(dtype=torch.float32), top_k=1):  # rounded to the dtype of the weights again
+    with arrow(model, stack.to(dtype=torch.float32), top_k=1):  # rounded to the dtype of the weights again
         got = logits(model, tokens)
     assert got.dtype == torch.bfloat16
     assert float((got.double() - results[0]).norm()) <= logits_bound(*results)
 
 
-def test_detach_leaves_the_model_as_it_was(model, stack_for, tokens):
+def test_the_end_leaves_the_model_as_it_was(model, stack_for, tokens):
     stack = stack_for(model, NAMES)
     modules, state = dict(model.named_modules()), {key: tensor.clone() for key, tensor in model.state_dict().items()}
     base = logits(model, tokens)
-    routed = Arrow(model, stack, top_k=2)
-    assert not torch.equal(logits(model, tokens), base)
-    with pytest.raises(ValueError, match="model: a library is routed on it already; detach that one first"):
-        Arrow(model, stack[:1], top_k=1)
-    routed.detach()
+    with arrow(model, stack, top_k=2):
+        assert not torch.equal(logits(model, tokens), base)
+        with pytest.raises(ValueError, match="model: a library is routed on it already; end that context first"):
+            enter(model, stack[:1], top_k=1)
     assert torch.equal(logits(model, tokens), base)
     assert dict(model.named_modules()) == modules and not any(module._forward_hooks for module in modules.values())
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
-    with pytest.raises(RuntimeError, match="detached already"):
-        routed.detach()
-    with pytest.raises(KeyError), Arrow(model, stack, top_k=2):
+    with pytest.raises(KeyError), arrow(model, stack, top_k=2):
         raise KeyError
     assert torch.equal(logits(model, tokens), base)
-    with Arrow(model, stack, top_k=2) as routed:
+    with arrow(model, stack, top_k=2):
         before = logits(model, tokens)
         for tensor in (*stack.lora_A.values(), *stack.lora_B.values(), stack.scaling):
             tensor.zero_()  # the library was copied
         assert torch.equal(logits(model, tokens), before)
-        routed.detach()
 
 
 def test_generate(model, stack_for, tokens):
     """With its cache, the tokens that the whole sequence gives without one."""
     settings = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0}
     base = model.generate(tokens, **settings)
-    with Arrow(model, stack_for(model, NAMES), top_k=2):
+    with arrow(model, stack_for(model, NAMES), top_k=2):
         got = model.generate(tokens, **settings)
         for length in range(tokens.shape[1], got.shape[1]):
             scores = logits(model, got[:, :length])[:, -1]
@@ -290,9 +295,9 @@ def test_generate(model, stack_for, tokens):
 def test_top_k_is_checked(make_stack, top_k):
     model, stack = blocks(q_proj=(16, 12)), make_stack({"q_proj": (16, 12)})
     with pytest.raises(ValueError, match=r"top_k: expected an int in \[1, 3\], the adapters of the stack, got "):
-        Arrow(model, stack, top_k)
+        enter(model, stack, top_k)
     with pytest.raises(ValueError, match=r"top_k: .*, got 4"):  # unless given
-        Arrow(model, stack)
+        enter(model, stack)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +310,7 @@ def test_top_k_is_checked(make_stack, top_k):
 )
 def test_what_attach_refuses_is_refused(model, make_stack, shapes, num_layers, message):
     stack = make_stack(shapes, num_layers=num_layers)
-    for call in (lambda: attach(model, stack), lambda: Arrow(model, stack, top_k=1)):
+    for call in (lambda: attach(model, stack), lambda: enter(model, stack, top_k=1)):
         with pytest.raises(ValueError, match=message):
             call()
     assert not any(module._forward_hooks for module in model.modules())
@@ -314,23 +319,23 @@ def test_what_attach_refuses_is_refused(model, make_stack, shapes, num_layers, m
 def test_other_models_and_stacks_are_refused(model, make_stack, stack_for):
     stack = stack_for(model, NAMES)
     with pytest.raises(ValueError, match="model: expected a torch module, got str"):
-        Arrow("model", stack, top_k=1)
+        enter("model", stack, top_k=1)
     with pytest.raises(ValueError, match="stack: expected an AdapterStack, got str; read a folder"):
-        Arrow(model, "folder", top_k=1)
+        enter(model, "folder", top_k=1)
     with pytest.raises(ValueError, match="stack: expected at least one adapter, got none"):
-        Arrow(model, stack[:0], top_k=1)
+        enter(model, stack[:0], top_k=1)
     handle = attach(model, stack)
     with pytest.raises(ValueError, match="model: adapters are attached already"):
-        Arrow(model, stack, top_k=1)
+        enter(model, stack, top_k=1)
     handle.detach()
     bare, broken = blocks(q_proj=(16, 12)), make_stack({"q_proj": (16, 12)})
     broken.lora_A["q_proj"][0, 1] = torch.nan
     with pytest.raises(RuntimeError, match="non-finite"):
-        Arrow(bare, broken, top_k=1)
+        enter(bare, broken, top_k=1)
     assert not any(module._forward_hooks for module in bare.modules())
     bare[1]["q_proj"] = bare[0]["q_proj"]
     with pytest.raises(ValueError, match="q_proj: 0.q_proj and 1.q_proj are one linear; they cannot be routed apart"):
-        Arrow(bare, make_stack({"q_proj": (16, 12)}), top_k=1)
+        enter(bare, make_stack({"q_proj": (16, 12)}), top_k=1)
 
 
 def test_a_layer_that_returns_no_tensor(make_stack):
@@ -339,6 +344,6 @@ def test_a_layer_that_returns_no_tensor(make_stack):
             return super().forward(x), None
 
     bare = nn.ModuleList([nn.ModuleDict({"q_proj": Pair(16, 12)})])
-    with Arrow(bare, make_stack({"q_proj": (16, 12)}, num_layers=1), top_k=1):
+    with arrow(bare, make_stack({"q_proj": (16, 12)}, num_layers=1), top_k=1):
         with pytest.raises(RuntimeError, match="0.q_proj: expected a layer that returns a tensor, got tuple"):
             bare[0]["q_proj"](inputs(5, 16))

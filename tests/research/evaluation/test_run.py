@@ -135,7 +135,7 @@ def test_only_so_many_validation_examples_a_task(count):
     assert not any("v3" in prompt for prompt in answerer.prompts)
 
 
-@pytest.mark.parametrize("validation", [None, {}, {"first": ()}, {"other": words("v1")}])
+@pytest.mark.parametrize("validation", [{}, {"first": ()}, {"other": words("v1")}])
 def test_without_validation_the_first_form_is_taken_and_the_result_says_so(validation):
     answerer = Scripted()
     e = evaluation(answerer, [task("first", *words("t1"))], [BASE], validation=validation)
@@ -380,7 +380,7 @@ def test_methods_and_settings_that_do_not_fit():
     for methods in ([], [Method("a"), Method("b"), Method("a")]):
         with pytest.raises(ValueError, match="^methods: expected at least one and distinct names, got"):
             evaluation(Scripted(), tasks, methods)
-    for missing in (None, {"first": SHOWN}, {"first": SHOWN, "last": ()}):
+    for missing in ({"first": SHOWN}, {"first": SHOWN, "last": ()}):
         with pytest.raises(ValueError, match="^methods: icl needs worked examples of task (first|last), found none"):
             evaluation(Scripted(), tasks, [ICL], pools=missing)
 
