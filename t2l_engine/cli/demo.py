@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
-import threading
-import time
-from collections.abc import Iterator
+import timeit
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -67,26 +65,6 @@ SAME_INPUT = "The report says a lot about the recipe in the van."
 console = Console(highlight=False, width=118)
 
 
-@contextlib.contextmanager
-def busy(what: str) -> Iterator[None]:
-    """Print ``what`` at the start, the elapsed time every five seconds, and the total time at the end."""
-    start, done = time.perf_counter(), threading.Event()
-
-    def report() -> None:
-        while not done.wait(5):
-            console.print(f"    {what}: {time.perf_counter() - start:.0f} s ...")
-
-    console.print(f"==> {what}")
-    thread = threading.Thread(target=report, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-    console.print(f"==> {what}: done in {time.perf_counter() - start:.0f} s")
-
-
 @torch.no_grad()
 def answer(model, tokenizer, prompts: list[str], max_new_tokens: int = 14) -> list[str]:
     """First line of the greedy continuation of every prompt, in one batch."""
@@ -96,141 +74,119 @@ def answer(model, tokenizer, prompts: list[str], max_new_tokens: int = 14) -> li
     return [text.strip().split("\n")[0] for text in texts]
 
 
-def milliseconds(function, repeats: int = 5) -> float:
-    """Time of the fastest of ``repeats`` calls, in milliseconds."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return 1e3 * min(times)
+def show(title: str, columns: str, rows: Iterable[Iterable[str]], note: str = "") -> None:
+    """Print a table with ``note`` below it; a row that ends in a split begins a section."""
+    table = Table(*columns.split(", "), title=escape(title))
+    for row in rows:
+        cells = [escape(cell[:120]) for cell in row]
+        if cells[-1] in (IN_FAMILY, OUT_OF_FAMILY):
+            table.add_section()
+        table.add_row(*cells)
+    console.print(table)
+    console.print(note)
 
 
 def show_tasks(model, tokenizer, engine, lora) -> None:
-    table = Table(
-        "input", "base model", "right?", "adapted model", "right?", title="1. Sentences that nothing was trained on"
-    )
-    score = {"base": 0, "adapted": 0}
+    rows, score = [], {"base": 0, "adapted": 0}
     for i, (description, (split, pairs)) in enumerate(TASKS.items()):
-        table.add_section()
-        table.add_row(f"[bold]{escape(description)}[/bold]", f"[dim]{split}[/dim]")
+        rows.append((description, split))
         base = answer(model, tokenizer, [raw_prompt(description, x) for x, _ in pairs])
         with lora.use(i):
             adapted = answer(model, tokenizer, [engine.prompt(tokenizer, x) for x, _ in pairs])
         for (x, right), b, a in zip(pairs, base, adapted, strict=True):
             score["base"] += b == right
             score["adapted"] += a == right
-            marks = ["yes" if said == right else "no" for said in (b, a)]
-            table.add_row(x, escape(b[:48]), marks[0], escape(a[:48]), marks[1])
-    console.print(table)
+            rows.append((x, b[:48], "yes" if b == right else "no", a[:48], "yes" if a == right else "no"))
     total = sum(len(pairs) for _, pairs in TASKS.values())
-    console.print(
+    show(
+        "1. Sentences that nothing was trained on",
+        "input, base model, right?, adapted model, right?",
+        rows,
         f"Right, to the letter: base model {score['base']} of {total} (it reads the description in its prompt), "
         f"adapted {score['adapted']} of {total} (it reads the input alone). The first three sentences are among those that "
-        "work best; docs/results/quality.md has the means over hundreds of sentences.\n"
+        "work best; docs/results/quality.md has the means over hundreds of sentences.\n",
     )
 
 
 def show_own(model, tokenizer, engine, text: str) -> None:
-    table = Table("input", "base model", "adapted model", title=f"Your sentence: {escape(repr(text))}")
     base = answer(model, tokenizer, [raw_prompt(text, x) for x in INPUTS])
     lora = t2l.attach(model, engine.generate([text]))
     with lora.use(0):
         adapted = answer(model, tokenizer, [engine.prompt(tokenizer, x) for x in INPUTS])
     lora.detach()
-    for row in zip(INPUTS, base, adapted, strict=True):
-        table.add_row(*(escape(cell[:48]) for cell in row))
-    console.print(table)
-    console.print(
+    show(
+        f"Your sentence: {text!r}",
+        "input, base model, adapted model",
+        ((x, b[:48], a[:48]) for x, b, a in zip(INPUTS, base, adapted, strict=True)),
         "Answers are not scored: the right ones are not known. The base model reads the sentence in its prompt, the adapted "
-        "model reads the input alone.\n"
+        "model reads the input alone.\n",
     )
 
 
-def show_two_descriptions(model, tokenizer, engine, lora) -> None:
-    table = Table("description", "answer", title=f"2. One input, two descriptions: {SAME_INPUT!r}")
+def show_batches(model, tokenizer, engine, lora) -> None:
     with lora.use([0, 1]):
         answers = answer(model, tokenizer, [engine.prompt(tokenizer, SAME_INPUT)] * 2)
-    for description, got in zip(TASKS, answers, strict=False):
-        table.add_row(description, escape(got))
-    console.print(table)
-    console.print()
+    show(f"2. One input, two descriptions: {SAME_INPUT!r}", "description, answer", zip(TASKS, answers, strict=False))
 
-
-def show_mixed_batch(model, tokenizer, engine, lora) -> None:
-    table = Table("row", "adapter", "input", "answer", "alone", title="3. One batch, each row with its own adapter or none")
-    rows = [(i, pairs[0][0]) for i, (_, pairs) in enumerate(TASKS.values())]
-    rows = [*rows, (-1, rows[0][1]), (0, "Do you enjoy the ferry?"), (2, "the word banjo")]
-    prompts = [engine.prompt(tokenizer, x) for _, x in rows]
-    with lora.use([i for i, _ in rows]):
+    inputs = [(i, pairs[0][0]) for i, (_, pairs) in enumerate(TASKS.values())]
+    inputs += [(-1, inputs[0][1]), (0, "Do you enjoy the ferry?"), (2, "the word banjo")]
+    prompts, rows = [engine.prompt(tokenizer, x) for _, x in inputs], []
+    with lora.use([i for i, _ in inputs]):
         together = answer(model, tokenizer, prompts)
-    for row, (adapter, text) in enumerate(rows):
+    for row, (adapter, text) in enumerate(inputs):
         with lora.use(adapter):
             alone = answer(model, tokenizer, prompts)[row]
-        table.add_row(
-            str(row),
-            str(adapter) if adapter >= 0 else "base",
-            text,
-            escape(together[row][:48]),
-            "same" if alone == together[row] else escape(alone),
-        )
-    console.print(table)
-    console.print()
+        name = str(adapter) if adapter >= 0 else "base"
+        rows.append((str(row), name, text, together[row][:48], "same" if alone == together[row] else alone))
+    show("3. One batch, each row with its own adapter or none", "row, adapter, input, answer, alone", rows)
 
 
 def show_times(model, engine) -> None:
-    description, encoder = next(iter(TASKS)), engine.encoder
+    description, encoder, hypernetwork = next(iter(TASKS)), engine.encoder, engine.hypernetwork
     task_emb = encoder.encode([description])
-    stack = engine.hypernetwork.generate(task_emb)
+    stack = hypernetwork.generate(task_emb)
 
     def encode() -> None:  # with an empty cache of embeddings
         t2l.LLMEncoder(encoder.model, encoder.tokenizer, encoder.config, encoder.pooling).encode([description])
 
-    def attach_and_detach() -> None:
-        t2l.attach(model, stack).detach()
-
-    table = Table("step", "time", title="4. Times (this machine, one description, fastest of 5)")
-    table.add_row("text encoder", f"{milliseconds(encode):.1f} ms")
-    table.add_row("hypernetwork", f"{milliseconds(lambda: engine.hypernetwork.generate(task_emb)):.1f} ms")
-    table.add_row("attach", f"{milliseconds(attach_and_detach):.1f} ms")
-    console.print(table)
-    size = stack.num_parameters * stack.dtype.itemsize / 1e6
-    dtype = str(stack.dtype).removeprefix("torch.")
-    console.print(
-        f"One adapter: rank {engine.hypernetwork.config.rank}, {stack.num_parameters:,} values, {size:.2f} MB in {dtype}. "
-        "FLOPs beside few-shot prompts: t2l cost --model smollm2-135m.\n"
+    steps = {
+        "text encoder": encode,
+        "hypernetwork": lambda: hypernetwork.generate(task_emb),
+        "attach": lambda: t2l.attach(model, stack).detach(),
+    }
+    size, dtype = stack.num_parameters * stack.dtype.itemsize / 1e6, str(stack.dtype).removeprefix("torch.")
+    show(
+        "4. Times (this machine, one description, fastest of 5)",
+        "step, time",
+        ((name, f"{1e3 * min(timeit.repeat(step, number=1)):.1f} ms") for name, step in steps.items()),
+        f"One adapter: rank {hypernetwork.config.rank}, {stack.num_parameters:,} values, {size:.2f} MB in {dtype}. "
+        "FLOPs beside few-shot prompts: t2l cost --model smollm2-135m.\n",
     )
-
-
-def save_svg(path: str) -> None:
-    """Write the console's recording as SVG, without references to web fonts."""
-    svg = console.export_svg(title="make demo")
-    Path(path).write_text(re.sub(r"@font-face {.*?}", "", svg, flags=re.DOTALL), encoding="utf-8")
 
 
 def main(svg: str | None = None, text: str = "") -> None:
     """Run the demo; all printed numbers are measured in this run.
 
-    ``svg``: file for a picture of the first three tables; ``text``: a sentence of the user's, shown first.
+    ``svg``: file for a picture of the first three tables; ``text``: a sentence of the user's own, shown first.
     """
     logging.disable_progress_bar()
     console.print(f"[bold]t2l_engine {t2l.__version__}[/bold], native kernels: {'on' if ops.NATIVE else 'off'}\n")
-    with busy("SmolLM2-135M-Instruct (the first time its weights are unpacked)"):
+    with console.status("SmolLM2-135M-Instruct (the first time its weights are unpacked)"):
         model, tokenizer = packaged.load()
-    with busy("text encoder and hypernetwork, four sentences to adapters"):
+    with console.status("text encoder and hypernetwork, four sentences to adapters"):
         engine = t2l.TextToLoRA.from_pretrained(CHECKPOINT)
         stack = engine.generate([*TASKS])
-    console.print()
     if text.strip():
         show_own(model, tokenizer, engine, text.strip())
     lora = t2l.attach(model, stack)
     console.record = svg is not None
     show_tasks(model, tokenizer, engine, lora)
-    show_two_descriptions(model, tokenizer, engine, lora)
-    show_mixed_batch(model, tokenizer, engine, lora)
+    show_batches(model, tokenizer, engine, lora)
     lora.detach()
     if svg is not None:
-        save_svg(svg)
+        picture = console.export_svg(title="make demo")
+        without_web_fonts = re.sub(r"@font-face {.*?}", "", picture, flags=re.DOTALL)
+        Path(svg).write_text(without_web_fonts, encoding="utf-8")
     show_times(model, engine)
     console.print(
         f'Next: t2l generate "File the sentence under computers, cooking or law." -c {CHECKPOINT} -o out/   writes an '
