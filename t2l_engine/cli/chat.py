@@ -6,20 +6,20 @@ import contextlib
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from t2l_engine.cli.common import BaseDType, DType, EngineOptions, named, say, standard_input
-from t2l_engine.cli.desk import open_desk
+from t2l_engine.cli.desk import Desk, open_desk
 from t2l_engine.cli.options import takes
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.text import is_unicode
 
 if TYPE_CHECKING:
-    from t2l_engine.serving.side_by_side import Row, SideBySide
+    from t2l_engine.serving.side_by_side import Row
 
 HELP = """\
 Every line is an input; its answer goes to standard output.  Lines are independent: adapters are trained on single inputs.
@@ -47,17 +47,12 @@ _LINE_BREAKS = str.maketrans(dict.fromkeys("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029
 class Chat:
     """Inputs and commands, line by line.
 
-    Args:
-        desk: answers.
-        save: writes the adapter of a description to a folder or file.
-        interactive: False: every answer is printed as one line, with line breaks replaced by spaces.
-        options: ``max_new_tokens``, ``temperature`` and ``seed`` of :meth:`SideBySide.answers`.
+    ``interactive``: False: every answer is printed as one line, with line breaks replaced by spaces.  ``options``:
+    ``max_new_tokens``, ``temperature`` and ``seed`` of :meth:`SideBySide.answers`.
     """
 
-    def __init__(
-        self, desk: SideBySide, save: Callable[[str, Path], None], *, task: str, interactive: bool, options: dict[str, Any]
-    ):
-        self.desk, self.save, self.interactive, self.options = desk, save, interactive, options
+    def __init__(self, desk: Desk, *, task: str, interactive: bool, options: dict[str, Any]):
+        self.desk, self.interactive, self.options = desk, interactive, options
         self.tasks: dict[str, str] = {}
         self.add(UNNAMED, task)
         self.history: list[tuple[str, str, str]] = []  # input, name of who answered, answer
@@ -69,7 +64,7 @@ class Chat:
         Raises ValueError for an input that is too long for the model's context.
         """
         printed, last = "", None
-        with contextlib.closing(self.desk.answers(text, list(rows.values()), **self.options)) as answers:
+        with contextlib.closing(self.desk.side_by_side.answers(text, list(rows.values()), **self.options)) as answers:
             for last in answers:
                 if len(rows) == 1:  # without the last word, which the next token may continue
                     words = last.texts[0].rpartition(" ")[0]
@@ -86,11 +81,6 @@ class Chat:
     def _print(self, text: str, end: bool = False) -> None:
         typer.echo(text.translate({} if self.interactive else _LINE_BREAKS), nl=end)
 
-    def row(self, name: str) -> Row:
-        from t2l_engine.serving.side_by_side import Row
-
-        return Row(self.tasks[name], adapted=True)
-
     def line(self, line: str) -> bool:
         """Execute ``line``, an input or a command; False for /quit.  Raises ValueError for an invalid command."""
         from t2l_engine.serving.side_by_side import Row
@@ -99,21 +89,22 @@ class Chat:
             raise ValueError(f"input: expected UTF-8 text, got {short_repr(line)}")
         command, rest = (line.split(maxsplit=1) + [""])[:2]
         if not line.startswith("/") or line.startswith("//"):
-            self.last = line[1:] if line.startswith("//") else line
-            self.answer(self.last, {self.current or TASK: self.row(self.current)})
+            self.last = line.removeprefix("/")
+            self.answer(self.last, {self.current or TASK: Row(self.tasks[self.current], adapted=True)})
         elif command == "/task":
             with named({"texts[0]": "/task"}):
                 self.use(rest)
         elif command in ("/base", "/both"):
             if self.last is None:
                 raise ValueError(f"{command}: expected an input before it, got none")
-            adapted = {name or TASK: self.row(name) for name in self.tasks} if command == "/both" else {}
+            tasks = self.tasks if command == "/both" else {}
+            adapted = {name or TASK: Row(description, adapted=True) for name, description in tasks.items()}
             self.answer(self.last, {BASE: Row(), **adapted})
         elif command == "/save":
             if not rest:
                 raise ValueError("/save: expected a folder or FILE.gguf after it, got none")
             path = Path(rest).expanduser()
-            self.save(self.tasks[self.current], path)
+            self.desk.save(self.tasks[self.current], path)
             say(f"wrote {path}")
         elif command == "/tasks":
             for name, description in self.tasks.items():
@@ -132,13 +123,13 @@ class Chat:
     def add(self, name: str, description: str) -> None:
         """Use ``description`` as the task ``name``, and make its adapter.
 
-        Raises ValueError for a name of others, one task too many, or a description that the encoder refuses.
+        Raises ValueError for a reserved name, one task too many, or a description that the encoder refuses.
         """
         if name in (TASK, BASE):
             raise ValueError(f"/task: expected another name than {TASK} and {BASE}, got {name}")
-        if name not in self.tasks and len(self.tasks) == self.desk.slots:
-            raise ValueError(f"/task: expected at most {self.desk.slots} tasks, got one more; give it the name of another")
-        made = self.desk.hold([description])
+        if name not in self.tasks and len(self.tasks) == SLOTS:
+            raise ValueError(f"/task: expected at most {SLOTS} tasks, got one more; give it the name of another")
+        made = self.desk.side_by_side.hold([description])
         self.current, self.tasks[name] = name, description
         if self.interactive:
             say(f"the adapter is that of: {description} ({made.times})")
@@ -152,8 +143,8 @@ class Chat:
         name = UNNAMED if text == TASK else text
         if name in self.tasks:
             self.add(name, self.tasks[name])
-        elif named := _NAMED.fullmatch(text):
-            self.add(*named.groups())
+        elif match := _NAMED.fullmatch(text):
+            self.add(*match.groups())
         else:
             self.add(UNNAMED, text)
 
@@ -201,7 +192,7 @@ def chat(options: Options, engine: EngineOptions) -> None:
     desk = open_desk(engine, slots=SLOTS, max_new_tokens=options.max_new_tokens, dtype=options.dtype)
     sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "seed")}
     with named({"texts[0]": "--task"}):
-        session = Chat(desk.side_by_side, desk.save, task=options.task, interactive=interactive, options=sampling)
+        session = Chat(desk, task=options.task, interactive=interactive, options=sampling)
     if interactive:
         rank = desk.side_by_side.engine.hypernetwork.config.rank
         say(f"{desk.base_model}, adapters of rank {rank}; /help lists the commands")

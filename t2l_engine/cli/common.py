@@ -155,12 +155,9 @@ def load_engine(
         if is_base and not Path(packaged.resolve(name)).is_dir() and Path(given := packaged.resolve(base_model)).is_dir():
             encoder = given
     with named({"from_pretrained: scaling": "--scaling"}):
+        number = parse_scaling(scaling)
         engine = TextToLoRA.from_pretrained(
-            folder,
-            encoder=encoder or None,
-            scaling=parse_scaling(scaling),
-            device=device,
-            trust_remote_code=trust_remote_code,
+            folder, encoder=encoder or None, scaling=number, device=device, trust_remote_code=trust_remote_code
         )
     return engine, folder
 

@@ -18,28 +18,19 @@ from t2l_engine.research.costs import hypernet_flops
 def describe(folder: str | Path) -> dict[str, Any]:
     """Structure, sizes and origin of a T2L checkpoint (native or Sakana format) or of a PEFT adapter folder.
 
-    Files are read and checked completely.  Checkpoints: ``kind`` "checkpoint"; ``parameters`` counts ``heads``, ``trunk``
-    (all but the heads), ``offsets`` (buffers) and the attention ``pooling`` of an LLM encoder; ``gflop_per_adapter``: from
-    ``research.costs.hypernet_flops``; ``prompt``: the template of its training, and whether its prompts had the description.
-    Adapters: ``kind`` "adapter"; ``parameters`` counts true ranks; ``partial``: the base model may have more layers.
-    ``file_bytes`` is the size of the weights file.
-
-    Raises:
-        FileNotFoundError: the folder does not exist.
-        ValueError: it is neither, or a file in it is invalid (ConfigError, CheckpointError, AdapterError).
+    Files are read and checked completely.  Checkpoints: ``parameters`` counts ``trunk`` (all but the heads), ``heads``,
+    ``offsets`` (buffers) and ``pooling`` of an LLM encoder.  Adapters: ``parameters`` counts true ranks; ``partial``: the
+    base model may have more layers.  Raises FileNotFoundError for no folder, ValueError for another one or an invalid file.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    native = (CONFIG_NAME, WEIGHTS_NAME)
-    sakana = SAKANA_NAMES[:1]  # the other files may be two folders above
-    for names in (native, sakana):
-        if all((folder / name).is_file() for name in names):
-            return _checkpoint(folder)
+    if (folder / SAKANA_NAMES[0]).is_file() or ((folder / CONFIG_NAME).is_file() and (folder / WEIGHTS_NAME).is_file()):
+        return _checkpoint(folder)
     if (folder / peft.CONFIG_NAME).is_file():
         return _adapter(folder)
     raise ConfigError(
-        f"{folder}: expected a checkpoint ({' and '.join(native)}, or {sakana[0]}) or a PEFT adapter "
+        f"{folder}: expected a checkpoint ({CONFIG_NAME} and {WEIGHTS_NAME}, or {SAKANA_NAMES[0]}) or a PEFT adapter "
         f"({peft.CONFIG_NAME} and {peft.WEIGHTS_NAME}), found none of them"
     )
 
@@ -47,17 +38,14 @@ def describe(folder: str | Path) -> dict[str, Any]:
 def _checkpoint(folder: Path) -> dict[str, Any]:
     contents = checkpoint.read(folder)
     check_encoder(contents)
-    pooling = sum(tensor.numel() for tensor in contents.pooling.values())
     net = load(contents)
-    c, written = net.config, format_of(folder)
-    blocks = contents.blocks
-    training = blocks.get("training")
-    weights = WEIGHTS_NAME if written == "native" else SAKANA_NAMES[0]
+    c, blocks, form = net.config, contents.blocks, format_of(folder)
     heads = sum(p.numel() for p in net.heads.parameters())
+    training = blocks.get("training")
     return {
         "kind": "checkpoint",
         "folder": str(folder),
-        "form": written,
+        "form": form,
         "variant": c.variant,
         "task_encoder": c.task_encoder,
         "modules": [
@@ -77,10 +65,10 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
             "trunk": c.num_parameters - heads,
             "heads": heads,
             "offsets": sum(b.numel() for b in net.offsets.buffers()),
-            "pooling": pooling,
+            "pooling": sum(tensor.numel() for tensor in contents.pooling.values()),
         },
         "dtype": str(net.dtype).removeprefix("torch."),
-        "file_bytes": (folder / weights).stat().st_size,
+        "file_bytes": (folder / (WEIGHTS_NAME if form == "native" else SAKANA_NAMES[0])).stat().st_size,
         "gflop_per_adapter": sum(hypernet_flops(c).values()) / 1e9,
         "values_per_adapter": c.num_layers * c.rank * (sum(c.in_features) + sum(c.out_features)),
         "encoder": blocks.get("encoder") or _named_encoder(blocks),

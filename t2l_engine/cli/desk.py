@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t2l_engine.cli.common import DType, EngineOptions, base_model_of, expect_descriptions, named
-from t2l_engine.cli.export import GGUF, prompt_prefix
-from t2l_engine.cli.export import save as save_gguf
+from t2l_engine.cli.export import GGUF, save_gguf
 from t2l_engine.text import packaged
 
 if TYPE_CHECKING:
@@ -24,16 +23,16 @@ class Desk:
 
     def save(self, description: str, path: Path) -> None:
         """Write the adapter of ``description`` to FILE.gguf, or as a PEFT folder.  Raises ValueError or OSError."""
-        self.side_by_side.run(lambda: self._save(description, path))
 
-    def _save(self, description: str, path: Path) -> None:
-        of = self.side_by_side
-        stack = of.engine.generate([description])
-        if path.suffix.lower() == GGUF:
-            prefix = prompt_prefix(of.engine, description)
-            save_gguf(stack, 0, path, of.model.config, None, description, prefix)
-        else:
-            stack.save_pretrained(path, base_model_name_or_path=packaged.hub_name(self.base_model))
+        def work() -> None:
+            engine = self.side_by_side.engine
+            stack = engine.generate([description])
+            if path.suffix.lower() == GGUF:
+                save_gguf(stack, 0, path, self.side_by_side.model.config, description=description, engine=engine)
+            else:
+                stack.save_pretrained(path, base_model_name_or_path=packaged.hub_name(self.base_model))
+
+        self.side_by_side.run(work)
 
 
 def open_desk(options: EngineOptions, *, slots: int, max_new_tokens: int, dtype: DType) -> Desk:

@@ -10,14 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from t2l_engine.cli.common import (
-    DEFAULT_CHECKPOINT,
-    EngineOptions,
-    Json,
-    base_model_of,
-    named,
-    print_json,
-)
+from t2l_engine.cli.common import DEFAULT_CHECKPOINT, EngineOptions, Json, base_model_of, named, print_json
 from t2l_engine.cli.options import takes
 
 if TYPE_CHECKING:
@@ -118,41 +111,38 @@ def _adapter_file(source: str, output: Path, dtype: Any, options: Engine) -> dic
     from t2l_engine.text.base_model import config_of
 
     about = os.path.join(source, CONFIG_NAME)
+    is_path = os.path.exists(source) or (os.sep in source and not any(map(str.isspace, source)))
     if os.path.isfile(about):
-        stack, prefix, what = AdapterStack.from_peft(source), "", "adapter"
+        stack, engine, what = AdapterStack.from_peft(source), None, "adapter"
         base = options.base_model or read_json(Path(about)).get("base_model_name_or_path")
         if not base:
             raise ValueError(f"--base-model: {source} does not name one; give it here")
         options.refuse(f"{source} is an adapter already")
-    elif (
-        source in bundled_checkpoints() or os.path.exists(source) or (os.sep in source and not any(map(str.isspace, source)))
-    ):
+    elif is_path or source in bundled_checkpoints():
         raise ValueError(
             f"{source}: expected a description, or a PEFT adapter folder with {CONFIG_NAME}, for the adapter in {output}"
         )
     else:
         engine, folder = dataclasses.replace(options, checkpoint=options.checkpoint or DEFAULT_CHECKPOINT).load()
         with named({"texts[0]": "SOURCE"}):
-            stack = engine.generate([source])
-        prefix, what = prompt_prefix(engine, source), "description"
+            stack, what = engine.generate([source]), "description"
         base = base_model_of(folder, options.base_model)
     with named({"base_model": "--base-model"}):
         config = config_of(base)
-    save(stack, 0, output, config, dtype, source if what == "description" else "", prefix)
+    save_gguf(stack, 0, output, config, dtype=dtype, description=source if engine else "", engine=engine)
     return {"dtype": "float32" if dtype is None else str(dtype).removeprefix("torch."), "base_model": base, what: source}
 
 
-def prompt_prefix(engine: TextToLoRA, description: str) -> str:
-    """The start of prompts for a checkpoint trained with descriptions in raw prompts; else empty."""
+def save_gguf(
+    stack: AdapterStack, i: int, file: Path, config: Any, *,
+    dtype: Any = None, description: str = "", engine: TextToLoRA | None = None,
+) -> None:  # fmt: skip
+    """Adapter ``i`` as a GGUF file, with the start of prompts if ``engine`` was trained with descriptions in raw prompts."""
     from t2l_engine.text.prompts import RAW, raw_prompt
 
-    if not engine.description_in_prompt or engine.prompt_form != RAW:  # a chat template puts it inside a turn
-        return ""
-    return raw_prompt(description, "").removesuffix(raw_prompt("", ""))
-
-
-def save(stack: AdapterStack, i: int, file: Path, config: Any, dtype: Any, description: str, prefix: str) -> None:
-    """Adapter ``i`` as a GGUF file."""
+    prefix = ""
+    if engine is not None and engine.description_in_prompt and engine.prompt_form == RAW:
+        prefix = raw_prompt(description, "").removesuffix(raw_prompt("", ""))
     try:
         with named({"config": "--base-model"}):
             stack.save_gguf(file, i, config=config, dtype=dtype, description=description, prompt_prefix=prefix)

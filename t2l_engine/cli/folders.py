@@ -56,20 +56,15 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Describe a checkpoint (native or Sakana format) or a PEFT adapter."""
+    from rich.table import Table
+
     from t2l_engine.cli.describe import describe
     from t2l_engine.hypernetwork.folder import resolve_checkpoint
 
     about = describe(resolve_checkpoint(folder))
     if as_json:
         print_json(about)
-    else:
-        _render(about)
-
-
-def _render(about: dict[str, Any]) -> None:
-    """Print facts and a table of modules; strings from files are escaped and bounded in length."""
-    from rich.table import Table
-
+        return
     facts = Table.grid(padding=(0, 2))
     for key, value in about.items():
         if key != "modules":
@@ -84,7 +79,7 @@ def _render(about: dict[str, Any]) -> None:
 
 
 def _text(value: Any, depth: int = 3) -> str:
-    """``value`` as text; ``depth``: levels of lists and objects that are shown."""
+    """``value``, from a file, as text of bounded length; ``depth``: levels of lists and objects that are shown."""
     from t2l_engine.files.errors import short_repr
 
     if isinstance(value, (dict, list)) and not depth:

@@ -101,6 +101,9 @@ def generate(options: Options, engine_options: Engine) -> None:
     modules and parameters; with --library, also the stored adapters that were used, with similarity and weight.
     --examples needs a checkpoint whose encoder reads examples.
     """
+    from t2l_engine.hypernetwork import checkpoint
+    from t2l_engine.text import packaged
+    from t2l_engine.text.base_model import config_of
     from t2l_engine.text.examples import read_examples
 
     _check(options, engine_options)
@@ -108,8 +111,14 @@ def generate(options: Options, engine_options: Engine) -> None:
     lines = {f"description {i}": text for i, text in given} if options.file is None else _read(options.file)
     shots = None if options.examples is None else read_examples(options.examples)
     engine, folder = engine_options.load()
-    _check_texts(engine, lines, shots)
-    base, config = _base_model(folder, engine_options.base_model, options.form)
+    for line, text in lines.items():  # an error names file and line
+        with named({"texts[0]": line, "examples[0]": "--examples", "examples": "--examples"}):
+            engine.encoder.prepare([text], None if shots is None else [shots])
+    name, config = engine_options.base_model or checkpoint.describe(folder).get("base_model"), None
+    base = name and packaged.hub_name(name)
+    if options.form is Format.gguf:
+        with named({"base_model": "--base-model"}):
+            config = config_of(base_model_of(folder, engine_options.base_model))
     library = None if options.library is None else _open_library(options.library, base, options.top_k)
     texts, results = list(lines.values()), []
     adapters = _adapters(engine, texts, shots, library, options.top_k, options.min_similarity)
@@ -119,10 +128,10 @@ def generate(options: Options, engine_options: Engine) -> None:
             if config is None:
                 stack.save_pretrained(path, adapter=i, base_model_name_or_path=base)
             else:
-                export.save(stack, i, path, config, None, text, export.prompt_prefix(engine, text))
+                export.save_gguf(stack, i, path, config, description=text, engine=engine)
             results.append(_about(text, path, options.form, stack, i, matches))
             if not options.as_json:
-                _print(results[-1], path)
+                typer.echo(_line(results[-1], path))
     if options.as_json:
         print_json(results)
 
@@ -152,19 +161,6 @@ def _check(options: Options, engine: Engine) -> None:
         )
 
 
-def _base_model(folder: Path, given: str, form: Format) -> tuple[str | None, Any]:
-    """(name that PEFT folders state, configuration for GGUF files or None) for the checkpoint in ``folder``."""
-    from t2l_engine.hypernetwork import checkpoint
-    from t2l_engine.text import packaged
-    from t2l_engine.text.base_model import config_of
-
-    name = given or checkpoint.describe(folder).get("base_model")
-    if form is Format.peft:
-        return name and packaged.hub_name(name), None
-    with named({"base_model": "--base-model"}):
-        return name and packaged.hub_name(name), config_of(base_model_of(folder, given))
-
-
 @contextlib.contextmanager
 def _index(options: Options, texts: list[str]) -> Iterator[list[str]]:
     """Names of the adapters in the output; index.json is gone while several are written, and complete afterwards."""
@@ -185,8 +181,7 @@ def _open_library(folder: Path, base: str | None, top_k: int) -> AdapterLibrary:
 
     library, theirs = AdapterLibrary.open(folder), stored_base(folder)
     if differ(base, theirs):
-        said = f"the adapters in {folder} are of {theirs}, and are written as of {base}"
-        say(f"warning: {said}; --base-model names another")
+        say(f"warning: the adapters in {folder} are of {theirs}, and are written as of {base}; --base-model names another")
     if top_k > len(library):
         raise ValueError(f"--top-k: expected at most the {len(library)} adapters of the library, got {top_k}")
     return library
@@ -220,18 +215,10 @@ def _about(text: str, path: Path, form: Format, stack: AdapterStack, i: int, mat
     } | stored
 
 
-def _print(about: dict[str, Any], path: Path) -> None:
-    """One line for an adapter."""
+def _line(about: dict[str, Any], path: Path) -> str:
     stored = ", ".join(f"{match['name']} ({match['similarity']:.2f})" for match in about.get("stored", ()))
     origin = f", stored: {stored}" if stored else ", generated" if "stored" in about else ""
-    typer.echo(f"{path}: rank {about['rank']}, scaling {about['scaling']:g}, {about['description']!r}{origin}")
-
-
-def _check_texts(engine: TextToLoRA, texts: dict[str, str], shots: list[tuple[str, str]] | None) -> None:
-    """ValueError, naming the key in ``texts``, such as file and line, for a text or examples that the encoder rejects."""
-    for name, text in texts.items():
-        with named({"texts[0]": name, "examples[0]": "--examples", "examples": "--examples"}):
-            engine.encoder.prepare([text], None if shots is None else [shots])
+    return f"{path}: rank {about['rank']}, scaling {about['scaling']:g}, {about['description']!r}{origin}"
 
 
 def _is_index(file: Path) -> bool:

@@ -41,12 +41,14 @@ def _print(about: dict[str, Any]) -> None:
     typer.echo(f"t2l_engine {about['t2l_engine']}, torch {about['torch']}, Python {about['python']}")
     native = "loaded" if about["native_library"] else "not in use: every op runs its plain-torch reference"
     typer.echo(f"native library: {native}")
-    build, isas = about["build"], about["instruction_sets"]
-    if build is not None:
-        typer.echo(f"build: {build['version']}, {build['build_type']}, compiler {build['compiler']}")
-        typer.echo(f"CUDA kernels: {build['cuda']}")
-        typer.echo(f"instruction set: {isas['chosen']} ({isas['why']})")
-        typer.echo(f"available: {', '.join(isas['available'])}")
+    if build := about["build"]:
+        isas = about["instruction_sets"]
+        typer.echo(
+            f"build: {build['version']}, {build['build_type']}, compiler {build['compiler']}\n"
+            f"CUDA kernels: {build['cuda']}\n"
+            f"instruction set: {isas['chosen']} ({isas['why']})\n"
+            f"available: {', '.join(isas['available'])}"
+        )
     typer.echo(f"threads: {about['threads']}")
     typer.echo("ops (native: float32 and bfloat16, on CUDA float16 too; other dtypes run the reference):")
     for name, runs in about["ops"].items():

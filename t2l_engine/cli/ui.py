@@ -57,8 +57,7 @@ def ui(options: Options, engine: Engine) -> None:
     from t2l_engine.text.encoder import OneHotEncoder
 
     keep_freed_memory()
-    host, port = options.host, options.port
-    _check_address(host, port)
+    _check_address(options.host, options.port)
     desk = open_desk(engine, slots=options.adapters, max_new_tokens=options.max_new_tokens, dtype=options.dtype)
     if isinstance(desk.side_by_side.engine.encoder, OneHotEncoder):
         raise ValueError(
@@ -75,12 +74,11 @@ def ui(options: Options, engine: Engine) -> None:
         landmarks=landmarks(max(3, min(LANDMARKS, MAP_BYTES // size))),
         max_new_tokens=options.max_new_tokens,
     )
-    if not _is_loopback(host):
-        say(f"warning: --host {host}: the page is exposed without authentication")
     blocks = page.blocks(first, INPUT)
-    blocks.launch(server_name=host, server_port=port, quiet=True, prevent_thread_lock=True, **page.launch_options())
+    address = {"server_name": options.host, "server_port": options.port}
+    blocks.launch(**address, quiet=True, prevent_thread_lock=True, **page.launch_options())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # service managers and containers: as Ctrl-C
-    say(f"the page is at http://{host}:{port}; Ctrl-C ends it")
+    say(f"the page is at http://{options.host}:{options.port}; Ctrl-C ends it")
     try:
         blocks.block_thread()
     finally:
@@ -92,7 +90,9 @@ def _check_address(host: str, port: int) -> None:
     if ":" in host:
         raise ValueError(f"--host: expected a name or an IPv4 address, got {host!r}")
     try:
-        socket.create_server((host, port)).close()
+        with socket.create_server((host, port)) as free:
+            if not ipaddress.ip_address(free.getsockname()[0]).is_loopback:
+                say(f"warning: --host {host}: the page is exposed without authentication")
     except OSError as error:
         raise OSError(f"--host, --port: {host}:{port}: {error.strerror}") from None
 
@@ -104,10 +104,3 @@ def landmarks(count: int) -> list[tuple[str, str]]:
     placed = list(itertools.islice(suite.stream(0), len(suite.FAMILIES)))
     chosen = [placed[i * len(placed) // count] for i in range(count)]
     return [(one.spec.family.name, suite.task(one.spec, 1, 0).descriptions[0]) for one in chosen]
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

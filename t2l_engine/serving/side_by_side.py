@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from t2l_engine.lora.handle import attach
 from t2l_engine.text.loading import positions
@@ -98,7 +98,7 @@ class SideBySide:
         return list(self._held)
 
     def run(self, call: Callable[[], T]) -> T:
-        """The result of ``call``, which may use the engine, in this object's thread."""
+        """Call in this object's thread, where the engine may be used."""
         return self._thread.submit(call).result()
 
     def hold(self, descriptions: Sequence[str]) -> Made:
@@ -164,40 +164,45 @@ class SideBySide:
                 wait([done])
 
     def _answer(
-        self,
-        text: str,
-        rows: Sequence[Row],
-        max_new_tokens: int,
-        sampling: dict[str, Any],
-        start: float,
-        emit: Callable[[Answers], None],
-        stop: threading.Event,
-    ) -> None:
+        self, text: str, rows: Sequence[Row], max_new_tokens: int, sampling: dict[str, Any], start: float,
+        emit: Callable[[Answers], None], stop: threading.Event,
+    ) -> None:  # fmt: skip
+        """Answer in this object's thread; ``start``: time of the question."""
         if not rows:
             raise ValueError("rows: expected at least one, got none")
-        prompts = self.prompts(text, rows)
-        batch = self._batch(prompts, max_new_tokens)
-        made = self._hold([row.description for row in rows if row.adapted])
-        ids = [self._held[row.description] if row.adapted else BASE for row in rows]
-        watch = _Watch(self, prompts, batch["input_ids"].shape[1], made, start, emit, stop)
-        with self._lora.use(ids):
-            self.model.generate(
-                **batch, **sampling, max_new_tokens=max_new_tokens, pad_token_id=self.tokenizer.pad_token_id,
-                stopping_criteria=StoppingCriteriaList([watch]),
-            )  # fmt: skip
-
-    def _batch(self, prompts: Sequence[str], max_new_tokens: int) -> Any:
-        """The prompts as padded ids."""
-        limit = self.check_length(max_new_tokens)
+        prompts, limit = self.prompts(text, rows), self.check_length(max_new_tokens)
         ids = prompt_ids(self.tokenizer, prompts)
-        batch = self.tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt")
+        batch = self.tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt").to(self.model.device)
         length = batch["input_ids"].shape[1]
         if limit is not None and length + max_new_tokens > limit:
             raise ValueError(
                 f"input: expected at most {limit - max_new_tokens} tokens (the model has {limit} positions, "
                 f"{max_new_tokens} of them for the answer), got {length}"
             )
-        return batch.to(self.model.device)
+        made = self._hold([row.description for row in rows if row.adapted])
+        form, end = self.engine.prompt_form, self.model.generation_config.eos_token_id
+        texts, done, tokens, first = [""] * len(rows), [False] * len(rows), 0, 0.0
+
+        def watch(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            """Report the answers after a token; True for rows whose answer is complete, and for all after ``stop``."""
+            nonlocal tokens, first
+            passed = time.perf_counter() - start
+            first = first or passed
+            for i, new in enumerate(input_ids[:, length:].tolist()):
+                if not done[i]:
+                    tokens += 1
+                    said = continuation(self.tokenizer, prompts[i], new)
+                    texts[i] = answer_in(form, said).removesuffix("\ufffd")  # without the first bytes of a character
+                    ended = new[-1] in end if isinstance(end, list) else new[-1] == end
+                    done[i] = ended or (form == RAW and NEXT_EXAMPLE in said)
+            emit(Answers(tuple(texts), made, tokens, first, passed - first))
+            return torch.tensor([of or stop.is_set() for of in done], device=input_ids.device)
+
+        with self._lora.use([self._held[row.description] if row.adapted else BASE for row in rows]):
+            self.model.generate(
+                **batch, **sampling, max_new_tokens=max_new_tokens, pad_token_id=self.tokenizer.pad_token_id,
+                stopping_criteria=StoppingCriteriaList([watch]),  # type: ignore[list-item]
+            )  # fmt: skip
 
     def check_length(self, max_new_tokens: int) -> int | None:
         """Number of positions of the model, None: no limit; ValueError unless answers of ``max_new_tokens`` leave room."""
@@ -207,8 +212,7 @@ class SideBySide:
         return limit
 
     def _hold(self, descriptions: Sequence[str]) -> Made:
-        """As :meth:`hold`, in this object's thread."""
-        wanted = list(dict.fromkeys(descriptions))
+        wanted = dict.fromkeys(descriptions)
         if len(wanted) > self.slots:
             raise ValueError(f"descriptions: expected at most {self.slots}, as many as there are slots, got {len(wanted)}")
         for description in wanted:
@@ -230,44 +234,3 @@ class SideBySide:
             self._held[description] = slot
         times.append(time.perf_counter())
         return Made(len(new), *(end - start for start, end in zip(times, times[1:], strict=False)))
-
-
-class _Watch(StoppingCriteria):
-    """Reports the answers after every token; ends rows whose answer is complete, and all rows once ``stop`` is set.
-
-    ``length``: of the padded prompts, in tokens; ``start``: time of the question.
-    """
-
-    def __init__(
-        self,
-        of: SideBySide,
-        prompts: Sequence[str],
-        length: int,
-        made: Made,
-        start: float,
-        emit: Callable[[Answers], None],
-        stop: threading.Event,
-    ):
-        rows, self._prompts, self._length = len(prompts), prompts, length
-        ends = of.model.generation_config.eos_token_id
-        self._ends = set(ends if isinstance(ends, list) else [ends])
-        self._tokenizer, self._form = of.tokenizer, of.engine.prompt_form
-        self._made, self._start, self._emit, self._stop = made, start, emit, stop
-        self._texts, self._done, self._tokens, self._first = [""] * rows, [False] * rows, 0, 0.0
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        passed = time.perf_counter() - self._start
-        self._first = self._first or passed
-        for i, ids in enumerate(input_ids[:, self._length :].tolist()):
-            if not self._done[i]:
-                self._tokens += 1
-                self._texts[i], ended = self._text(self._prompts[i], ids)
-                self._done[i] = ended or ids[-1] in self._ends
-        self._emit(Answers(tuple(self._texts), self._made, self._tokens, self._first, passed - self._first))
-        return torch.tensor([done or self._stop.is_set() for done in self._done], device=input_ids.device)
-
-    def _text(self, prompt: str, ids: list[int]) -> tuple[str, bool]:
-        """(Answer of a row, whether it is complete)."""
-        text = continuation(self._tokenizer, prompt, ids)
-        answer, ended = answer_in(self._form, text), self._form == RAW and NEXT_EXAMPLE in text
-        return answer.removesuffix("\ufffd"), ended  # without the first bytes of a character
