@@ -28,7 +28,7 @@ def test_import_costs_little_more_than_torch():
     tops = {name: name.split(".")[0] for name in after - before - own}
     # The name of the last one goes on with that of the system.
     others = {n for n, top in tops.items() if top not in sys.stdlib_module_names and not top.startswith("_sysconfigdata_")}
-    assert len(own) < 50 and {name.split(".")[0] for name in others} <= {"torch", "triton"}
+    assert len(own) < 60 and {name.split(".")[0] for name in others} <= {"torch", "triton"}
     assert len(others) < 100, "torch's FLOP counter, which brings triton (some 70 modules) where it is installed"
 
 
