@@ -88,9 +88,7 @@ results: setup
 	$(BIN)/python -m bench train
 	$(BIN)/python -m bench report
 
-# Coverage-guided where atheris has a wheel for this Python, else by seeded mutation.
 fuzz: setup
-	-$(PIP) install -q --only-binary=:all: "atheris>=3"
 	$(BIN)/python tests/hostile/fuzz.py --seconds 600
 
 # The CUDA kernels without a GPU: their own tests in the emulator, and what nvcc makes of them.
