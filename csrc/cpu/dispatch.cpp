@@ -28,13 +28,15 @@ namespace t2l {
   void hypernet_head(const HeadParams&, ParallelFor);         \
   void probe_read(const void*, int64_t, int64_t);             \
   void probe_copy(void*, const void*, int64_t, int64_t);      \
-  int64_t probe_multiply_adds(DType, int64_t);                \
   }
 T2L_DECLARE(generic)
 #if defined(__x86_64__)
 T2L_DECLARE(avx2)
 T2L_DECLARE(avx512)
 T2L_DECLARE(avx512_bf16)
+namespace avx512_bf16 {
+int64_t probe_multiply_adds(DType, int64_t);
+}
 T2L_DECLARE(avx512_bf16_wide)
 T2L_DECLARE(amx)
 #elif defined(__aarch64__)
@@ -52,13 +54,11 @@ struct Kernels {
   void (*hypernet_head)(const HeadParams&, ParallelFor);
   void (*probe_read)(const void*, int64_t, int64_t);
   void (*probe_copy)(void*, const void*, int64_t, int64_t);
-  int64_t (*probe_multiply_adds)(DType, int64_t);
 };
 
 // LoRA uses neither matrix tiles nor panels: instruction sets that differ in those alone share its kernels.
-#define T2L_KERNELS(ns, lora_ns)                                                      \
-  {lora_ns::lora,  lora_ns::lora_backward, ns::hypernet_trunk,     ns::hypernet_head, \
-   ns::probe_read, ns::probe_copy,         ns::probe_multiply_adds}
+#define T2L_KERNELS(ns, lora_ns) \
+  {lora_ns::lora, lora_ns::lora_backward, ns::hypernet_trunk, ns::hypernet_head, ns::probe_read, ns::probe_copy}
 constexpr Kernels kNone{};  // of another architecture, or not in this build
 #if defined(__x86_64__)
 #define T2L_X86_KERNELS(ns, lora_ns) T2L_KERNELS(ns, lora_ns)
@@ -241,9 +241,6 @@ void hypernet_head(const HeadParams& p, Isa isa, ParallelFor parallel) { kernels
 void probe_read(const void* data, int64_t bytes, int64_t repeats, Isa isa) { kernels(isa).probe_read(data, bytes, repeats); }
 void probe_copy(void* target, const void* source, int64_t bytes, int64_t repeats, Isa isa) {
   kernels(isa).probe_copy(target, source, bytes, repeats);
-}
-int64_t probe_multiply_adds(DType type, int64_t iterations, Isa isa) {
-  return kernels(isa).probe_multiply_adds(type, iterations);
 }
 
 }  // namespace t2l

@@ -1,10 +1,7 @@
-// Roofline probes of one thread: peak bandwidth and FLOP/s.  Empty asm statements keep the compiler from eliminating the
-// work.
+// Probes of one thread: memory bandwidth, for benchmarks, and the rates by which dispatch.cpp chooses between two
+// instruction sets.  Empty asm statements keep the compiler from eliminating the work.
 #pragma once
 #include "simd.h"
-#if T2L_TILES
-#include "tiles.h"
-#endif
 
 namespace t2l {
 namespace T2L_ISA_NAMESPACE {
@@ -42,6 +39,7 @@ void probe_copy(void* target, const void* source, int64_t bytes, int64_t repeats
   }
 }
 
+#if T2L_ISA_LEVEL == T2L_AVX512_BF16 && !T2L_TILES && !T2L_WIDE_PANELS
 // Products of T accumulated in float32, as in the kernels.
 template <class T>
 inline int64_t probe_steps(int64_t iterations) {
@@ -57,34 +55,10 @@ inline int64_t probe_steps(int64_t iterations) {
   return iterations * kProbeStreams * D::kStep * 2;
 }
 
-#if T2L_TILES
-// As the kernels: products of bfloat16 in tiles.
-template <>
-inline int64_t probe_steps<bf16>(int64_t iterations) {
-  constexpr int64_t kStreams = 4;
-  alignas(kCacheLine) unsigned char zeros[kTileBytes] = {};
-  Tiles tiles;
-  tiles.load<0>(zeros, kCacheLine);
-  tiles.load<1>(zeros, kCacheLine);
-  tiles.zero<4>();
-  tiles.zero<5>();
-  tiles.zero<6>();
-  tiles.zero<7>();
-  for (int64_t i = 0; i < iterations; ++i) {
-    tiles.dot<4, 0, 1>();
-    tiles.dot<5, 0, 1>();
-    tiles.dot<6, 0, 1>();
-    tiles.dot<7, 0, 1>();
-  }
-  return iterations * kStreams * kTileSide * kTileSide * kTileFeatures * 2;
-}
-#endif
-
-// With wide panels the hypernetwork's products are of float32 for both; LoRA's dot products of bfloat16 wait for memory.
 int64_t probe_multiply_adds(DType type, int64_t iterations) {
-  if (T2L_WIDE_PANELS) return probe_steps<float>(iterations);
   return type == DType::bf16 ? probe_steps<bf16>(iterations) : probe_steps<float>(iterations);
 }
+#endif
 
 }  // namespace T2L_ISA_NAMESPACE
 }  // namespace t2l

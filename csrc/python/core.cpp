@@ -1,7 +1,5 @@
-// _core: roofline probes for benchmarks (peak bandwidth and FLOP/s of this machine).  Not part of wheels.
+// _core: roofline probes for benchmarks (memory bandwidth of this machine).  Not part of wheels.
 #include <pybind11/pybind11.h>
-
-#include <string>
 
 #include "t2l/kernels.h"
 #include "t2l/probe.h"
@@ -12,14 +10,6 @@ t2l::Isa chosen() {
   t2l::Isa isa = t2l::Isa::generic;
   if (const char* error = t2l::chosen_isa(&isa)) throw pybind11::value_error(error);
   return isa;
-}
-
-int64_t multiply_adds(const std::string& dtype, int64_t iterations) {
-  if (dtype != "float32" && dtype != "bfloat16")
-    throw pybind11::value_error("dtype: expected 'float32' or 'bfloat16', got '" + dtype + "'");
-  const t2l::Isa isa = chosen();
-  const pybind11::gil_scoped_release others_run;
-  return t2l::probe_multiply_adds(dtype == "bfloat16" ? t2l::DType::bf16 : t2l::DType::f32, iterations, isa);
 }
 
 // Addresses as from Tensor.data_ptr(): this module does not depend on torch.
@@ -39,8 +29,6 @@ void copy_memory(uintptr_t target, uintptr_t source, int64_t num_bytes, int64_t 
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Roofline probes of this machine";
-  m.def("multiply_adds", &multiply_adds, pybind11::arg("dtype"), pybind11::arg("iterations"),
-        "Register-only FMAs on one thread, products of dtype ('float32', 'bfloat16'); returns the FLOPs done");
   m.def("read_memory", &read_memory, pybind11::arg("address"), pybind11::arg("num_bytes"), pybind11::arg("repeats"),
         "Reads num_bytes at address, rounded down to cache lines (64 bytes), repeats times, on one thread");
   m.def("copy_memory", &copy_memory, pybind11::arg("target"), pybind11::arg("source"), pybind11::arg("num_bytes"),
