@@ -57,6 +57,8 @@ ITALY = {"input": "Italy", "output": ["Rome"], "split": "train"}
     "{", "[1]", "null", '"text"', '{"input": "\\ud800", "output": ["Rome"], "split": "train"}',
     *({key: value for key, value in ITALY.items() if key != missing} for missing in ITALY),
     *(ITALY | {"output": value} for value in ("Rome", [], [3], None, {"Rome": 1})),
+    *(ITALY | {"metric": "pass", "tests": "pass"} | {key: value} for key in ("metric", "options", "tests")
+      for value in (None, 3, [3], {"a": 1}, [["a"]])),
     ITALY | {"input": 3}, ITALY | {"split": None},
 ], ids=str)  # fmt: skip
 def test_a_bad_line_is_named(write, line):
@@ -64,25 +66,16 @@ def test_a_bad_line_is_named(write, line):
         load_tasks(write({"a": ["Name it."]}, a=[ROWS[0], "", line, ROWS[1]]), "train")
 
 
-def test_bytes_that_are_no_text_are_named(write):
-    folder = write({"a": ["Name it."]}, a=ROWS)
-    with (folder / "a.jsonl").open("ab") as file:
-        file.write(b'\n{"input": "\xff"}')
-    with pytest.raises(ConfigError, match=r"a\.jsonl"):
-        load_tasks(folder, "train")
-    (folder / "descriptions.json").write_bytes(b"\xff")
-    with pytest.raises(ConfigError, match=r"descriptions\.json"):
-        load_tasks(folder, "train")
-
-
-def test_missing_files_and_splits(write, tmp_path):
+def test_files_that_are_not_there_or_no_text(write, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere.descriptions\.json"):
         load_tasks(tmp_path / "nowhere", "train")
     folder = write({"a": ["Name it."], "b": ["Name it."]}, a=ROWS)
     with pytest.raises(FileNotFoundError, match=r"b\.jsonl"):
         load_tasks(folder, "train")
-    with pytest.raises(ConfigError, match=r"a\.jsonl: no examples of split 'validation'"):
-        load_tasks(folder, "validation")
+    for name, content in (("b.jsonl", b'\n{"input": "\xff"}'), ("descriptions.json", b"\xff")):
+        (folder / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=name):
+            load_tasks(folder, "train")
 
 
 def test_every_split_and_chosen_tasks(write):
@@ -99,8 +92,12 @@ def test_splits_that_may_be_absent(write):
     folder = write({"a": ["Name it."], "empty": ["Name it."]}, a=ROWS, empty=[])
     assert [len(task.examples) for task in load_tasks(folder, "test", required=False)] == [1, 0]
     assert [len(task.examples) for task in load_tasks(folder, None, required=False)] == [3, 0]
-    with pytest.raises(ConfigError, match=r"empty\.jsonl: no examples$"):
-        load_tasks(folder, None)
+    for split, message in (
+        (None, r"empty\.jsonl: no examples$"),
+        ("validation", r"a\.jsonl: no examples of split 'validation'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_tasks(folder, split)
 
 
 TASKS = [
@@ -116,15 +113,6 @@ def test_what_is_written_is_read(tmp_path):
     assert (tmp_path / "new" / "folder" / "b.jsonl").read_bytes() == (
         '{"input": "Перу\\n", "output": ["Лима", "Lima"], "split": "train"}\n'.encode()
     )
-
-
-def test_a_folder_with_tasks_is_left_alone(tmp_path):
-    write_tasks(tmp_path, TASKS)
-    with pytest.raises(FileExistsError, match=r"descriptions\.json: exists"):
-        write_tasks(tmp_path, TASKS[:1])
-    assert len(load_tasks(tmp_path, None)) == 2
-    write_tasks(tmp_path, TASKS[:1], overwrite=True)
-    assert load_tasks(tmp_path, None) == TASKS[:1]
 
 
 def one(*examples, name="x", texts=("One.",)):
@@ -152,7 +140,6 @@ def test_as_many_descriptions_as_can_be_read_are_written(tmp_path, monkeypatch):
         ConfigError, match=r"descriptions\.json: expected at most 40 bytes to write, got \d+: 3 descriptions of 2"
     ):
         write_tasks(tmp_path, TASKS, overwrite=True)
-    assert len(load_tasks(tmp_path, None)) == 1
 
 
 JUDGED = Task(
@@ -167,21 +154,14 @@ JUDGED = Task(
 )
 
 
-def test_how_answers_are_judged_is_kept(tmp_path):
-    write_tasks(tmp_path, [JUDGED])
-    assert load_tasks(tmp_path, None) == [JUDGED]
-    assert [sorted(row) for _, row in read_rows(tmp_path / "judged.jsonl")] == [
-        ["input", "metric", "output", "split"],
-        ["input", "metric", "options", "output", "split"],
-        ["input", "metric", "output", "split", "tests"],
-        ["input", "output", "split"],
-    ]
+def test_how_answers_are_judged_is_kept(tmp_path, write):
+    write_tasks(tmp_path / "out", [JUDGED])
+    assert load_tasks(tmp_path / "out", None) == [JUDGED]
+    keys = [row.keys() - {"input", "output", "split"} for _, row in read_rows(tmp_path / "out" / "judged.jsonl")]
+    assert keys == [{"metric"}, {"metric", "options"}, {"metric", "tests"}, set()]
     assert {example.metric for example in JUDGED.examples} == set(METRICS)
-
-
-def test_defaults_may_be_stated(write):
-    folder = write({"a": ["Name it."]}, a=[ROWS[0] | {"metric": "exact_match", "options": [], "tests": ""}])
-    assert load_tasks(folder, None)[0].examples == (Example("France", ("Paris", "paris"), "train"),)
+    stated = write({"a": ["Name it."]}, a=[ROWS[0] | {"metric": "exact_match", "options": [], "tests": ""}])
+    assert load_tasks(stated, None)[0].examples == (Example("France", ("Paris", "paris"), "train"),)  # the defaults
 
 
 BC = {"options": ("b", "c")}
@@ -204,14 +184,6 @@ def test_contradictions_are_neither_read_nor_written(write, tmp_path, keys, fiel
     with pytest.raises(ConfigError, match=rf"x\.jsonl:1: .*{field}"):
         write_tasks(tmp_path / "out", [Task("x", ("One.",), (Example("a", ("b",), "train", **keys),))])
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("key", ["metric", "options", "tests"])
-@pytest.mark.parametrize("value", [None, 3, [3], {"a": 1}, [["a"]]], ids=str)
-def test_kinds_of_the_further_keys(write, key, value):
-    row = {"input": "a", "output": ["b"], "split": "train", "metric": "pass", "tests": "pass"} | {key: value}
-    with pytest.raises(ConfigError, match=r"a\.jsonl:1: "):
-        load_tasks(write({"a": ["Name it."]}, a=[row]), "train")
 
 
 def test_numbers():

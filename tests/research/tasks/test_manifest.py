@@ -73,10 +73,6 @@ def test_build_names_what_is_wrong(suite):
         build([twice], {twice.name: FACTS}, "For tests.")
 
 
-def test_a_folder_as_in_the_manifest(folder, manifest):
-    assert check(folder, manifest) == []
-
-
 def test_differences(suite, manifest, tmp_path):
     first, second, third, _ = suite
     lost = [e.input for e in first.examples if e.split == "train"][:3]
@@ -137,14 +133,6 @@ def test_apply_gives_the_splits_of_the_manifest_whatever_the_order(suite, manife
         assert len(set(map(frozenset, both))) == 1 and len(task.examples) == len(expected.examples)
         assert [e.outputs for e in task.examples] == [(*e.outputs, "another") for e in expected.examples]
     assert apply([suite[0]], manifest).tasks == [suite[0]]
-
-
-def test_apply_counts_what_is_not_found(suite, manifest):
-    few = dataclasses.replace(suite[0], examples=suite[0].examples[:7])
-    none = dataclasses.replace(suite[1], examples=(Example("x", ("y",), "train"),))
-    applied = apply([few, none], manifest)
-    assert applied.missing == {suite[0].name: 13, suite[1].name: 20}
-    assert [t.name for t in applied.tasks] == [suite[0].name]
 
 
 def test_a_summary_is_of_all_that_training_may_see(suite):
@@ -211,11 +199,6 @@ def test_fields_of_a_task_are_checked(values, suite, save, field, value):
     assert len(str(refused.value)) < 1000
 
 
-def test_a_manifest_that_is_nowhere(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"'nowhere': no such file; packaged manifests: \['skills', 'specs'\]"):
-        read("nowhere")
-
-
 # --- the packaged one --------------------------------------------------------------------------------------------------
 
 SKILLS = read("skills")
@@ -250,16 +233,6 @@ def test_sizes_and_licences():
     free = re.compile(r"MIT|Apache[ -]2\.0|CC BY \d\.0|.*Public Domain.*|WordNet 3\.0 .*")
     assert all(free.fullmatch(text) for entry in permissive for text in entry.licence)
     assert not any(all(free.fullmatch(t) for t in e.licence) for e in SKILLS.tasks.values() if not e.permissive)
-
-
-def test_no_text_but_names_licences_and_sources():
-    values = json.loads((manifests.PACKAGED / "skills.json").read_text(encoding="utf-8"))
-    assert values.keys() == {"format", "about", "tasks"} and len(values["about"]) < 300
-    for name, entry in values["tasks"].items():
-        assert re.fullmatch(r"(fv|ii|task\d+)_[\w.-]+", name)
-        assert entry.keys() == {"skill", "tier", "source", "licence", "permissive", "splits"}
-        assert re.fullmatch("[a-z_]+", entry["skill"]) and len(entry["source"]) < 80
-        assert all(len(text) < 160 for text in entry["licence"])
 
 
 def test_no_task_is_made_of_the_benchmarks():

@@ -9,7 +9,6 @@ from torch import nn
 
 import t2l_engine as t2l
 from t2l_engine.hypernetwork.config import VARIANTS
-from t2l_engine.research.training import context
 from t2l_engine.research.training.context import Modules
 from t2l_engine.research.training.lora import LoRABank
 from t2l_engine.testing.numerics import STANDARD_ERRORS
@@ -91,43 +90,3 @@ def test_A_is_drawn_as_in_peft(variant, n_in, n_out):
     for parts, size in ((rows, n_in), (columns, rank)):
         assert (parts - bound**2 / 3).abs().max() <= STANDARD_ERRORS * error * (count / size) ** 0.5
     assert len(ours.unique()) > 0.99 * count
-
-
-# --- in a model --------------------------------------------------------------------------------------------------------
-
-
-def setup(model, names, variant):
-    """(module that is trained, its first stack of three adapters as a function)."""
-    modules = context.locate(model, names)
-    if variant == "bank":
-        bank = LoRABank(modules, 3, 3, 2.0, seed=1)
-        return bank, bank
-    net = network(
-        variant, list(zip(modules.in_features, modules.out_features, strict=True)), 3, modules.num_layers,
-        modules=modules.names, paths=modules.paths,
-    )  # fmt: skip
-    task_emb = torch.randn(3, 6, generator=torch.Generator().manual_seed(4))
-    return net, lambda: net(task_emb)
-
-
-CASES = {"Llama": ("q_proj", "v_proj", "up_proj", "down_proj"), "GPT2": ("c_attn", "c_fc"), "Phi3": ("q_proj", "up_proj")}
-
-
-@pytest.mark.parametrize("family", CASES)
-@pytest.mark.parametrize("variant", ["L", "M", "S-learnable", "S-rotary", "bank"])
-def test_the_first_logits_are_the_models(tiny_model, family, variant):
-    """Bit for bit: adapters add exact zeros, in training and in validation."""
-    model = tiny_model(family).requires_grad_(False)
-    _, make = setup(model, CASES[family], variant)
-    ids = torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(5))
-    base = model(ids).logits
-    stack = make()
-    with torch.no_grad():
-        handle = t2l.attach(model, make())
-        with handle.differentiable(stack, [2, 0, 1]):
-            assert torch.equal(model(ids).logits, base)
-        with handle.use([2, 0, 1]):
-            assert torch.equal(model(ids).logits, base)
-    with handle.differentiable(stack, [2, 0, 1], dropout=0.5):
-        logits = model(ids).logits
-    assert logits.requires_grad and torch.equal(logits, base)

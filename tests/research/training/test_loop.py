@@ -15,12 +15,10 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.training import loop, lora, reconstruction, sft
-from t2l_engine.research.training.context import TrainingContext
 from t2l_engine.research.training.log import NAME, read_log
-from t2l_engine.research.training.sampling import Shard, seeded
+from t2l_engine.research.training.sampling import seeded
 from t2l_engine.research.training.settings import Settings
 from t2l_engine.testing import numerics
 from tests.research.training import small_runs
@@ -70,14 +68,6 @@ def train(folder, **kwargs):
 
 def fail():
     raise RuntimeError("for the test")
-
-
-def change_examples(tasks, split, change):
-    """Rewrite the examples of ``split``: ``change`` of a row, None to drop it."""
-    for path in tasks.glob("*.jsonl"):
-        found = [json.loads(line) for line in path.read_text().splitlines()]
-        found = [change(row) if row["split"] == split else row for row in found]
-        path.write_text("\n".join(json.dumps(row) for row in found if row is not None))
 
 
 # --- schedule, clipping, accumulation --------------------------------------------------------------------------------
@@ -155,21 +145,6 @@ def test_muon_is_for_the_weights_of_linears(base_model):
             torch.testing.assert_close(update, parameter.grad.sign(), rtol=1e-3, atol=1e-3)  # AdamW's first step
 
 
-@pytest.mark.parametrize("changes", [{}, {"weighting": "token", "samples_per_task": 2, "generated_l2": 0.1}])
-def test_accumulated_batches_are_one_batch(base_model, tasks, tmp_path, changes):
-    """Of as many groups, whichever way their tokens count; noise is that of a group, whatever batch it is in."""
-    same = {"steps": 6, "neftune_alpha": 5.0, "label_smoothing": 0.1, "validate_every": 3} | changes
-    for name, cut in (("one", (8, 1)), ("four", (2, 4))):
-        cut = {"tasks_per_batch": cut[0], "accumulation": cut[1]}
-        sft.train(small_runs.sft(base_model, **same, **cut), tasks, tmp_path / name)
-    assert small_runs.losses(tmp_path / "four") == pytest.approx(
-        small_runs.losses(tmp_path / "one"), rel=numerics.TRAINING_RTOL
-    )
-    one, four = (torch.load(tmp_path / name / loop.STATE, weights_only=True)["trained"] for name in ("one", "four"))
-    for key, value in one.items():
-        assert numerics.relative_frobenius(four[key], value) <= numerics.TRAINED_FROBENIUS, key
-
-
 # --- resume ----------------------------------------------------------------------------------------------------------
 
 
@@ -225,6 +200,11 @@ def sft_noisy(base_model, tasks, folder):
     return sft.train(small_runs.sft(base_model, **small_runs.NOISE | {"encoder": "minilm", "steps": 5}), tasks, folder)
 
 
+def by_input_noisy(base_model, tasks, folder):
+    noise = small_runs.NOISE | {"mix_descriptions": False, "bucket_steps": 1, "steps": 5}
+    return sft.train(small_runs.sft(base_model, **noise, condition="input", encoder="base-model"), tasks, folder)
+
+
 def counting(function, counts, name):
     def run(*args, **kwargs):
         counts[name] += 1
@@ -261,7 +241,7 @@ def test_a_run_that_failed_anywhere_goes_on_bit_for_bit(base_model, tasks, tmp_p
             assert small_runs.differing(whole, small_runs.left(out)) == [], out.name
 
 
-@pytest.mark.parametrize("kind", [lora_waves, reconstructed, sft_noisy])
+@pytest.mark.parametrize("kind", [lora_waves, reconstructed, sft_noisy, by_input_noisy])
 def test_a_state_half_written_is_not_the_state(base_model, tasks, tmp_path, monkeypatch, kind):
     small_runs.library(tmp_path / "library")
     whole = small_runs.left(kind(base_model, tasks, tmp_path / "whole"))
@@ -295,14 +275,6 @@ def test_what_a_kill_left_is_removed(base_model, tasks, tmp_path):
     assert not state.exists()
 
 
-def test_a_finished_run_does_nothing_and_says_the_same(tmp_path):
-    train(tmp_path)
-    before, log = small_runs.left(tmp_path), (tmp_path / NAME).read_text()
-    job = train(tmp_path, at=dict.fromkeys(range(8), fail))
-    assert small_runs.differing(before, small_runs.left(tmp_path)) == [] and (tmp_path / NAME).read_text() == log
-    assert set(job.written) <= {(tmp_path.name, 8)}
-
-
 def test_another_run_in_the_folder_is_refused(tmp_path):
     train(tmp_path)
     before = small_runs.left(tmp_path)
@@ -315,18 +287,26 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
 
 
 def test_changed_data_are_refused(base_model, tasks, tmp_path):
-    """Of any split, descriptions and adapters; what changed is named."""
-    settings = small_runs.sft(base_model, steps=1)
-    sft.train(settings, tasks, tmp_path / "out")
-    shutil.copytree(tasks, tmp_path / "changed")
+    """Descriptions, examples of any split, adapters, weights of the base model; what changed is named."""
+    model = shutil.copytree(base_model, tmp_path / "model")
+    settings, out = small_runs.sft(model, steps=1), tmp_path / "out"
+    sft.train(settings, tasks, out)
     texts = json.loads((tasks / "descriptions.json").read_text())
-    texts["last"][1] += " now"
-    (tmp_path / "changed" / "descriptions.json").write_text(json.dumps(texts))
+    changed = texts | {"last": [texts["last"][0], "Other words."]}
+    (tasks / "descriptions.json").write_text(json.dumps(changed))
     with pytest.raises(ConfigError, match=r"other settings or data \(tasks: \['last'\]\)"):
-        sft.train(settings, tmp_path / "changed", tmp_path / "out")
-    change_examples(tasks, "val", lambda row: row | {"output": ["green"]})
-    with pytest.raises(ConfigError, match=r"other settings or data \(tasks: \['first', 'last'\]\)"):
-        sft.train(settings, tasks, tmp_path / "out")
+        sft.train(settings, tasks, out)
+    (tasks / "descriptions.json").write_text(json.dumps(texts))
+    weights = load_file(model / "model.safetensors")
+    save_file(
+        weights | {"model.norm.weight": weights["model.norm.weight"] + 1}, model / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ConfigError, match=r"other settings or data \(base_model_sha256\)"):
+        sft.train(settings, tasks, out)
+    for path in tasks.glob("*.jsonl"):
+        path.write_text(path.read_text().replace('"val"', '"test"', 1))
+    with pytest.raises(ConfigError, match=r"other settings or data \(.*tasks: \['first', 'last'\]"):
+        sft.train(settings, tasks, out)
     stack = small_runs.library(tmp_path / "library")
     reconstructed(None, None, tmp_path / "made")
     stack.lora_B["v_proj"][1, 0, 0, 0] += 1
@@ -339,37 +319,23 @@ def test_changed_data_are_refused(base_model, tasks, tmp_path):
 
 
 @pytest.mark.parametrize("train", [sft.train, reconstruction.train])
-def test_the_folder_of_a_model_is_no_output(tmp_path, train):
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(FileExistsError, match="holds model.safetensors, whose config.json a checkpoint's would replace"):
-        train(None, "elsewhere", tmp_path)
+def test_a_checkpoint_that_no_run_wrote_is_no_output(tmp_path, train):
+    for name, message in (
+        ("hypernet.safetensors", "holds hypernet.safetensors, but no training_state.pt of a run to go on with; choose"),
+        ("hypermod.pt", "holds hypermod.pt, but no training_state.pt of a run to go on with; choose"),
+        ("model.safetensors", "holds model.safetensors, whose config.json a checkpoint's would replace"),
+    ):
+        (tmp_path / name).touch()
+        with pytest.raises(FileExistsError, match=message):
+            train(None, "elsewhere", tmp_path)
+        (tmp_path / name).unlink()
 
 
-@pytest.mark.parametrize("name", ["hypernet.safetensors", "hypermod.pt"])
-@pytest.mark.parametrize("train", [sft.train, reconstruction.train])
-def test_a_checkpoint_that_no_run_wrote_is_no_output(tmp_path, train, name):
-    (tmp_path / name).touch()
-    with pytest.raises(FileExistsError, match=f"holds {name}, but no training_state.pt of a run to go on with; choose"):
-        train(None, "elsewhere", tmp_path)
-
-
-@pytest.mark.parametrize("name, changes", [("add", {}), (lora.MULTI_TASK, {"mode": "multi-task"})])
-def test_an_adapter_that_no_run_wrote_is_kept(base_model, tasks, tmp_path, name, changes):
-    name = name if changes else sorted(path.stem for path in tasks.glob("*.jsonl"))[-1]
+@pytest.mark.parametrize("name, mode", [("last", "per-task"), (lora.MULTI_TASK, "multi-task")])
+def test_an_adapter_that_no_run_wrote_is_kept(base_model, tasks, tmp_path, name, mode):
     (tmp_path / "adapters" / name).mkdir(parents=True)
     with pytest.raises(FileExistsError, match=f"adapters: holds {name}, but no run to go on with; choose another folder"):
-        lora.train(small_runs.lora(base_model, steps=1, **changes), tasks, tmp_path)
-
-
-def test_other_weights_of_the_base_model_are_refused(base_model, tasks, tmp_path):
-    """In a folder of the same name."""
-    model, settings = shutil.copytree(base_model, tmp_path / "model"), small_runs.sft(tmp_path / "model", steps=1)
-    sft.train(settings, tasks, tmp_path / "out")
-    weights = load_file(model / "model.safetensors")
-    weights["model.norm.weight"] += 1
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"other settings or data \(base_model_sha256\)"):
-        sft.train(settings, tasks, tmp_path / "out")
+        lora.train(small_runs.lora(base_model, steps=1, mode=mode), tasks, tmp_path)
 
 
 # --- losses that are not finite --------------------------------------------------------------------------------------
@@ -462,32 +428,3 @@ def test_the_best_validation_is_kept(tmp_path):
     assert [written for written in job.written if written[0] == loop.BEST] == [("best", 2), ("best", 4)]
     assert json.loads((tmp_path / loop.BEST / "toy.json").read_text())[0] == 4
     assert json.loads((tmp_path / "toy.json").read_text())[0] == 9
-
-
-def test_the_best_validation_is_known_after_a_stop(tmp_path):
-    val_losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.5}
-    with pytest.raises(RuntimeError):
-        train(tmp_path, val_losses=val_losses, validate_every=2, at={7: fail})
-    job = train(tmp_path, val_losses=val_losses, validate_every=2)
-    assert not [written for written in job.written if written[0] == loop.BEST]
-    assert [row["best"] for row in small_runs.rows(tmp_path) if "val_loss" in row] == [True, True, False, False]
-
-
-def test_best_holds_the_checkpoint_of_the_best_validation(base_model, tasks, tmp_path):
-    """Both checkpoints, loaded, have the validation losses that the log gives them."""
-    change_examples(tasks, "val", lambda row: row | {"output": ["Input Output"]})  # what training makes ever less likely
-    # Steps so large that the last digits of a CPU do not decide which of the two is best.
-    settings = small_runs.sft(base_model, steps=12, learning_rate=0.1, schedule="constant", validate_every=6)
-    out = sft.train(settings, tasks, tmp_path / "out")
-    logged = {row["step"]: row["val_loss"] for row in small_runs.rows(out) if "val_loss" in row}
-    best = min(logged, key=logged.get)
-    assert best != settings.steps  # else the test says little
-    fit = TrainingContext(settings, tasks, torch.device("cpu"))
-    job = sft.SFT(settings, fit)
-    for folder, step in ((out, settings.steps), (out / loop.BEST, best)):
-        assert json.loads((folder / "config.json").read_text())["training"]["steps_done"] == step
-        job.model.load_state_dict(t2l.HyperNetwork.from_pretrained(folder).state_dict())
-        with torch.no_grad():
-            found = job.validate(Shard())
-        assert math.fsum(found.values()) / len(found) == logged[step]
-    fit.close()

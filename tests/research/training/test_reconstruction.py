@@ -214,19 +214,6 @@ def test_validation_reads_held_out_descriptions(tmp_path, held_out):
     assert read == set(range(3 - held_out))
 
 
-def test_best_and_resumed_checkpoints_generate_adapters(tmp_path):
-    """best/ undoes z-scores too, and writing a checkpoint leaves training as it is."""
-    small_runs.library(tmp_path / "library")
-    made = job(tmp_path / "library")
-    before = {key: value.clone() for key, value in made.model.state_dict().items()}
-    made.write(tmp_path / "out", 1, best=True)
-    after = made.model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    assert {key.rpartition(".")[2] for key in t2l.HyperNetwork.from_pretrained(tmp_path / "out").state_dict()} >= {
-        "std_A", "mean_A", "std_B", "mean_B",
-    }  # fmt: skip
-
-
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
