@@ -71,15 +71,12 @@ def test_answers_of_several_lines(run, checkpoint, tmp_path, monkeypatch, form):
     assert json.loads(printed)["right_before"] == 5
 
 
-@pytest.mark.parametrize(
-    "changes, expected",
-    [
-        (["--examples", "two.jsonl"], "t2l: --examples: expected at least 4 different inputs, got 2\n"),
-        (["--examples", "none.jsonl"], "none.jsonl: not found\n"),
-        (["--set", "steps"], "t2l: --set: expected name=value, got 'steps'\n"),
-        (["--set", "steps=0"], "t2l: --set: steps: Input should be greater than 0, got 0\n"),
-    ],
-)
+@pytest.mark.parametrize("changes, expected", [
+    (["--examples", "two.jsonl"], "t2l: --examples: expected at least 4 different inputs, got 2\n"),
+    (["--examples", "none.jsonl"], "none.jsonl: not found\n"),
+    (["--set", "steps"], "t2l: --set: expected name=value, got 'steps'\n"),
+    (["--set", "steps=0"], "t2l: --set: steps: Input should be greater than 0, got 0\n"),
+])  # fmt: skip
 def test_errors_are_a_line(run, checkpoint, tmp_path, monkeypatch, changes, expected):
     monkeypatch.chdir(tmp_path)
     given = {"--examples": ["--examples", "shots.jsonl"]}

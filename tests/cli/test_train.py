@@ -5,7 +5,7 @@ import json
 import pytest
 
 import t2l_engine as t2l
-from t2l_engine.research.training import loop, lora
+from t2l_engine.research.training import loop
 from t2l_engine.research.training import settings as kinds
 from tests.research.training import conftest as shared
 from tests.research.training import small_runs
@@ -61,25 +61,6 @@ def test_sft(train, run, base_model, tasks, tmp_path):
     assert (code, printed) == (0, f"{out}: done\n") and small_runs.differing(before, small_runs.left(out)) == []
     code, printed, err = train("sft", file, "--tasks", tasks, "-o", out)
     assert (code, printed) == (1, "") and "steps: 4 then, 9 now" in err.splitlines()[-1]
-
-
-def test_lora_and_reconstruction(train, base_model, tasks, tmp_path):
-    """What the first writes is what the second reads."""
-    out = tmp_path / "lora"
-    code, printed, err = train("lora", small_runs.lora(base_model, tasks_per_batch=1), "--tasks", tasks, "-o", out)
-    assert (code, printed) == (0, f"{out}: done\n")
-    assert [row[0] for row in cells(err)] == list(kinds.LoRASettings.model_fields)
-    assert len(list(out.rglob("loss.png"))) == 2 and "wave 2/2" in err
-    again = tmp_path / "reconstruction"
-    code, printed, err = train("reconstruction", small_runs.reconstruction(), "--adapters", out / lora.ADAPTERS, "-o", again)
-    assert (code, printed) == (0, f"{again}: done\n") and (again / "loss.png").is_file()
-    assert [row[0] for row in cells(err)] == list(kinds.ReconstructionSettings.model_fields)
-    engine = t2l.TextToLoRA.from_pretrained(again)
-    assert engine.generate(["last"]).paths == t2l.AdapterStack.from_peft(out / lora.ADAPTERS / "last").paths
-    code, _, err = train(
-        "reconstruction", small_runs.reconstruction(), "--adapters", out / lora.ADAPTERS, "-o", again, "--names", "last"
-    )
-    assert code == 1 and err.splitlines()[-1].startswith("t2l: target: z-score needs at least two adapters")
 
 
 def test_an_interrupted_command_goes_on(train, base_model, tasks, tmp_path, monkeypatch):
@@ -142,28 +123,6 @@ def test_runs_that_cannot_start(train, run, base_model, tasks, tmp_path):
     assert run("train", "sft", "--tasks", tasks)[0] == 2  # no output
 
 
-def test_a_loss_that_is_no_number(train, base_model, tasks, tmp_path, monkeypatch):
-    from t2l_engine.research.training import sft
-
-    loss, calls = sft.SFT.loss, []
-
-    def worse(*args):
-        calls.append(args)
-        return loss(*args) * (float("nan") if len(calls) == 5 else 1)
-
-    monkeypatch.setattr(sft.SFT, "loss", worse)
-    code, out, err = train("sft", small_runs.sft(base_model), "--tasks", tasks, "-o", tmp_path / "out")
-    message = f"t2l: loss is nan at step 5; last good state: {tmp_path / 'out' / loop.STATE}, step 3"
-    assert (code, out, err.splitlines()[-1]) == (1, "", message)
-
-
-def test_a_task_split_needs_a_manifest(train, base_model, tasks, tmp_path):
-    code, _, err = train(
-        "sft", small_runs.sft(base_model), "--tasks", tasks, "--task-split", "train", "-o", tmp_path / "out"
-    )
-    assert code == 1 and "--task-split: expected --manifest beside it" in err and not (tmp_path / "out").exists()
-
-
 def test_a_task_split_of_a_manifest(train, base_model, tasks, tmp_path):
     """Trains on the tasks it has in that task split, with the examples it lists and no other."""
     from t2l_engine.research.tasks import manifest
@@ -179,6 +138,8 @@ def test_a_task_split_of_a_manifest(train, base_model, tasks, tmp_path):
         code, _, err = train("sft", settings, *command, "--task-split", split, "-o", tmp_path / split)
         assert code == 0, err
         assert list(json.loads((tmp_path / split / "config.json").read_text())["training"]["tasks"]) == [name]
+    code, _, err = train("sft", settings, "--tasks", tasks, "--task-split", "train", "-o", tmp_path / "out")
+    assert code == 1 and "--task-split: expected --manifest beside it" in err
     for arguments, message in (
         (("--task-split", "in-family"), f"--task-split: {tasks} has no task that {path} lists as 'in-family'"),
         (("--names", "first,last"), f"--names: expected tasks that {path} lists as 'train', got 'last'"),

@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import functools
 import itertools
-import json
 
 import pytest
 import torch
@@ -397,11 +396,3 @@ def test_ends_of_a_line(answerer, tiny_model):
     ends = answerer(model=model, tokenizer=tokenizer)._ends
     assert ends >= {3, *tokenizer("\n", add_special_tokens=False)["input_ids"]}
     assert not ends & set(tokenizer("ab .", add_special_tokens=False)["input_ids"])
-
-
-def test_keys_are_texts_of_any_kind(answerer, tmp_path):
-    """Also such as are no Unicode; the file is ASCII."""
-    store = Store(tmp_path / "kept")
-    answerer(store).ask([Query("red", "\ud800", ("red", "naïve"))], None)
-    (line,) = (tmp_path / "kept").read_bytes().decode("ascii").splitlines()
-    assert len(json.loads(line)["answers"]) == 1

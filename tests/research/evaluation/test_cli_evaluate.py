@@ -1,10 +1,8 @@
 """``t2l evaluate`` as a user types it, on a tiny model, and what ``docs/evaluation.md`` says of it."""
 
 import json
-import os
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +11,11 @@ import typer
 from safetensors.torch import load_file, save_file
 
 from t2l_engine.cli import app
-from t2l_engine.cli import evaluate as command
 from t2l_engine.research.evaluation import run as evaluation
 from t2l_engine.research.evaluation.answers import Answerer
 from t2l_engine.research.evaluation.methods import CONSTANT
 from t2l_engine.research.tasks import manifest
-from t2l_engine.research.tasks.folder import Example, Task, write_tasks
+from t2l_engine.research.tasks.folder import write_tasks
 from t2l_engine.research.training import lora
 from tests.research.evaluation.conftest import DESCRIPTIONS, all_tasks, save_checkpoint
 from tests.research.training import small_runs
@@ -128,18 +125,6 @@ def test_all_methods(evaluate, one_hot, by_input, adapters, shared, base_model, 
     assert tokens["t2l"] == tokens["inputs"] == tokens["multi-task"] == 4 < tokens["other"] == tokens["other-constant"]
     assert result["forms"]["base"]["validation"].keys() == {"raw", "chat"}  # there is a split val
     assert result["forms"]["other"] == {"form": "chat", "validation": None}
-
-
-def test_the_result_goes_into_a_pipe_before_the_table(run, checkpoint, tasks, tmp_path, monkeypatch):
-    """The table's pipe may be closed: ``t2l evaluate ... | head``."""
-    monkeypatch.setattr(command, "console", lambda: pytest.fail("closed", pytrace=False))
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    with ThreadPoolExecutor(1) as pool:
-        read = pool.submit(pipe.read_text)
-        with pytest.raises(pytest.fail.Exception):
-            run("evaluate", "--checkpoint", checkpoint, "--tasks", tasks, *QUICK, "--methods", "base", "--json", pipe)
-        assert json.loads(read.result())["summary"]["all"]["mean"].keys() == {"base"} and pipe.is_fifo()
 
 
 def test_held_out_descriptions_are_the_last(evaluate, checkpoint, tmp_path):
@@ -339,13 +324,6 @@ def test_options_that_cannot_be_met(refuse, checkpoint, adapters, tmp_path, opti
     folders = {"folder": tmp_path, "checkpoint": checkpoint, "adapters": adapters}
     assert message.format(**folders) in refuse(*(str(option).format(**folders) for option in options))
     assert (tmp_path / "notes.txt").read_text() == "mine"
-
-
-def test_code_is_run_on_request_alone(run, checkpoint, tmp_path):
-    example = Example("def f(x):\n", ("    return x",), "test", "pass", tests="assert f(1) == 1")
-    write_tasks(tmp_path / "tasks", [Task("code", ("Write it.",), (example,))])
-    code, out, err = run("evaluate", "--checkpoint", checkpoint, "--tasks", tmp_path / "tasks")
-    assert code == 1 and out == "" and "t2l: --run-code: expected to be set, since some answers are code" in err
 
 
 # --- the document ----------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import json
 import re
 
-import pydantic
 import pytest
 import yaml
 from hypothesis import given
@@ -87,29 +86,13 @@ def test_tasks_without_text_have_no_such_field(write, field):
         settings.read(SFTSettings, path)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("stepz: 3", r"unknown field 'stepz'; .*'accumulation', .*'weighting'"), ("1: 3", "expected field names")],
-)
-def test_fields_that_there_are_not(write, text, message):
-    path = write(text)
-    with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}: {message}"):
-        settings.read(SFTSettings, path)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("steps", "^--set: .*'steps'"),
-        ("steps=", "^--set: steps: .*, got None"),
-        ("steps=0", "^--set: steps: .*, got 0"),
-        ("stepz=3", "^--set: unknown field 'stepz'"),
-        ("=3", "^--set: unknown field ''"),
-        ("steps=2024-13-45", "^--set steps: .*'2024-13-45'"),  # no such month
-        ("steps=" + "9" * 5000, "^--set: steps: .*an integer.*, got '999"),
-        *((f"steps={value}", "^--set steps: ") for value in ("[1", "!!python/name:os.system", "[" * 5000)),
-    ],
-)
+@pytest.mark.parametrize("text, message", [
+    ("steps", "^--set: .*'steps'"), ("steps=", "^--set: steps: .*, got None"), ("steps=0", "^--set: steps: .*, got 0"),
+    ("stepz=3", "^--set: unknown field 'stepz'; .*'accumulation', .*'weighting'"), ("=3", "^--set: unknown field ''"),
+    ("steps=2024-13-45", "^--set steps: .*'2024-13-45'"),  # no such month
+    ("steps=" + "9" * 5000, "^--set: steps: .*an integer.*, got '999"),
+    *((f"steps={value}", "^--set steps: ") for value in ("[1", "!!python/name:os.system", "[" * 5000)),
+])  # fmt: skip
 def test_faults_of_an_override(write, text, message):
     with pytest.raises(ConfigError, match=message) as caught:
         settings.read(SFTSettings, write(), [text])
@@ -131,11 +114,16 @@ def test_every_fault_is_told_with_its_place(write):
         assert any(re.fullmatch(f"{re.escape(str(place))}: {what}", fault) for fault in faults), what
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2]", "word", "a: [", "steps: 1\nsteps: 2", "\x00", "steps: &a 3\nb: {<<: *a}"])
+@pytest.mark.parametrize(
+    "text", ["", "[1, 2]", "word", "a: [", "steps: 1\nsteps: 2", "\x00", "1: 3", "steps: &a 3\nb: {<<: *a}"]
+)
 def test_files_that_are_no_mapping(tmp_path, text):
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}: (expected a mapping of fields, got|not plain YAML)"):
+    with pytest.raises(
+        ConfigError,
+        match=f"^{re.escape(str(path))}: (expected a mapping of fields, got|expected field names|not plain YAML)",
+    ):
         settings.read(SFTSettings, path)
 
 
@@ -161,15 +149,6 @@ def test_every_field_has_a_sentence(kind):
             assert settings.build(kind, needed(kind) | {name: getattr(values, name)}) == values
             value = getattr(values, name)
             assert default == (", ".join(map(str, value)) if isinstance(value, tuple) else str(value))
-
-
-def test_rows_say_who_set_a_field(write):
-    rows = {name: rest for name, *rest in settings.rows(settings.read(SFTSettings, write("steps: 1000"), ["rank=4"]))}
-    assert list(rows) == list(SFTSettings.model_fields)
-    assert rows["steps"] == ["1000", "", "optimiser steps"]  # set, though to the default
-    assert rows["rank"] == ["4", "", "of the adapters"]
-    assert rows["seed"][:2] == ["0", "default"]
-    assert rows["target_modules"][:2] == ["q_proj, v_proj", ""]
 
 
 @EXAMPLES
@@ -212,11 +191,3 @@ def test_differences_name_both_sides():
     ) == ["llm_descriptions: 3 then, 0 now"]  # former names
     other = SFTSettings(**NEEDED, steps=7, bucket_steps=4)
     assert settings.differences(other, older) == ["bucket_steps: 8 then, 4 now"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_settings_do_not_change(kind):
-    made = kind(**needed(kind), tasks_per_batch=3, accumulation=4)
-    assert made.tasks_per_step == 12
-    with pytest.raises(pydantic.ValidationError, match="frozen"):
-        made.steps = 3

@@ -4,10 +4,8 @@ import json
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import t2l_engine as t2l
-from t2l_engine.cli import app
 from t2l_engine.files.errors import MAX_CONFIG_BYTES, ConfigError
 from t2l_engine.hypernetwork import convert
 from t2l_engine.research.tasks.folder import Example, Task, load_tasks, write_tasks
@@ -28,7 +26,7 @@ def same_adapters(a, b):
     return torch.equal(a.scaling, b.scaling)
 
 
-def test_learns_and_is_evaluated(base_model, tasks, tmp_path):
+def test_learns_and_converts(base_model, tasks, tmp_path):
     settings = small_runs.sft(
         base_model, encoder="minilm", prompt="description", variant="M", steps=40, tasks_per_batch=8, latent_size=32,
         head_in_size=16, warmup_steps=4, validate_every=20, save_every=20,
@@ -51,18 +49,6 @@ def test_learns_and_is_evaluated(base_model, tasks, tmp_path):
     for folder in ("sakana", "back"):
         assert same_adapters(t2l.TextToLoRA.from_pretrained(tmp_path / folder).generate(texts), first), folder
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads((out / "config.json").read_text())
-
-    file = tmp_path / "result.json"
-    command = ["evaluate", "--checkpoint", out, "--tasks", tasks, "--json", file, "--max-new-tokens", 2]
-    run = CliRunner().invoke(app, list(map(str, command)))
-    assert run.exit_code == 0, (run.output, run.exception)
-    result = json.loads(file.read_text())
-    assert set(result["tasks"]) == set(BOTH) == set(result["trained_tasks"]) and result["items"] == {"first": 5, "last": 5}
-    assert list(result["details"]) == [
-        "t2l", "t2l-shuffled", "t2l-junk", "t2l-constant", "base", "base-description", "icl",
-    ]  # fmt: skip
-    tokens = {method: of["tasks"]["last"]["prompt_tokens"] for method, of in result["details"].items()}
-    assert tokens["t2l-junk"] == tokens["t2l"] >= 8
 
 
 def test_what_the_checkpoint_says_of_its_training(base_model, tasks, tmp_path):
