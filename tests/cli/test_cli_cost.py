@@ -120,26 +120,11 @@ def test_the_document_has_the_numbers_of_the_library():
     assert about["tokens_of_adapter"] == costs.tokens_of_adapter(setup)
 
 
-def test_language_models_as_encoders(cost_of, folder):
-    """The model itself, and another one."""
-    path = folder(LLAMA | {"model_type": "mistral"})
-    model = costs.count(path)
-    net = costs.hypernetwork_for(model, model)
-    check(cost_of("--model", path, "--encoder", "model"), costs.Setup(model, model, net, encoder_itemsize=0))
-    known, encoder = costs.known_setup("smollm2-135m").model, costs.count(path, head=False)
-    net = costs.hypernetwork_for(known, encoder, head_in_size=112)
-    check(cost_of("--model", "smollm2-135m", "--encoder", path), costs.Setup(known, encoder, net))
-
-
-@pytest.mark.parametrize(
-    ("values", "options", "weights", "cache"),
-    [
-        ({}, (), "bfloat16", "bfloat16"),
-        ({"torch_dtype": "float32"}, (), "float32", "float32"),
-        ({"dtype": "float32"}, ("--dtype", "float8"), "float8", "bfloat16"),
-        ({"quantization_config": {"bits": 4}}, ("--dtype", "int4", "--cache-dtype", "float8"), "int4", "float8"),
-    ],
-)
+@pytest.mark.parametrize("values, options, weights, cache", [
+    ({}, (), "bfloat16", "bfloat16"), ({"torch_dtype": "float32"}, (), "float32", "float32"),
+    ({"dtype": "float32"}, ("--dtype", "float8"), "float8", "bfloat16"),
+    ({"quantization_config": {"bits": 4}}, ("--dtype", "int4", "--cache-dtype", "float8"), "int4", "float8"),
+])  # fmt: skip
 def test_dtypes(cost_of, folder, values, options, weights, cache):
     about = cost_of("--model", folder(LLAMA | values), *options)["model"]
     sizes = {"bfloat16": 2, "float16": 2, "float32": 4, "float8": 1, "int4": 0.5}
@@ -186,19 +171,15 @@ def test_encoders_of_checkpoints(cost_of, native, folder):
     assert encoder(48, "--encoder", bert, base_model=str(model), encoder=gte) == (str(bert), 2)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"hypernetwork": {"in_features": (32, 64)}}, "q_proj: the model has 64 to 64"),
-        ({"hypernetwork": {"modules": ("q_proj", "qkv_proj")}}, "qkv_proj: "),
-        ({"hypernetwork": {"num_layers": 3}}, "num_layers: expected 2"),
-        ({"hypernetwork": {"embed_dim": 1024}}, "embed_dim: expected 384"),
-        ({"hypernetwork": {"rank": 0}}, "config.json: hypernetwork: rank: "),
-        ({"encoder": {"name": "one-hot", "tasks": ["a"]}}, "one-hot"),
-        ({"encoder": {"name": "smollm2-135m", "layers": [0, 2], "queries": 4, "width": 96}}, "attention pooling"),
-        ({"encoder": {"name": "org/text", "pooling": "cls"}}, "--encoder: 'org/text': "),
-    ],
-)
+@pytest.mark.parametrize("changes, message", [
+    *(({"hypernetwork": changes}, message) for changes, message in (
+        ({"in_features": (32, 64)}, "q_proj: the model has 64 to 64"), ({"modules": ("q_proj", "qkv_proj")}, "qkv_proj: "),
+        ({"num_layers": 3}, "num_layers: expected 2"), ({"embed_dim": 1024}, "embed_dim: expected 384"),
+        ({"rank": 0}, "config.json: hypernetwork: rank: "))),
+    ({"encoder": {"name": "one-hot", "tasks": ["a"]}}, "one-hot"),
+    ({"encoder": {"name": "smollm2-135m", "layers": [0, 2], "queries": 4, "width": 96}}, "attention pooling"),
+    ({"encoder": {"name": "org/text", "pooling": "cls"}}, "--encoder: 'org/text': "),
+])  # fmt: skip
 def test_a_checkpoint_that_does_not_fit(refused, native, folder, changes, message):
     path = native(**changes)
     refused(1, [message, "--encoder" if "--encoder" in message else str(path)], "--model", folder(LLAMA), "-c", path)
@@ -215,14 +196,16 @@ def test_checkpoints_that_are_none(refused, native, golden, tmp_path):
 
 def test_what_is_refused(refused, folder):
     """tests/research/costs has what a configuration must not hold."""
-    refused(1, ["--model: 'org/model'", "mistral-7b"], "--model", "org/model")
-    refused(1, ["quantization_config: ", "--dtype"], "--model", folder(LLAMA | {"quantization_config": {"bits": 4}}))
-    refused(1, ["dtype: ", "'float4'", "--dtype"], "--model", folder(LLAMA | {"dtype": "float4"}))
-    refused(1, "config.json: hidden_size: ", "--model", folder(LLAMA | {"hidden_size": -1}))
-    refused(1, ["--encoder: 'org/text'", "gte-large, minilm, model"], "--encoder", "org/text")
-    refused(1, ["model_type: ", "'t9'"], "--encoder", folder({"model_type": "t9"}))
-    refused(1, "variant: ", "--variant", "XL")
-    refused(1, ["modules: ", "'query'"], "--modules", "q_proj,query")
+    for texts, option, value in (
+        (["--model: 'org/model'", "mistral-7b"], "--model", "org/model"),
+        (["quantization_config: ", "--dtype"], "--model", folder(LLAMA | {"quantization_config": {"bits": 4}}, "a")),
+        (["dtype: ", "'float4'", "--dtype"], "--model", folder(LLAMA | {"dtype": "float4"}, "b")),
+        ("config.json: hidden_size: ", "--model", folder(LLAMA | {"hidden_size": -1}, "c")),
+        (["--encoder: 'org/text'", "gte-large, minilm, model"], "--encoder", "org/text"),
+        (["model_type: ", "'t9'"], "--encoder", folder({"model_type": "t9"}, "d")),
+        ("variant: ", "--variant", "XL"), (["modules: ", "'query'"], "--modules", "q_proj,query"),
+    ):  # fmt: skip
+        refused(1, texts, option, value)
 
 
 @pytest.mark.parametrize("arguments", [
@@ -253,10 +236,3 @@ def test_tables(run, folder):
     assert "never up to 1,024 shots" in few
     text = run("cost", "--model", folder(LLAMA, "[red]\x1b[31mbase"))[1]
     assert "[red]" in text and "\x1b" not in text
-
-
-def test_ranges_and_amounts_as_text():
-    assert [cost._range(won) for won in (None, [1, 3], [1, None], [4, None])] == [
-        "never", "up to 3 questions", "always", "from 4 questions",
-    ]  # fmt: skip
-    assert [cost.amount(x, "B") for x in (0, 0.4, 434e6, 999.96e3)] == ["0.00 B", "400 mB", "434 MB", "1.00 MB"]

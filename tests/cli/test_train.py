@@ -87,39 +87,18 @@ def test_plot(run, tmp_path):
     assert (code, out) == (1, "") and err.startswith("t2l: ") and "log.jsonl: not found" in err and err.count("\n") == 1
 
 
-WHOLE = "base_model: x\ntarget_modules: [q_proj]\n"
-
-
-@pytest.mark.parametrize("text, arguments, message", [
-    ("- 1", (), "settings.yaml: "), ("{}", (), "settings.yaml: missing field 'base_model': "),
-    (WHOLE + "steps: 0", (), "settings.yaml: steps: "), (WHOLE, ("--set", "steps=-3"), "--set: steps: "),
+@pytest.mark.parametrize("arguments, message", [
+    ("--tasks {here}/none", "descriptions.json"), ("--tasks {tasks} --device tpu", "'tpu'"),
+    ("--tasks {tasks} --manifest nowhere", "'nowhere'"), ("--tasks {tasks} --names first,other", "'other'"),
+    ("--tasks {tasks} --set base_model=nowhere", "nowhere"), ("--tasks {tasks} --set steps=-3", "--set: steps: "),
 ])  # fmt: skip
-def test_settings_that_are_wrong(train, tmp_path, text, arguments, message):
-    """Said in one line, before anything is loaded or written; test_settings.py has all that may be wrong."""
-    code, out, err = train("sft", text, "--tasks", tmp_path, "-o", tmp_path / "out", *arguments)
-    assert (code, out) == (1, "") and err.startswith("t2l: ") and err.count("\n") == 1, err
-    assert message in err and not (tmp_path / "out").exists()
-
-
-def test_runs_that_cannot_start(train, run, base_model, tasks, tmp_path):
-    """The last line says why; the settings stand before it."""
-    settings = small_runs.sft(base_model)
-    there, cases = ("--tasks", tasks), [(("--tasks", tmp_path / "none"), "descriptions.json")]
-    cases += [
-        ((*there, f"--{option}", value), repr(value)) for option, value in (("device", "tpu"), ("manifest", "nowhere"))
-    ]
-    cases += [((*there, "--names", "first,other"), "'other'"), ((*there, "--set", "base_model=nowhere"), "nowhere")]
-    for arguments, message in cases:
-        code, out, err = train("sft", settings, "-o", tmp_path / "out", *arguments)
-        last = err.splitlines()[-1]
-        assert (code, out) == (1, "") and last.startswith("t2l: ") and message in last, err
-        assert sum(line.startswith("t2l: ") for line in err.splitlines()) == 1
-    code, _, err = train("reconstruction", small_runs.reconstruction(), "--adapters", tasks, "-o", tmp_path / "out")
-    assert code == 1 and "t2l: " in err.splitlines()[-1] and "adapter_config.json" in err.splitlines()[-1]
+def test_runs_that_cannot_start(train, run, base_model, tasks, tmp_path, arguments, message):
+    """The last line says why; test_settings.py has all that may be wrong with settings."""
+    words = arguments.format(here=tmp_path, tasks=tasks).split()
+    code, out, err = train("sft", small_runs.sft(base_model), "-o", tmp_path / "out", *words)
+    assert (code, out) == (1, "") and sum(line.startswith("t2l: ") for line in err.splitlines()) == 1
+    assert err.splitlines()[-1].startswith("t2l: ") and message in err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
-    (tmp_path / "out").write_text("a file")
-    code, _, err = train("sft", settings, "--tasks", tasks, "-o", tmp_path / "out")
-    assert code == 1 and err.splitlines()[-1].startswith("t2l: ") and (tmp_path / "out").read_text() == "a file"
     assert run("train", "sft", "--tasks", tasks)[0] == 2  # no output
 
 

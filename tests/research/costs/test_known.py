@@ -6,12 +6,11 @@ import importlib
 import pytest
 import torch
 
-from t2l_engine import ConfigError, HyperNetwork, HyperNetworkConfig, TextToLoRA, attach
+from t2l_engine import ConfigError, HyperNetwork, HyperNetworkConfig
 from t2l_engine.hypernetwork.config import TASK_ENCODERS, VARIANTS
 from t2l_engine.research.costs import (
     PAPER,
     adapter_values,
-    count,
     hypernet_flops,
     hypernetwork_for,
     known_encoder,
@@ -19,10 +18,8 @@ from t2l_engine.research.costs import (
     known_setup,
     ways,
 )
-from t2l_engine.research.costs.serving import merged_values
 from tests.hypernetwork.plain_network import MODULES
 from tests.networks import SHAPES
-from tests.research.costs import tiny_decoders
 from tests.research.costs.flop_counter import counted
 
 KNOWN = {  # parameters of the language model, and of its hypernetwork
@@ -50,15 +47,6 @@ def test_known_setups():
         hypernetwork_for(setup.model, setup.encoder, modules=("c_attn",))
 
 
-def test_the_bundled_checkpoint_is_known():
-    """All that sizes depend on; alpha and scaling are numbers."""
-    ours, engine = known_setup("smollm2-135m"), TextToLoRA.from_pretrained("smollm2-135m")
-    for field in ("variant", "modules", "in_features", "out_features", "num_layers", "rank", "embed_dim", "latent_size",
-                  "head_in_size", "head_bias", "task_encoder", "num_parameters"):  # fmt: skip
-        assert getattr(ours.hypernet, field) == getattr(engine.hypernetwork.config, field), field
-    assert count(engine.encoder.model.config, head=False) == ours.encoder
-
-
 def test_the_papers_cells():
     """TFLOP of the first question on Mistral-7B (arXiv 2506.06105, appendix I): 0.856 by an adapter, 4.177 by examples."""
     made = ways(known_setup("mistral-7b"), PAPER)
@@ -80,21 +68,6 @@ def test_hypernetworks(variant, encoder):
     one = sum(hypernet_flops(config).values())
     assert counted(lambda: net.generate(task_emb)) == counted(lambda: net.generate(task_emb, out=stack)) == 5 * one
     assert hypernet_flops(config)["heads"] == 2 * 18 * adapter_values(config)
-
-
-def test_applying_and_merging_adapters():
-    """Beside the base model, a row at a time: rows of adapter -1 cost what the base model does."""
-    model = tiny_decoders.model("llama")
-    sizes, ids = count(model.config), torch.full((4, 9), 5)
-    config = hypernetwork_for(sizes, known_encoder("minilm"), modules=("q_proj", "down_proj"), rank=4)
-    lora = attach(model, HyperNetwork(config).generate(torch.randn(2, 384)))
-    base = sum(sizes.flops(9).values())
-    for rows in ([0, 1, 1, 0], [-1, 0, -1, -1], [-1] * 4):
-        with lora.use(rows):
-            got = counted(lambda: model(input_ids=ids, logits_to_keep=1))
-        assert got == 4 * base + 2 * 9 * adapter_values(config) * sum(row >= 0 for row in rows)
-    assert counted(lambda: lora.merge(1)) == 2 * 4 * merged_values(config)
-    assert counted(lambda: model(input_ids=ids[:1], logits_to_keep=1)) == base
 
 
 @pytest.mark.parametrize("name", ["research.costs.model", "research.costs.known", "cli.cost", "ops.flops"])

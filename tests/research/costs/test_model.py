@@ -149,22 +149,19 @@ def test_forms_of_a_configuration(form, tmp_path):
     assert count(forms[form]) == count(Gemma3Config(text_config=config.to_dict()))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "unknown"}, "config: model_type: expected one that transformers knows, got 'unknown'"),
-        ({"model_type": ["llama"]}, r"model_type: expected .*, got \['llama'\]"),
-        ({"num_attention_heads": 5, "head_dim": None}, "attention heads"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of 4 attention heads, got 3"),
-        ({"hidden_size": 0}, "hidden_size: expected an integer from 1 to 2147483648, got 0"),
-        ({"num_hidden_layers": 513}, "num_hidden_layers: expected an integer from 1 to 512, got 513"),
-        ({"intermediate_size": True}, "intermediate_size: expected an integer .*, got True"),
-        ({"rms_norm_eps": "small"}, "rms_norm_eps"),
-    ],
-)
+@pytest.mark.parametrize("changes, message", [
+    ({"model_type": "unknown"}, r"config\.json: model_type: expected one that transformers knows, got 'unknown'"),
+    ({"model_type": ["llama"]}, r"model_type: expected .*, got \['llama'\]"),
+    ({"num_attention_heads": 5, "head_dim": None}, "attention heads"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of 4 attention heads, got 3"),
+    ({"hidden_size": 0}, "hidden_size: expected an integer from 1 to 2147483648, got 0"),
+    ({"num_hidden_layers": 513}, "num_hidden_layers: expected an integer from 1 to 512, got 513"),
+    ({"intermediate_size": True}, "intermediate_size: expected an integer .*, got True"),
+    ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+])  # fmt: skip
 def test_refused(changes, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | changes))
-    with pytest.raises(ConfigError, match=message.replace("config: ", r"config\.json: ")):
+    with pytest.raises(ConfigError, match=message):
         count(tmp_path)
 
 

@@ -9,10 +9,9 @@ import torch
 import t2l_engine as t2l
 from t2l_engine.research.tasks.folder import Example, Task, write_tasks
 from t2l_engine.text import base_model as loader
-from t2l_engine.text.config import EncoderConfig, LLMEncoderConfig
-from t2l_engine.text.llm_encoder import AttentionPooling, LLMEncoder
+from t2l_engine.text.config import EncoderConfig
 from tests.cli.conftest import run  # noqa: F401
-from tests.research.training.conftest import WORDS, one_thread, word_tokenizer  # noqa: F401
+from tests.research.training.conftest import WORDS, one_thread, reading_engine, word_tokenizer  # noqa: F401
 
 MODULES = {"q_proj": (64, 64), "v_proj": (64, 32)}  # of the tiny model: (in, out) features
 DESCRIPTIONS = {
@@ -121,20 +120,9 @@ def engine(checkpoint):
 
 
 @pytest.fixture
-def reading(loaded):
+def reading(base_model):
     """An engine whose encoder reads three examples."""
-    model, tokenizer = loaded
-    config = LLMEncoderConfig("tiny", layers=(0, 1), queries=4, width=16, max_examples=3)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        reader = LLMEncoder(model.get_decoder(), tokenizer, config, AttentionPooling(config, 64))
-        network = t2l.HyperNetwork(
-            t2l.HyperNetworkConfig(
-                variant="L", modules=("q_proj",), in_features=(64,), out_features=(64,), num_layers=2, rank=2, embed_dim=64,
-                latent_size=16, head_in_size=8, lora_alpha=4,
-            )
-        )  # fmt: skip
-    return t2l.TextToLoRA(reader, network)
+    return reading_engine(base_model, 3)
 
 
 def random_stack(count, seed=0, rank=2):

@@ -148,13 +148,6 @@ def test_batches_hold_one_kind_and_so_many_rows(answerer, batches, loaded):
     assert sorted(a.seconds for a in answers) == times  # one tick a batch, divided among its answers
 
 
-def test_short_prompts_come_first_and_answers_in_the_order_asked(answerer, batches):
-    answers = answerer().ask(queries([""]), None)
-    assert [a.prompt_tokens for a in answers] == [len(p.split()) for p in prompts()]
-    lengths = [len(row) for batch in batches for row in batch]
-    assert lengths == sorted(lengths) and len(batches) == 3
-
-
 def test_an_answer_ends_at_its_first_line_break_where_it_is_one_line(answerer, loaded, monkeypatch):
     monkeypatch.setattr(type(loaded[1]), "decode", lambda self, ids, **kwargs: "\n red\nblue\n")
     texts = [answerer().ask([Query("red", one_line=one)], None)[0].text for one in (True, False)]
@@ -188,18 +181,6 @@ def test_what_is_kept_is_not_asked_again(answerer, batches, engine, tmp_path):
     (tmp_path / "holes").write_bytes(lines[1] + lines[3])
     answerer(Store(tmp_path / "holes")).ask(asked, generated())
     assert batches == [every[0], every[2], *every[4:]]
-
-
-def test_a_text_is_embedded_by_itself(engine, loaded, monkeypatch):
-    """Its embedding may not depend on what else a batch brings: after a stop that is something else."""
-    asked = []
-    encode = engine.encoder.encode
-    monkeypatch.setattr(engine.encoder, "encode", lambda texts: asked.append(list(texts)) or encode(texts))
-    with Generated(engine).on(loaded[0]) as use:
-        for keys in (TEXTS[:2] + TEXTS[:1], TEXTS[1:]):
-            with use(keys):
-                pass
-    assert asked == [[text] for text in TEXTS]
 
 
 @pytest.mark.parametrize("change", ["model", "adapters", "prompt", "key", "options", "length", "batch", "line"])
@@ -309,24 +290,6 @@ def test_the_likelihood_of_an_option(tiny_model, answerer, family):
             expected, tokens = naive(exact, tokenizer, query.prompt, option)
             other, _ = naive(exact, tokenizer, query.prompt, f" {option}")
             assert abs(value - expected) <= tokens * LOSS_ATOL < abs(other - expected)
-
-
-def test_the_likelihood_of_an_option_with_an_adapter_a_row(answerer, loaded):
-    model, tokenizer = loaded
-    stack = random_stack(3)
-    asked = queries(NAMES, options=("red", "blue green cow", "cat cat"))
-    found = answerer(batch_size=64).ask(asked, Stored(stack, NAMES))
-    exact = copy.deepcopy(model).double()
-    double = type(stack)(
-        {k: a.double() for k, a in stack.lora_A.items()}, {k: b.double() for k, b in stack.lora_B.items()}, stack.scaling
-    )
-    handle = attach(exact, double)
-    for query, answer in zip(asked, found, strict=True):
-        for option, value in zip(query.options, answer.likelihoods, strict=True):
-            with handle.use([NAMES.index(query.adapter)]):
-                expected, tokens = naive(exact, tokenizer, query.prompt, option)
-            base, _ = naive(exact, tokenizer, query.prompt, option)
-            assert abs(value - expected) <= tokens * LOSS_ATOL < abs(base - expected)
 
 
 def test_verified_is_what_decoding_gives(tiny_model, answerer):

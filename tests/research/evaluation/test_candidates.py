@@ -38,6 +38,13 @@ def keys(method, tasks, repeat=0, example=RED):
     return [method.key(t, example, repeat) for t in tasks]
 
 
+def shuffled_texts(texts, repeat):
+    """``texts`` of TASKS, each that of the task's partner."""
+    names = [t.name for t in TASKS]
+    drawn, by_name = partners(names, repeat), dict(zip(names, texts, strict=True))
+    return [by_name[drawn[name]] for name in names]
+
+
 def of_checkpoint(engine, folder, tasks=TASKS, pools=None, **options):
     made = Candidates(tasks, pools or {}, **options)
     made.add_checkpoint("mine", engine, folder)
@@ -86,9 +93,8 @@ def test_a_checkpoint(engine, checkpoint, in_prompt):
     for repeat in range(4):
         texts = keys(matched, TASKS, repeat)
         assert texts == [t.descriptions[repeat % (1 + i % 2)] for i, t in enumerate(TASKS)]
-        drawn, by_name = partners([t.name for t in TASKS], repeat), dict(zip([t.name for t in TASKS], texts, strict=True))
         others = keys(shuffled, TASKS, repeat)
-        assert others == [by_name[drawn[t.name]] for t in TASKS]
+        assert others == shuffled_texts(texts, repeat)
         assert not any(a == b for a, b in zip(texts, others, strict=True))
         assert keys(nonsense, TASKS, repeat) == [junk(t, repeat) for t in TASKS]
         assert keys(constant, TASKS, repeat) == [CONSTANT] * 5
@@ -106,11 +112,7 @@ def test_a_checkpoint_that_reads_examples(engine, checkpoint, reading):
             texts = keys(own, TASKS, repeat)
             shots = [shots_of(t, POOLS[t.name], repeat, count, RED.input) for t in TASKS]
             assert texts == [condition_text(description_of(t, repeat), s) for t, s in zip(TASKS, shots, strict=True)]
-            drawn, by_name = (
-                partners([t.name for t in TASKS], repeat),
-                dict(zip([t.name for t in TASKS], texts, strict=True)),
-            )
-            assert keys(other, TASKS, repeat) == [by_name[drawn[t.name]] for t in TASKS]
+            assert keys(other, TASKS, repeat) == shuffled_texts(texts, repeat)
     (text,) = reading.encoder.prepare([description_of(TASKS[0], 0)], [shots_of(TASKS[0], POOLS["task0"], 0)])
     assert keys(made.methods[4], TASKS[:1]) == [text]
     assert len(of_checkpoint(engine, checkpoint, pools=POOLS).methods) == 4
@@ -136,11 +138,7 @@ def test_per_task_loras(tmp_path):
     made = Candidates(ASKED, {})
     made.add_per_task([folder_of(tmp_path / "run", ["last", "first", "x"], prompt_form="raw", prompt="description")])
     assert shown(made) == {"oracle": (("raw",), True, 0, True)}
-    assert keys(made.methods[0], ASKED, 2) == [
-        None,
-        "first",
-        "last",
-    ]
+    assert keys(made.methods[0], ASKED, 2) == [None, "first", "last"]
     others = folder_of(tmp_path / "other", ["again"])
     with pytest.raises(
         ValueError, match="^oracle: expected adapters trained with one .*/other/adapters chat, .*/run/adapters raw"
@@ -206,14 +204,12 @@ def test_one_adapter_for_all_tasks(base_model, tasks, loaded, tmp_path):
     with pytest.raises(FileNotFoundError, match="expected the folder of a finished run of t2l train lora, found none"):
         made.add_multi_task(tmp_path / "none")
     folder = shutil.copytree(folders["multi-task"], tmp_path / "other")
+    unlike = {"mode": "multi-task", "prompt_form": "loud"}
     for content, expected in (
-        ("[]", "done.json: expected an object with settings"),
-        ('{"settings": 1}', "done.json: expected an object with settings"),
-        (
-            '{"settings": {"mode": "multi-task", "prompt_form": "loud"}}',
-            "prompt_form: expected one of chat, raw, got 'loud'",
-        ),
+        ([], "done.json: expected an object with settings"),
+        ({"settings": 1}, "done.json: expected an object with settings"),
+        ({"settings": unlike}, "prompt_form: expected one of chat, raw, got 'loud'"),
     ):
-        (folder / "waves" / "000" / "done.json").write_text(content)
+        (folder / "waves" / "000" / "done.json").write_text(json.dumps(content))
         with pytest.raises(ConfigError, match=expected):
             made.add_multi_task(folder)

@@ -184,17 +184,6 @@ def test_no_more_is_asked_than_precision_needs():
     assert max(found["high"] - found["mean"], found["mean"] - found["low"]) <= 10
 
 
-def test_a_method_that_has_few_tasks_is_judged_by_those_it_has():
-    """All that the oracle has an adapter for are asked, though the other method is precise at once."""
-    tasks = many("task", 300, lambda i: "red")
-    rare = {t.name for t in tasks[::30]}
-    oracle = Method("oracle", Stored(random_stack(1), ["a"]), lambda task, *_: "a" if task.name in rare else None)
-    result = evaluation(Scripted(), tasks, [Method("red"), Method("base"), oracle], Settings(repeats=1, precision=5)).run()
-    assert rare <= set(result["tasks"])
-    without = evaluation(Scripted(), tasks, [Method("red"), Method("base")], Settings(repeats=1, precision=5)).run()
-    assert len(without["tasks"]) == 40
-
-
 @pytest.mark.parametrize("longest, kept", [
     (26, ["a", "b b b", "c c c c c c"]),  # icl: 6 words of the longer description, 12 of worked examples, 2 + 6
     (25, ["a", "b b b"]),

@@ -19,23 +19,18 @@ PROMPT = 'from math import pi\n\n\ndef half(x):\n    return x / 2\n\n\ndef area(
 WHOLE = "def area(r):\n    return pi * r * r\n"
 
 
-@pytest.mark.parametrize(
-    "answer, prompt, program",
-    [
-        ("    return 1\n", PROMPT, PROMPT + "    return 1\n"),
-        ("Here:\n```python\n    return 1\n```\nDone.", PROMPT, PROMPT + "    return 1\n"),
-        ("Here:\n```python\n    return 1\n```", PROMPT.rstrip(), PROMPT.rstrip() + "\n    return 1\n"),
-        (WHOLE, PROMPT, PROMPT[: PROMPT.index("def area")] + WHOLE),
-        (f"```Python\n{WHOLE}```\n```python\nx\n```", PROMPT, PROMPT[: PROMPT.index("def area")] + WHOLE),
-        ("def areas(r):\n    pass", PROMPT, PROMPT + "def areas(r):\n    pass"),
-        ("async def area(r): ...", "async def area(r):\n", "async def area(r): ..."),
-        ("x = 1", "Write x.", "x = 1"),
-        ("```\nx = 1\n```", "Write x.", "x = 1\n"),
-        ("```bash\nls\n```\nthen\n```py\nx = 1\n", "Write x.", "x = 1\n"),
-        ("```bash\nls\n```\n", "Write x.", "```bash\nls\n```\n"),
-        ("", "Write x.", ""),
-    ],
-)
+@pytest.mark.parametrize("answer, prompt, program", [
+    *((answer, PROMPT, PROMPT + "    return 1\n") for answer in (
+        "    return 1\n", "Here:\n```python\n    return 1\n```\nDone.")),
+    ("Here:\n```python\n    return 1\n```", PROMPT.rstrip(), PROMPT.rstrip() + "\n    return 1\n"),
+    *((answer, PROMPT, PROMPT[: PROMPT.index("def area")] + WHOLE) for answer in (
+        WHOLE, f"```Python\n{WHOLE}```\n```python\nx\n```")),
+    ("def areas(r):\n    pass", PROMPT, PROMPT + "def areas(r):\n    pass"),
+    ("async def area(r): ...", "async def area(r):\n", "async def area(r): ..."),
+    *((answer, "Write x.", program) for answer, program in {
+        "x = 1": "x = 1", "```\nx = 1\n```": "x = 1\n", "```bash\nls\n```\nthen\n```py\nx = 1\n": "x = 1\n",
+        "```bash\nls\n```\n": "```bash\nls\n```\n", "": ""}.items()),
+])  # fmt: skip
 def test_program_of_an_answer(answer, prompt, program):
     assert extract(answer, prompt) == program
 
@@ -52,14 +47,6 @@ def test_limits_are_checked():
             run_tests("", "", seconds=seconds)
     with pytest.raises(ValueError, match="memory_mb: expected at least 64, got 63"):
         run_tests("", "", memory_mb=63)
-
-
-def test_elsewhere_nothing_runs(monkeypatch):
-    monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(code.subprocess, "Popen", None)
-    for call in (check_sandbox, lambda: run_tests("", "")):
-        with pytest.raises(RuntimeError, match="sandbox: expected Linux, got darwin"):
-            call()
 
 
 @pytest.fixture(scope="module")
@@ -123,15 +110,11 @@ def test_outcomes(run, program, tests, outcome):
     assert run(program, tests) == outcome
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "while True: pass",
-        "import time\ntime.sleep(60)",
-        "import signal, time\nfor i in {*range(1, 32)} - {9, 19}: signal.signal(i, signal.SIG_IGN)\ntime.sleep(60)",
-        "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
-    ],
-)
+@pytest.mark.parametrize("program", [
+    "while True: pass",
+    "import signal, time\nfor i in {*range(1, 32)} - {9, 19}: signal.signal(i, signal.SIG_IGN)\ntime.sleep(60)",
+    "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
+])  # fmt: skip
 def test_time(run, program):
     began = time.monotonic()
     assert run(program, "", seconds=1) == "timeout"
@@ -145,10 +128,12 @@ def test_a_program_that_became_another_is_ended(run):
 
 
 def test_memory(run):
-    assert run("x = bytearray(1 << 30)", "") == "failed"
+    """The limit binds bubblewrap's own first process too, which a program can reach."""
     assert run("x = []\nwhile True: x.append(bytearray(1 << 20))", "", seconds=60) == "failed"
     assert run("x = bytearray(200 << 20)", "") == "passed"
     assert run("x = bytearray(200 << 20)", "", memory_mb=128) == "failed"
+    read = "import re\nfound = re.search(r'address space +(\\d+)', open('/proc/1/limits').read())[1]"
+    assert run(read, "assert found == str(512 << 20)") == "passed"
 
 
 def test_processes_and_threads(run):
@@ -232,24 +217,19 @@ def test_no_rights(run, monkeypatch):
         assert run("import os\n" + refuses(f"os.setresuid({ids})", "OSError"), "") == "passed"
 
 
-def test_limits_bind_all_that_is_in_the_sandbox(run):
-    """Bubblewrap's own first process too, which a program can reach."""
-    assert (
-        run("import re\nassert re.search(r'address space +(\\d+)', open('/proc/1/limits').read())[1] == str(512 << 20)", "")
-        == "passed"
-    )
-
-
-@pytest.mark.parametrize("lacking", ["bwrap", "prlimit", "machine"])
+@pytest.mark.parametrize("lacking", ["bwrap", "prlimit", "riscv64", "darwin"])
 def test_on_other_machines_nothing_runs(monkeypatch, lacking):
-    """Without a program, or where system calls have other numbers."""
-    if lacking == "machine":
-        monkeypatch.setattr(code.platform, "machine", lambda: "riscv64")
+    """Without a program, where system calls have other numbers, on another system."""
+    if lacking == "riscv64":
+        monkeypatch.setattr(code.platform, "machine", lambda: lacking)
+    if lacking == "darwin":
+        monkeypatch.setattr(sys, "platform", lacking)
     which = code.shutil.which
     monkeypatch.setattr(code.shutil, "which", lambda program: None if program == lacking else which(program) or program)
     monkeypatch.setattr(code.subprocess, "Popen", None)
-    with pytest.raises(RuntimeError, match=f"sandbox: .*{'riscv64' if lacking == 'machine' else lacking}"):
-        check_sandbox()
+    for call in (check_sandbox, lambda: run_tests("", "")):
+        with pytest.raises(RuntimeError, match=f"sandbox: .*{lacking}"):
+            call()
 
 
 def test_without_namespaces_nothing_runs(sandbox):

@@ -52,12 +52,8 @@ def test_a_manifest_holds_digests_and_no_text(suite, values):
     assert train == b"".join(expected)
     text = json.dumps(values)
     assert not any(e.input in text for task in suite for e in task.examples if len(e.input) > 4)
-    assert (
-        build(
-            suite[::-1], {t.name: FACTS | {"task_split": values["tasks"][t.name]["task_split"]} for t in suite}, "For tests."
-        )
-        == values
-    )
+    facts = {t.name: FACTS | {"task_split": values["tasks"][t.name]["task_split"]} for t in suite}
+    assert build(suite[::-1], facts, "For tests.") == values
 
 
 def test_build_names_what_is_wrong(suite):
@@ -116,16 +112,13 @@ def test_select(suite, manifest):
 
 def test_apply_gives_the_splits_of_the_manifest_whatever_the_order(suite, manifest):
     draw = random.Random(0)
-    other = [
-        dataclasses.replace(
-            edited(task, lambda e: Example(f"  {e.input.upper()} ", ("another", *e.outputs), "test")),
-            examples=tuple(
-                Example(f"  {e.input.upper()} ", ("another", *e.outputs), "test") for e in draw.sample(task.examples, 20)
-            )
-            + (Example("not in the manifest", ("x",), "train"),),
-        )
-        for task in suite
-    ]
+    other = []
+    for task in suite:
+        examples = [
+            Example(f"  {e.input.upper()} ", ("another", *e.outputs), "test") for e in draw.sample(task.examples, 20)
+        ]
+        examples.append(Example("not in the manifest", ("x",), "train"))
+        other.append(dataclasses.replace(task, examples=tuple(examples)))
     applied = apply([*other, Task("unknown", ("x",), suite[0].examples)], manifest)
     assert applied.missing == {} and [t.name for t in applied.tasks] == [t.name for t in suite]
     for task, expected in zip(applied.tasks, suite, strict=True):

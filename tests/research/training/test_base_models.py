@@ -159,19 +159,6 @@ def test_a_run_starts_from_its_seed(base_model, tasks):
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
 
 
-def test_a_model_is_given_back(base_model, tasks):
-    """After a run, before one, and however often it is asked for."""
-    fit = context.TrainingContext(settings(SFTSettings, base_model, ("q_proj",)), tasks, torch.device("cpu"))
-    kinds = [type(module) for module in fit.model.modules()]
-    fit.close()
-    sft.SFT(fit.settings, fit)
-    assert [type(module) for module in fit.model.modules()] != kinds
-    for _ in range(2):
-        fit.close()
-        assert [type(module) for module in fit.model.modules()] == kinds
-    assert not any(parameter.requires_grad for parameter in fit.model.parameters())
-
-
 def test_examples_of_the_splits_are_needed(base_model, tasks):
     """Training needs some of every task, validation some of one; what is too long does not count."""
 

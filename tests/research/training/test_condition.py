@@ -103,13 +103,6 @@ def test_an_adapter_depends_on_its_own_input_alone(made, condition):
         assert len({tuple(B.tolist()) for B in stack.lora_B["q_proj"].flatten(1)}) == len({g.samples for g in batch.groups})
 
 
-def test_no_description_is_read(base_model, tasks, tmp_path):
-    sft.train(by_input(base_model, steps=3), tasks, tmp_path / "out")
-    (tasks / "descriptions.json").write_text('{"first": ["Other."], "last": ["Texts."]}')
-    sft.train(by_input(base_model, steps=3), tasks, tmp_path / "other")
-    assert small_runs.losses(tmp_path / "out") == small_runs.losses(tmp_path / "other")
-
-
 def test_an_input_is_embedded_by_itself(long_and_short, made):
     """The same bits whatever is embedded with it or before it, as a run that goes on in the middle needs."""
     job, again = made(condition="input"), made(condition="input")

@@ -166,19 +166,6 @@ def test_some_descriptions_are_read(made):
 # --- resume ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_failed_goes_on_bit_for_bit(base_model, tasks, tmp_path, monkeypatch):
-    noise = small_runs.NOISE | {"mix_descriptions": False, "embedding_noise": 0.0, "bucket_steps": 1, "validate_every": 2}
-    settings = reading(base_model, optimizer="muon", **noise)
-    sft.train(settings, tasks, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(sft.SFT, "loss", small_runs.failing(sft.SFT.loss, 2 * 5 + 1))
-        with pytest.raises(OSError, match="for the test"):
-            sft.train(settings, tasks, tmp_path / "failed")
-    monkeypatch.setattr(LLMEncoder, "states", small_runs.failing(LLMEncoder.states, 0))  # all is read already
-    sft.train(settings, tasks, tmp_path / "failed")
-    assert small_runs.differing(small_runs.left(tmp_path / "whole"), small_runs.left(tmp_path / "failed")) == []
-
-
 def test_reading_goes_on_where_it_stopped(base_model, tasks, tmp_path, monkeypatch):
     monkeypatch.setattr(conditions, "CHUNK", 1)
     monkeypatch.setattr(conditions, "BATCH", 4)
@@ -195,31 +182,6 @@ def test_reading_goes_on_where_it_stopped(base_model, tasks, tmp_path, monkeypat
     assert len(calls) == 2  # two descriptions and three example sets of the second task
     sft.train(settings, tasks, tmp_path / "whole")
     assert small_runs.differing(small_runs.left(tmp_path / "whole"), small_runs.left(tmp_path / "out")) == []
-
-
-def test_states_of_other_texts_that_were_half_read_are_not_taken(base_model, tasks, tmp_path):
-    """Reading them wrote over the states of the texts before, which are read again."""
-    config = reading(base_model)
-    fit = TrainingContext(config, tasks, CPU)
-    reads = conditions.HiddenStates(config, fit.tasks, str(base_model), CPU, tmp_path / "all")
-    model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
-    encoder = LLMEncoder(model.get_decoder(), tokenizer, reads.encoder_config, reads.pooling())
-    texts, other = [["a", "b c"]], [["red", "cat dog"]]
-    expected = conditions.read_states(encoder, texts, tmp_path / "states")[0].clone()
-
-    class Fails:
-        """Of a chunk the first batch is written, then reading ends."""
-
-        config, pooling, lengths = encoder.config, encoder.pooling, staticmethod(encoder.lengths)
-
-        @staticmethod
-        def states(batch):
-            yield from encoder.states(batch)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        conditions.read_states(Fails, other, tmp_path / "states")
-    assert torch.equal(conditions.read_states(encoder, texts, tmp_path / "states")[0], expected)
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

@@ -3,11 +3,8 @@
 import json
 import math
 import os
-import random
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,7 +14,7 @@ from torch import nn
 
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.training import loop, lora, reconstruction, sft
-from t2l_engine.research.training.log import NAME, read_log
+from t2l_engine.research.training.log import read_log
 from t2l_engine.research.training.sampling import seeded
 from t2l_engine.research.training.settings import Settings
 from t2l_engine.testing import numerics
@@ -148,43 +145,6 @@ def test_muon_is_for_the_weights_of_linears(base_model):
 # --- resume ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(base_model, tasks, tmp_path):
-    """SIGKILL in another process, between the two batches of a step; every noise on."""
-    noisy = small_runs.NOISE | {"encoder": "minilm", "samples_per_task": 2, "variant": "M"}
-    settings = small_runs.sft(base_model, **noisy)
-    step = random.Random(20).randrange(settings.save_every + 1, settings.steps)
-    sft.train(settings, tasks, tmp_path / "whole")
-    (tmp_path / "killed").mkdir()
-    (tmp_path / "killed" / "settings.yaml").write_text((tmp_path / "whole" / "settings.yaml").read_text())
-    program = f"""
-import os, signal
-from t2l_engine.cli import main
-from t2l_engine.research.training import sft
-
-loss, calls = sft.SFT.loss, []
-
-def killed(*args):
-    calls.append(args)
-    if len(calls) == {2 * step + 2}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return loss(*args)
-
-sft.SFT.loss = killed
-main()
-"""
-    command = ["train", "sft", "--tasks", tasks, "-o", tmp_path / "killed", "--threads", "1"]
-    command += ["--config", tmp_path / "killed" / "settings.yaml"]
-    done = subprocess.run([sys.executable, "-c", program, *map(str, command)], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    reached = torch.load(tmp_path / "killed" / loop.STATE, weights_only=True)["step"]
-    assert 0 < reached <= step
-    with (tmp_path / "killed" / NAME).open("a") as log:  # what the system had not written in full
-        log.write('{"step": 7, "lo')
-    sft.train(settings, tasks, tmp_path / "killed")
-    assert small_runs.differing(small_runs.left(tmp_path / "whole"), small_runs.left(tmp_path / "killed")) == []
-
-
 def lora_waves(base_model, tasks, folder):
     """Two waves."""
     small = {"steps": 3, "save_every": 2, "validate_every": 2, "tasks_per_batch": 1, "lora_dropout": 0.1}
@@ -200,9 +160,17 @@ def sft_noisy(base_model, tasks, folder):
     return sft.train(small_runs.sft(base_model, **small_runs.NOISE | {"encoder": "minilm", "steps": 5}), tasks, folder)
 
 
-def by_input_noisy(base_model, tasks, folder):
-    noise = small_runs.NOISE | {"mix_descriptions": False, "bucket_steps": 1, "steps": 5}
-    return sft.train(small_runs.sft(base_model, **noise, condition="input", encoder="base-model"), tasks, folder)
+def other_conditions(**changes):
+    """Runs of SFT with the noise that there is with these settings."""
+    noise = small_runs.NOISE | {"mix_descriptions": False, "embedding_noise": 0.0, "bucket_steps": 1, "steps": 5} | changes
+    return lambda base_model, tasks, folder: sft.train(small_runs.sft(base_model, **noise), tasks, folder)
+
+
+by_input = other_conditions(condition="input", encoder="base-model", embedding_noise=0.1)
+by_llm = other_conditions(
+    encoder="llm", llm_layers=[0, 1], llm_queries=2, llm_width=8, llm_heads=2, example_share=0.5, max_examples=2,
+    optimizer="muon",
+)  # fmt: skip
 
 
 def counting(function, counts, name):
@@ -241,7 +209,7 @@ def test_a_run_that_failed_anywhere_goes_on_bit_for_bit(base_model, tasks, tmp_p
             assert small_runs.differing(whole, small_runs.left(out)) == [], out.name
 
 
-@pytest.mark.parametrize("kind", [lora_waves, reconstructed, sft_noisy, by_input_noisy])
+@pytest.mark.parametrize("kind", [lora_waves, reconstructed, sft_noisy, by_input, by_llm])
 def test_a_state_half_written_is_not_the_state(base_model, tasks, tmp_path, monkeypatch, kind):
     small_runs.library(tmp_path / "library")
     whole = small_runs.left(kind(base_model, tasks, tmp_path / "whole"))

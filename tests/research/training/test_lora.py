@@ -84,17 +84,6 @@ def test_an_adapter_does_not_depend_on_its_neighbours(base_model, four_tasks, tm
     assert means == pytest.approx(losses[0], rel=numerics.TRAINING_RTOL)
 
 
-def test_waves_are_alike_in_length_and_number(context, four_tasks):
-    fit = context(four_tasks, tasks_per_batch=3)
-    lengths = [fit.train.mean_length(i) for i in range(4)]
-    found = lora.waves(fit.settings, fit)
-    assert [len(wave) for wave in found] == [2, 2] and sorted(i for wave in found for i in wave) == [0, 1, 2, 3]
-    assert max(lengths[i] for i in found[0]) <= min(lengths[i] for i in found[1])
-    assert fit.tasks[found[1][1]].name == "both"  # whose answers are two words
-    shared = context(four_tasks, tasks_per_batch=3, mode="multi-task")
-    assert lora.waves(shared.settings, shared) == [[0, 1, 2, 3]]
-
-
 def test_each_adapter_is_kept_at_its_own_best(context, tmp_path):
     fit = context()
     job = lora.LoRA(fit.settings, fit, [0, 1], tmp_path)
@@ -169,16 +158,6 @@ def test_adapters_are_what_peft_and_reconstruction_read(base_model, tasks, tmp_p
             assert (logits - theirs(ids).logits).abs().max() <= numerics.LOGITS_ATOL
             model = theirs.unload()
     assert min((logits - plain).abs().max() for logits in ours) > 100 * numerics.LOGITS_ATOL
-
-
-def test_one_adapter_for_all_tasks(base_model, tasks, tmp_path):
-    settings = small_runs.lora(base_model, mode="multi-task", prompt="description", steps=16, tasks_per_batch=4)
-    out = lora.train(settings, tasks, tmp_path / "out")
-    assert [path.name for path in (out / lora.ADAPTERS).iterdir()] == [lora.MULTI_TASK]
-    assert (out / lora.LAST / lora.MULTI_TASK).is_dir()
-    found = [row for row in small_runs.rows(out / lora.WAVES / "000") if "loss" in row]
-    assert sum(row["loss"] for row in found[-4:]) < 0.9 * sum(row["loss"] for row in found[:4])
-    assert all(row["tokens"] >= 4 * 9 for row in found)  # "<user> red blue <bot> red </s>" with three to six words
 
 
 def test_a_finished_run_does_nothing_and_another_is_refused(base_model, tasks, tmp_path):

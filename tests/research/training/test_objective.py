@@ -10,7 +10,7 @@ from torch import nn
 import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.training import context, sft
-from t2l_engine.research.training.objective import IGNORED, Objective, collate, generated_l2, token_weights
+from t2l_engine.research.training.objective import Objective, collate, generated_l2, token_weights
 from t2l_engine.research.training.sampling import Group, Sample, Shard, divide
 from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.testing.numerics import GRADIENT_RTOL, LOSS_ATOL, STANDARD_ERRORS
@@ -145,20 +145,6 @@ def test_generated_l2():
     assert generated_l2(stack) == (1 + 4 + 9 + 0) / 4 + (1 + 1 + 0 + 4) / 4 + 4 + 0
 
 
-def test_collate():
-    step = [
-        Group(4, 0, (Sample((5, 6, 7, 8), 2), Sample((9, 10), 1)), "a"),
-        Group(2, 1, (Sample((11, 12, 13), 1),), "b"),
-    ]
-    batch = collate(step, 0, lambda sample, group: sample.answer_len + group.task, 5)
-    assert batch.ids.tolist() == [[5, 6, 7, 8], [0, 0, 9, 10], [0, 11, 12, 13]]
-    assert batch.mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]]
-    assert batch.labels.tolist() == [[7, 8], [IGNORED, 10], [IGNORED, 13]]
-    assert batch.weights.tolist() == [6, 5, 3] and batch.adapters == [0, 0, 1] and batch.tasks == [4, 4, 2]
-    assert (batch.fraction, batch.tokens) == (2 / 5, 12)
-    assert collate(step, 0, lambda s, g: 1, 5, lambda number, group: group.task).adapters == [4, 4, 2]
-
-
 # --- models whose logits are made otherwise -----------------------------------------------------------------------
 
 
@@ -209,27 +195,15 @@ def test_models_that_are_understood_and_not(tiny_model, family, changes, message
 # --- noise -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def first_layer():
-    """Factory: what enters the first layer of a Llama, of every forward pass from now on."""
-
-    def make(model):
-        seen = []
-
-        def note(layer, args, kwargs):
-            seen.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
-
-        model.model.layers[0].register_forward_pre_hook(note, with_kwargs=True)
-        return seen
-
-    return make
-
-
-def test_neftune(made, first_layer):
+def test_neftune(made):
     """Uniform within alpha/sqrt(L D) on a row's own L tokens, none on padding, a function of the group alone."""
     model, handle, stack = made()
     model.get_input_embeddings().weight.zero_()  # what is seen is the noise
-    objective, seen = Objective(model, handle), first_layer(model)
+    objective, seen = Objective(model, handle), []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda layer, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).detach().clone()),
+        with_kwargs=True,
+    )
     step = groups([[(40, 2), (90, 1)], [(61, 1)], [(90, 4)], [(4, 2)]], (0, 0, 1, 2))
 
     def noise(part, alpha=5.0):

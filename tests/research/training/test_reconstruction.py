@@ -226,19 +226,6 @@ def test_adapters_that_are_not_alike(tmp_path, changes, message):
         Library(tmp_path / "library")
 
 
-def test_modules_of_other_numbers_of_layers(tmp_path):
-    """A hypernetwork has one number of layers; lm_head is a module without."""
-    generator = torch.Generator().manual_seed(0)
-    A = {"q_proj": torch.randn(2, 2, 2, 6, generator=generator), "lm_head": torch.randn(2, 1, 2, 6, generator=generator)}
-    B = {"q_proj": torch.randn(2, 2, 8, 2, generator=generator), "lm_head": torch.randn(2, 1, 9, 2, generator=generator)}
-    stack = t2l.AdapterStack(A, B, torch.ones(2), paths={"lm_head": "lm_head"})
-    for i in (0, 1):
-        stack.save_pretrained(tmp_path / f"task{i}", adapter=i)
-    (tmp_path / "descriptions.json").write_text('{"task0": ["One."], "task1": ["Two."]}')
-    with pytest.raises(ConfigError, match="layers"):
-        Library(tmp_path)
-
-
 def test_names(tmp_path):
     stack = small_runs.library(tmp_path / "library")
     chosen = Library(tmp_path / "library", ["task2", "task0", "task2"])

@@ -212,15 +212,6 @@ def test_a_group_is_a_function_of_seed_task_and_visit(tokenizer):
     assert draws[0] != draws[1]
 
 
-def test_all_groups(tokenizer):
-    """Every example once, shortest first; descriptions take turns within a task."""
-    made = Examples([many("a"), many("b", 3)], tokenizer, 9, with_description=False)
-    groups = made.all_groups(2, [(4, 5)] * 2)
-    assert Counter(s for g in groups for s in g.samples if g.task == 0) == Counter(made.sample(0, i, 0) for i in range(4))
-    assert [g.longest for g in groups] == sorted(g.longest for g in groups)
-    assert sorted((g.task, len(g.samples), g.description) for g in groups) == [(0, 2, 4), (0, 2, 5), (1, 1, 5), (1, 2, 4)]
-
-
 # --- task embeddings -----------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from t2l_engine.files.errors import MAX_CONFIG_BYTES, ConfigError
 from t2l_engine.hypernetwork import convert
 from t2l_engine.research.tasks.folder import Example, Task, load_tasks, write_tasks
 from t2l_engine.research.tasks.manifest import summary
-from t2l_engine.research.training import context, sft
+from t2l_engine.research.training import sft
 from t2l_engine.testing import numerics
 from t2l_engine.text import base_model as base_model_loader
 from tests.research.training import small_runs
@@ -148,19 +148,3 @@ def test_norms_and_mlps_may_be_compiled(base_model, tasks, tmp_path, monkeypatch
     # Norm and MLP, with an input that needs gradients, with one that does not, in validation, at other sizes; three modules
     # of two layers, each compiled for itself, would have twice as many.
     assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
-
-
-@pytest.mark.parametrize("targets, compiled", [
-    (("q_proj", "v_proj"), ["input_layernorm", "mlp", "post_attention_layernorm"]),
-    (("q_proj", "down_proj"), ["input_layernorm", "post_attention_layernorm"]),
-    (("down_proj",), ["input_layernorm", "post_attention_layernorm", "self_attn"]),
-])  # fmt: skip
-def test_what_is_compiled(tiny_model, stack_for, monkeypatch, targets, compiled):
-    model, found = tiny_model("Llama"), []
-    paths = context.locate(model, targets).paths
-    t2l.attach(model, stack_for(model, targets))
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: found.append(self))
-    context.compile_between(model, paths)
-    names = {id(module): name for name, module in model.named_modules()}
-    layers = range(model.config.num_hidden_layers)
-    assert sorted(names[id(module)] for module in found) == [f"model.layers.{i}.{name}" for i in layers for name in compiled]
