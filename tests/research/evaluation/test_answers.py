@@ -183,29 +183,20 @@ def test_what_is_kept_is_not_asked_again(answerer, batches, engine, tmp_path):
     assert batches == [every[0], every[2], *every[4:]]
 
 
-@pytest.mark.parametrize("change", ["model", "adapters", "prompt", "key", "options", "length", "batch", "line"])
-def test_another_question_is_asked_anew(answerer, batches, change):
-    store, stack = Store(), random_stack(3)
-    asked = queries(NAMES)
-    answerer(store).ask(asked, Stored(stack, NAMES))
+@pytest.mark.parametrize("maker, changed, seed, expected", [
+    ({"identity": "other"}, lambda q: q, 0, 3), ({"batch_size": 3}, lambda q: q, 0, 4), ({}, lambda q: q, 1, 3),
+    *(({}, lambda q, of=of: dataclasses.replace(q, **of(q)), 0, expected) for of, expected in (
+        (lambda q: {"prompt": f"<user> {q.prompt}"}, 3), (lambda q: {"adapter": "first"}, 3),
+        (lambda q: {"options": ("red", "blue")}, 6), (lambda q: {"max_new_tokens": 3}, 3), (lambda q: {"one_line": False}, 3))),
+])  # fmt: skip
+def test_another_question_is_asked_anew(answerer, batches, maker, changed, seed, expected):
+    store, asked = Store(), queries(NAMES)
+    answerer(store).ask(asked, Stored(random_stack(3), NAMES))
     batches.clear()
-    other, held = asked, Stored(stack, NAMES)
-    if change == "adapters":
-        held = Stored(random_stack(3, seed=1), NAMES)
-    elif change == "prompt":
-        other = [Query(f"<user> {q.prompt}", q.adapter, max_new_tokens=4) for q in asked]
-    elif change == "key":
-        other = [Query(q.prompt, "first", max_new_tokens=4) for q in asked]
-    elif change == "options":
-        other = queries(NAMES, options=("red", "blue"))
-    elif change in ("length", "line"):
-        other = queries(NAMES, **{"max_new_tokens": 3} if change == "length" else {"one_line": False})
-    answerer(
-        store, identity="other" if change == "model" else "tiny", batch_size=3 if change == "batch" else 4
-    ).ask(other, held)  # fmt: skip
-    assert len(batches) == {"options": 6, "batch": 4}.get(change, 3)
+    answerer(store, **maker).ask([changed(q) for q in asked], Stored(random_stack(3, seed=seed), NAMES))
+    assert len(batches) == expected
     batches.clear()
-    answerer(store).ask(asked, Stored(stack.to("cpu"), NAMES))
+    answerer(store).ask(asked, Stored(random_stack(3), NAMES))
     assert batches == []
 
 

@@ -153,23 +153,48 @@ def test_precision_is_said(evaluate, monkeypatch):
     assert "asked 2 of 3 tasks, for intervals of at most +-100 points" in err and "are all asked" not in err
 
 
-def test_answers_that_are_kept_are_used(evaluate, tmp_path, monkeypatch):
-    kept = tmp_path / "answers.jsonl"
-    options = ("--methods", "t2l,t2l-shuffled,base", "--repeats", 1, "--batch-size", 4, "--resume", kept)
-    first, _, _ = evaluate(*options)
-    content = kept.read_bytes()
-    assert content.count(b"\n") == 3 + 3 + 2 * 2 + 3  # of base both forms, on two validation examples of three tasks
-    asked = []
-    generate = Answerer._generate
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_was_stopped_goes_on(evaluate, tmp_path, monkeypatch, resume):
+    """Its answers are kept until the result is written; with --resume they stay, with the seconds they took."""
+    options = ["--methods", "t2l,t2l-junk", "--repeats", 1, "--batch-size", 4]
+    unbroken, _, _ = evaluate(*options)
+    kept = tmp_path / ("answers.jsonl" if resume else "result.json.unfinished.jsonl")
+    options += ["--resume", kept] if resume else []
+    asked, generate = [], Answerer._generate
+
+    def stopped(*arguments):
+        if len(asked) == 2:
+            raise RuntimeError("power cut")
+        asked.append(1)
+        return generate(*arguments)
+
+    monkeypatch.setattr(Answerer, "_generate", stopped)
+    with pytest.raises(RuntimeError, match="power cut"):
+        evaluate(*options)
+    assert kept.read_bytes().count(b"\n") == 2
     monkeypatch.setattr(Answerer, "_generate", lambda *arguments: asked.append(1) or generate(*arguments))
-    assert evaluate(*options)[0] == first and not asked and kept.read_bytes() == content  # the seconds too
-    kept.write_bytes(content[:-20])
-    again, _, _ = evaluate(*options)
-    assert len(asked) == 1 and kept.read_bytes().count(b"\n") == content.count(b"\n")
-    assert without_seconds(again) == without_seconds(first)
-    asked.clear()
-    other, _, _ = evaluate(*options, "--scaling", 1)
-    assert other["scaling"] == 1.0 and len(asked) == 6  # not the base model's again
+    result, _, err = evaluate(*options)
+    assert without_seconds(dict(result)) == without_seconds(unbroken) and len(asked) == 2 + 4
+    assert kept.exists() == resume and (f"answers in {kept}" in err) != resume
+    if resume:
+        content = kept.read_bytes()
+        assert without_seconds(evaluate(*options)[0]) == without_seconds(unbroken)
+        assert len(asked) == 2 + 4 and kept.read_bytes() == content
+
+
+def test_kept_answers_are_of_the_weights_and_the_scaling(evaluate, base_model, tmp_path):
+    """Not of the folder that they lay in; those of the base model of no scaling."""
+    folder, kept = shutil.copytree(base_model, tmp_path / "model"), tmp_path / "answers.jsonl"
+    options = ("--methods", "t2l,base", "--repeats", 1, "--resume", kept, "--base-model", folder)
+    evaluate(*options)
+    lines = kept.read_bytes().count(b"\n")
+    assert evaluate(*options, "--scaling", 1)[0]["scaling"] == 1.0
+    assert kept.read_bytes().count(b"\n") == lines + 1  # a batch of t2l
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    evaluate(*options)
+    assert kept.read_bytes().count(b"\n") == 2 * lines + 1
 
 
 def test_the_split_that_is_asked(evaluate):
@@ -256,30 +281,6 @@ def test_a_tokenizer_without_chat_template(run, base_model, tasks, tmp_path):
     assert set(forms) == {*OURS, *BASE} and all(of == {"form": "raw", "validation": None} for of in forms.values())
     code, _, err = found["chat"]
     assert code == 1 and "t2l: prompt_form: expected 'raw'" in err
-
-
-def test_a_run_that_was_stopped_goes_on_beside_its_result(evaluate, tmp_path, monkeypatch):
-    """Without --resume: its answers are kept until the result is written."""
-    options = ("--methods", "t2l,t2l-junk", "--repeats", 1, "--batch-size", 4)
-    asked, generate = [], Answerer._generate
-
-    def stopped(*arguments):
-        if len(asked) == 2:
-            raise RuntimeError("power cut")
-        asked.append(1)
-        return generate(*arguments)
-
-    unbroken, _, _ = evaluate(*options)
-    monkeypatch.setattr(Answerer, "_generate", stopped)
-    with pytest.raises(RuntimeError, match="power cut"):
-        evaluate(*options)
-    (kept,) = tmp_path.glob("result.json.unfinished.jsonl")
-    assert kept.read_bytes().count(b"\n") == 2
-    monkeypatch.setattr(Answerer, "_generate", lambda *arguments: asked.append(1) or generate(*arguments))
-    result, _, err = evaluate(*options)
-    assert f"answers in {kept}" in err and without_seconds(result) == without_seconds(unbroken)
-    assert len(asked) == 2 + 4 and not kept.exists(), "two batches were not asked again"
-    assert "unfinished" not in evaluate(*options)[2]
 
 
 @pytest.mark.parametrize("options, message", [

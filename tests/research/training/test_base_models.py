@@ -160,26 +160,20 @@ def test_a_run_starts_from_its_seed(base_model, tasks):
 
 
 def test_examples_of_the_splits_are_needed(base_model, tasks):
-    """Training needs some of every task, validation some of one; what is too long does not count."""
-
-    def change(keep, longer=""):
-        for name in ("first", "last"):
-            rows = [json.loads(line) for line in (tasks / f"{name}.jsonl").read_text().splitlines()]
-            for row in rows:
-                row["input"] += longer * (row["split"] == "val")
-            (tasks / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows if row["split"] in keep))
+    """Validation needs some of one task; what is too long does not count."""
 
     def load(**changes):
         values = settings(SFTSettings, base_model, ("q_proj",), max_tokens=6, **changes)
         return context.TrainingContext(values, tasks, torch.device("cpu"))
 
-    assert [len(load(validate_every=1).validation.kept[i]) for i in (0, 1)] == [5, 5]
-    change(("train", "val", "test"), longer=" cat")
+    assert [len(load(validate_every=1).validation.kept(i)) for i in (0, 1)] == [5, 5]
+    for path in tasks.glob("*.jsonl"):
+        path.write_text(re.sub(r'( \w+)(", .*"val")', r"\1 cat\2", path.read_text()))  # 7 tokens, none left
     left_out = pytest.warns(UserWarning, match="max_tokens: 10 of 10 validation examples have more than 6 tokens")
-    with pytest.raises(ConfigError, match="split 'val'"), left_out:  # 7 tokens, none left
+    with pytest.raises(ConfigError, match="split 'val'"), left_out:
         load(validate_every=1)
-    load()
-    change(("train", "test"))
+    for path in tasks.glob("*.jsonl"):
+        path.write_text("\n".join(line for line in path.read_text().splitlines() if '"val"' not in line))
     with pytest.raises(ConfigError, match="^validate_every: expected 0, since no task of .*tasks has .*'val', got 1"):
         load(validate_every=1)
     load()
