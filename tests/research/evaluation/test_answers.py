@@ -187,7 +187,8 @@ def test_what_is_kept_is_not_asked_again(answerer, batches, engine, tmp_path):
     ({"identity": "other"}, lambda q: q, 0, 3), ({"batch_size": 3}, lambda q: q, 0, 4), ({}, lambda q: q, 1, 3),
     *(({}, lambda q, of=of: dataclasses.replace(q, **of(q)), 0, expected) for of, expected in (
         (lambda q: {"prompt": f"<user> {q.prompt}"}, 3), (lambda q: {"adapter": "first"}, 3),
-        (lambda q: {"options": ("red", "blue")}, 6), (lambda q: {"max_new_tokens": 3}, 3), (lambda q: {"one_line": False}, 3))),
+        (lambda q: {"options": ("red", "blue")}, 6), (lambda q: {"max_new_tokens": 3}, 3),
+        (lambda q: {"one_line": False}, 3))),
 ])  # fmt: skip
 def test_another_question_is_asked_anew(answerer, batches, maker, changed, seed, expected):
     store, asked = Store(), queries(NAMES)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from safetensors.torch import load_file, save_file
 
 from t2l_engine.cli import app
 from t2l_engine.research.evaluation import run as evaluation
