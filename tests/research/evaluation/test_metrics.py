@@ -96,7 +96,6 @@ def test_interval_resamples_with_replacement():
     assert interval([0.0, 100.0]) == Interval(50.0, 0.0, 100.0)
 
 
-<<<<<<< HEAD
 def test_interval_errors():
     with pytest.raises(ValueError, match="^values: expected one a task, got none"):
         interval([])
@@ -110,20 +109,3 @@ def test_values_may_be_sums_over_several_tasks():
     assert found.mean == 1.0 and found.low < 1 < found.high
     assert interval([2.0 * b for b in below], below) == Interval(2.0, 2.0, 2.0)  # paired: nothing varies
     assert interval([1.0, 4.0], [1, 2]) == Interval(5 / 3, 1.0, 2.0)  # either task alone is the widest there is
-=======
-def test_ratio_of_sums_over_the_same_tasks():
-    above, below = [3.0, 0.0, 9.0], [4.0, 2.0, 6.0]
-    found = ratio(above, below)
-    assert found == ratio(tuple(above), tuple(below)) and found.mean == 1.0 and found.low < 1 < found.high
-    assert ratio([2.0 * b for b in below], below) == Interval(2.0, 2.0, 2.0)  # paired: nothing varies
-    assert ratio([1.0, 4.0], [1.0, 2.0]) == Interval(5 / 3, 1.0, 2.0)  # either task alone is the widest there is
-    assert ratio([1.0, 1.0], [0.0, 2.0]) == Interval(1.0, 0.5, 1.0)  # a resample without denominators says nothing
-
-
-def test_errors():
-    with pytest.raises(ValueError, match="^values: expected one a task, got none"):
-        interval([])
-    for above, below in (([], []), ([1.0], [1.0, 2.0]), ([1.0, 2.0], [1.0, -1.0])):
-        with pytest.raises(ValueError, match="^denominators: expected"):
-            ratio(above, below)
->>>>>>> 9db4310 (Tests of research: one table a promise, the hand-written cases of specifications are a data file)
