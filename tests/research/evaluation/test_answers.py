@@ -68,10 +68,7 @@ def batches(loaded, monkeypatch):
 
 # --- kept on disk ----------------------------------------------------------------------------------------------------
 
-ANSWERS = [
-    Answer("naïve \u2028\r\n\ud800 {", (), 3, 0.1),
-    Answer("", (-1.5, -0.1, -1e-17), 0, 2.0),
-]
+ANSWERS = [Answer("naïve \u2028\r\n\ud800 {", (), 3, 0.1), Answer("", (-1.5, -0.1, -1e-17), 0, 2.0)]
 
 
 def test_store_round_trip(tmp_path):

@@ -232,12 +232,40 @@ def scored(examples, reply, settings=None):
     return result["details"]["only"]["tasks"]["first"], answerer.asked[0][1]
 
 
-def test_a_text_has_three_scores():
-    examples = (Example("x", ("the red cat", "cat"), "test"), Example("y", ("dog",), "test"))
-    found, queries = scored(examples, lambda query, adapters: " cat " if "x" in query.prompt else "A dog!")
-    assert found == {"score": 50.0, "containment": 100.0, "rouge_l": pytest.approx(100 * (1 + 2 / 3) / 2),
-                     "by_repeat": [50.0], "prompt_tokens": 3.0}  # fmt: skip
-    assert all((q.max_new_tokens, q.one_line, q.options) == (7, True, ()) for q in queries)
+def options(texts, likelihoods, score, unnormalised):
+    example = Example("x", (texts[1],), "test", metric="options", options=texts)
+    return (example,), {"x": likelihoods}, {"score": score, "unnormalised": unnormalised}, {"options": texts}
+
+
+#: (examples, answers by input, scores, what every query asks for) of a task.
+JUDGED = {
+    "a text has three scores": (
+        (Example("x", ("the red cat", "cat"), "test"), Example("y", ("dog",), "test")), {"x": " cat ", "y": "A dog!"},
+        {"score": 50.0, "containment": 100.0, "rouge_l": 100 * (1 + 2 / 3) / 2}, {"max_new_tokens": 7, "one_line": True}),
+    "a number may be reasoned to": (
+        words("x", "y", answer="1,200", metric="number"), {"x": "3 x 400\nso 1200.", "y": "1200 or 7"}, {"score": 50.0},
+        {"max_new_tokens": 99, "one_line": False}),
+    "by the likelihood a byte, -1.33 and -1.0": options(("cat", "elephants"), (-4.0, -9.0), 100.0, 0.0),
+    "the first is likelier": options(("cat", "elephants"), (-1.0, -9.0), 0.0, 0.0),
+    "two bytes a letter": options(("ab", "éé"), (-5.0, -8.0), 100.0, 0.0),
+    "of equal lengths": options(("ab", "cd"), (-5.0, -4.0), 100.0, 100.0),
+    "a tie is the first's": options(("ab", "cd"), (-4.0, -4.0), 0.0, 0.0),
+    "each measure is a mean over the examples that have it": (
+        (*words("x", answer="7", metric="number"), *words("z"), *options(("a", "b"), (), 0, 0)[0][:1]),
+        {"x": "red", "z": "red"}, {"score": 100 / 3, "containment": 100.0, "rouge_l": 100.0, "unnormalised": 0.0}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("examples, answers, expected, asked", JUDGED.values(), ids=JUDGED)
+def test_scores(examples, answers, expected, asked):
+    def reply(query, adapters):
+        found = answers[query.prompt.split()[1]]
+        return (-1.0, -2.0) if query.options and isinstance(found, str) else found
+
+    found, queries = scored(examples, reply, Settings(max_new_tokens=7, max_long_tokens=99))
+    assert found.pop("by_repeat") == [found["score"]] and found.pop("prompt_tokens") == 3.0
+    assert found == pytest.approx(expected)
+    assert all(getattr(query, name) == value for query in queries for name, value in asked.items())
 
 
 def test_an_answer_of_several_lines_is_not_cut():
@@ -246,28 +274,6 @@ def test_an_answer_of_several_lines_is_not_cut():
     examples = tuple(Example(text, of, "test") for text, of in zip("xyz", outputs, strict=True))
     found, queries = scored(examples, lambda query, adapters: "dog" if query.one_line else " red\ncat\n")
     assert found["score"] == 100.0 and sorted(q.one_line for q in queries) == [False, False, True]
-
-
-def test_a_number_may_be_reasoned_to():
-    examples = words("x", "y", answer="1,200", metric="number")
-    found, queries = scored(examples, lambda query, adapters: "3 x 400\nso 1200." if "x" in query.prompt else "1200 or 7",
-                            Settings(max_long_tokens=99))  # fmt: skip
-    assert found == {"score": 50.0, "by_repeat": [50.0], "prompt_tokens": 3.0}
-    assert all((q.max_new_tokens, q.one_line) == (99, False) for q in queries)
-
-
-@pytest.mark.parametrize("options, likelihoods, score, unnormalised", [
-    (("cat", "elephants"), (-4.0, -9.0), 100.0, 0.0),  # -1.33 and -1.0 a byte
-    (("cat", "elephants"), (-1.0, -9.0), 0.0, 0.0),
-    (("ab", "éé"), (-5.0, -8.0), 100.0, 0.0),  # two bytes a letter
-    (("ab", "cd"), (-5.0, -4.0), 100.0, 100.0),
-    (("ab", "cd"), (-4.0, -4.0), 0.0, 0.0),  # a tie: the first
-])  # fmt: skip
-def test_options_are_chosen_by_their_likelihood_a_byte(options, likelihoods, score, unnormalised):
-    example = Example("x", (options[1],), "test", metric="options", options=options)
-    found, (query,) = scored([example], lambda query, adapters: likelihoods)
-    assert query.options == options
-    assert found == {"score": score, "unnormalised": unnormalised, "by_repeat": [score], "prompt_tokens": 3.0}
 
 
 @pytest.mark.parametrize("template, asked", [("chat", ("ab", "cd")), ("raw", (" ab", " cd"))])
@@ -331,17 +337,6 @@ def test_code_is_refused_otherwise(monkeypatch):
     with pytest.raises(ValueError, match="^run_code: sandbox: expected Linux, got plan9"):
         evaluation(Scripted(), tasks, settings=Settings(run_code=True))
     evaluation(Scripted(), tasks[:1], settings=Settings(run_code=True)).run()
-
-
-def test_examples_of_one_task_may_be_judged_in_several_ways():
-    """Each measure is a mean over the examples that have it."""
-    examples = (
-        *words("x y", answer="7", metric="number"), *words("z"),
-        Example("w", ("b",), "test", metric="options", options=("a", "b")),
-    )  # fmt: skip
-    found, _ = scored(examples, lambda query, adapters: (-1.0, -2.0) if query.options else "red")
-    assert found == {"score": pytest.approx(100 / 3), "containment": 100.0, "rouge_l": 100.0, "unnormalised": 0.0,
-                     "by_repeat": [pytest.approx(100 / 3)], "prompt_tokens": pytest.approx(10 / 3)}  # fmt: skip
 
 
 def test_repeats_and_seconds():

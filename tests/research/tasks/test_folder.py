@@ -34,10 +34,7 @@ def test_tasks_are_sorted_and_of_one_split(write):
     tasks = load_tasks(str(folder), "train")
     assert [task.name for task in tasks] == ["a", "b"]
     assert tasks[0].descriptions == ("One.", "Two.")
-    assert tasks[1].examples == (
-        Example("France", ("Paris", "paris"), "train"),
-        Example("Перу", ("Лима",), "train"),
-    )
+    assert tasks[1].examples == (Example("France", ("Paris", "paris"), "train"), Example("Перу", ("Лима",), "train"))
     assert [e.input for e in load_tasks(folder, "test")[0].examples] == ["Japan"]
 
 

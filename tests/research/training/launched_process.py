@@ -1,35 +1,18 @@
 """Runs of every kind, as one of several processes: ``accelerate launch launched_process.py FOLDER``.
 
 FOLDER holds what ``test_processes`` put there, ``commands.json``: ``[stop, arguments of python -m t2l_engine]``; the run
-fails in step ``stop`` where that is no null.  Each process writes ``changed-<rank>.json``: which files it opened to write,
-made or moved in the runs' folders.
+fails in step ``stop`` where that is no null.
 """
 
 import json
-import os
 import runpy
 import sys
 from pathlib import Path
 
 from t2l_engine.research.training import loop
 
-folder, rank = Path(sys.argv[1]), os.environ["RANK"]
-changed: list[str] = []
-
-
-def note(event, args):
-    """An audit hook: everything of Python's own that changes files."""
-    path = args[1] if event == "os.rename" else args[0] if args else ""
-    writes = event in ("os.rename", "os.mkdir", "os.remove") or (
-        event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-    )
-    if writes and str(path).startswith(str(folder / "out")):
-        changed.append(f"{event} {path}")
-
-
-sys.addaudithook(note)
 step = loop._step
-for stop, command in json.loads((folder / "commands.json").read_text()):
+for stop, command in json.loads((Path(sys.argv[1]) / "commands.json").read_text()):
 
     def stopped(run, number, stop=stop):
         if number == stop:
@@ -46,4 +29,3 @@ for stop, command in json.loads((folder / "commands.json").read_text()):
     except ZeroDivisionError:
         if stop is None:
             raise
-(folder / f"changed-{rank}.json").write_text(json.dumps(changed))

@@ -9,11 +9,7 @@ import t2l_engine as t2l
 from t2l_engine.research.training import context
 from t2l_engine.research.training.objective import Objective, collate, generated_l2, token_weights
 from t2l_engine.research.training.sampling import Group, Sample
-from t2l_engine.testing.numerics import (
-    GRADIENT_RTOL,
-    MODEL_GRADIENT_FROBENIUS,
-    relative_frobenius,
-)
+from t2l_engine.testing.numerics import GRADIENT_RTOL, MODEL_GRADIENT_FROBENIUS, relative_frobenius
 from tests.research.training import plain_torch
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")

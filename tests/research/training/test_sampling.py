@@ -100,8 +100,7 @@ def test_division_among_processes(count, per_batch, processes):
     if min(map(len, whole)) < processes:
         for shard in shards:
             with pytest.raises(
-                ConfigError,
-                match=f"tasks_per_batch: .* each of {processes} processes.*got one of {min(map(len, whole))}",
+                ConfigError, match=f"tasks_per_batch: .* each of {processes} processes.*got one of {min(map(len, whole))}"
             ):
                 divide(groups, per_batch, shard)
         return

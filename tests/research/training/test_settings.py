@@ -185,9 +185,8 @@ def test_differences_name_both_sides():
     del older["bucket_steps"]
     assert settings.differences(ours, older | {"gone": 1}) == ["gone: 1 then, None now"]  # its run had the default
     former = older | {"encoder": "reader", "reader_layers": [1, 2], "read_descriptions": 3}
-    assert settings.differences(
-        SFTSettings(**NEEDED, steps=7, encoder="llm", llm_layers=(1, 2)),
-        former,
-    ) == ["llm_descriptions: 3 then, 0 now"]  # former names
+    assert settings.differences(SFTSettings(**NEEDED, steps=7, encoder="llm", llm_layers=(1, 2)), former) == [
+        "llm_descriptions: 3 then, 0 now"
+    ]  # former names
     other = SFTSettings(**NEEDED, steps=7, bucket_steps=4)
     assert settings.differences(other, older) == ["bucket_steps: 8 then, 4 now"]
