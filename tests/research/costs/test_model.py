@@ -1,6 +1,5 @@
 """What is counted of a model: against torch's counter over the running module, closed forms by hand, and refusals."""
 
-import dataclasses
 import itertools
 import json
 
@@ -73,16 +72,6 @@ def test_pairs(count, cached, window):
     causal = Attention(1, 1, window, True)
     assert causal.pairs(count, cached) == sum(min(cached + i + 1, window or 1000) for i in range(count))
     assert Attention(1, 1, None, False).pairs(count) == count**2
-
-
-@given(st.integers(0, 12), tokens, windows)
-def test_steps_read_what_their_passes_read(steps, cached, window):
-    layers = Attention(1, 6, window, True), Attention(1, 4, None, True)
-    model = dataclasses.replace(SHALLOW, attention=layers)
-    assert model.read_by_steps(steps, cached) == sum(model.kept(cached + i) for i in range(steps))
-
-
-SHALLOW = count(LLAMA | {"num_hidden_layers": 1})
 
 
 # --- against the running module --------------------------------------------------------------------------------------

@@ -162,16 +162,6 @@ def test_bytes_of_a_request():
     assert beside["answer"] == moved["answer"] + 3 * ADAPTER
 
 
-def test_item_sizes():
-    """A model of four bits with a cache of eight, an adapter of 32; an encoder that is another language model."""
-    setup = dataclasses.replace(MISTRAL, itemsize=0.5, cache_itemsize=1, adapter_itemsize=4, encoder_itemsize=1)
-    assert (setup.kv(1), setup.adapter_bytes) == (KV // 2, 2 * ADAPTER)
-    assert setup.generator_bytes == setup.encoder.parameters + 4 * 55_424_000
-    setup = dataclasses.replace(setup, encoder=TINY)
-    describe, *_ = ways(setup, PAPER)["t2l-task"].first.phases
-    assert describe.bytes == {"encoder weights": TINY.parameters - 2 * 97 * 48}
-
-
 @given(st.integers(0, 60), st.integers(0, 30), st.integers(0, 30))
 def test_what_is_shared_stays_beyond_a_window(prefix, system, own):
     """What a sequence holds alone is what it adds, also where a window has passed all that came before."""

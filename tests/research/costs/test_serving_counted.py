@@ -109,15 +109,6 @@ def test_an_adapter_merged(server, made):
     handles[0].detach()
 
 
-def test_answers_of_one_token(server):
-    """The prompt gives the first token, so there is nothing left."""
-    made = ways(server.setup, dataclasses.replace(LOAD, answer=1))
-    for way in made.values():
-        assert way.first.flops() == way.first.flops(first_token=True)
-    for name, way in ways(server.setup, LOAD).items():
-        assert way.first.flops(first_token=True) == made[name].first.flops()
-
-
 def test_the_language_model_as_encoder(server):
     """Describing costs a pass up to the last hidden state."""
     decoder = server.setup.model

@@ -11,7 +11,7 @@ from t2l_engine.research.tasks.folder import Example, Task, write_tasks
 from t2l_engine.text import base_model as loader
 from t2l_engine.text.config import EncoderConfig
 from tests.cli.conftest import run  # noqa: F401
-from tests.research.training.conftest import WORDS, one_thread, reading_engine, word_tokenizer  # noqa: F401
+from tests.research.training.conftest import WORDS, base_model, one_thread, reading_engine  # noqa: F401
 
 MODULES = {"q_proj": (64, 64), "v_proj": (64, 32)}  # of the tiny model: (in, out) features
 DESCRIPTIONS = {
@@ -64,23 +64,6 @@ def save_checkpoint(folder, base_model, *, names=(), seed=0, **training):
 def shared(tmp_path_factory):
     """The folder of all that is made once."""
     return tmp_path_factory.mktemp("evaluation")
-
-
-@pytest.fixture(scope="session")
-def base_model(shared):
-    """The folder of a saved tiny Llama with ``word_tokenizer``."""
-    import transformers
-
-    config = transformers.LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, initializer_range=0.2, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        transformers.LlamaForCausalLM(config).save_pretrained(shared / "base")
-    word_tokenizer().save_pretrained(shared / "base")
-    return shared / "base"
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from t2l_engine.research.training import loop
 
-step = loop._step
+step = loop._Run.step
 for stop, command in json.loads((Path(sys.argv[1]) / "commands.json").read_text()):
 
     def stopped(run, number, stop=stop):
@@ -19,7 +19,7 @@ for stop, command in json.loads((Path(sys.argv[1]) / "commands.json").read_text(
             raise ZeroDivisionError("for the test")
         return step(run, number)
 
-    loop._step = stopped
+    loop._Run.step = stopped
     sys.argv = ["t2l", *command]
     try:
         runpy.run_module("t2l_engine", run_name="__main__")
