@@ -11,8 +11,9 @@ from t2l_engine.research.tasks.folder import Example, Task, write_tasks
 from t2l_engine.text import base_model as loader
 from t2l_engine.text.config import EncoderConfig
 from tests.cli.conftest import run  # noqa: F401
-from tests.research.training.conftest import WORDS, base_model, one_thread, reading_engine  # noqa: F401
+from tests.research.training import conftest as training
 
+base_model, one_thread = training.base_model, training.one_thread  # the folder of a tiny Llama, which no test changes
 MODULES = {"q_proj": (64, 64), "v_proj": (64, 32)}  # of the tiny model: (in, out) features
 DESCRIPTIONS = {
     "again": ["Repeat the word.", "Say the word"],
@@ -29,7 +30,7 @@ def all_tasks(splits=("train", "val", "test")):
     """Three tasks over pairs of words: 4 examples of split "train", 2 of "val" and 3 of "test" each."""
     made = []
     for number, name in enumerate(DESCRIPTIONS):
-        pairs = [(a, b) for a in WORDS for b in WORDS if a != b][number::3][:9]
+        pairs = [(a, b) for a in training.WORDS for b in training.WORDS if a != b][number::3][:9]
         examples = []
         for i, (a, b) in enumerate(pairs):
             split = "train" if i < 4 else "val" if i < 6 else "test"
@@ -105,7 +106,7 @@ def engine(checkpoint):
 @pytest.fixture
 def reading(base_model):
     """An engine whose encoder reads three examples."""
-    return reading_engine(base_model, 3)
+    return training.reading_engine(base_model, 3)
 
 
 def random_stack(count, seed=0, rank=2):
