@@ -63,22 +63,6 @@ def test_sft(train, run, base_model, tasks, tmp_path):
     assert (code, printed) == (1, "") and "steps: 4 then, 9 now" in err.splitlines()[-1]
 
 
-def test_an_interrupted_command_goes_on(train, base_model, tasks, tmp_path, monkeypatch):
-    settings, step = small_runs.sft(base_model), loop._Run.step
-
-    def interrupted(run, number):
-        if number == 4:
-            loop.signal.raise_signal(loop.signal.SIGINT)
-        return step(run, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "step", interrupted)
-        code, printed, err = train("sft", settings, "--tasks", tasks, "-o", tmp_path)
-    assert (code, printed) == (130, "") and "Traceback" not in err
-    assert train("sft", settings, "--tasks", tasks, "-o", tmp_path)[0] == 0
-    assert [row["step"] for row in small_runs.rows(tmp_path) if "loss" in row] == list(range(1, 9))
-
-
 def test_plot(run, tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
     assert run("train", "plot", tmp_path) == (0, f"{tmp_path / 'loss.png'}\n", "")

@@ -1,7 +1,5 @@
 """Ways to serve a task, run from the first token of the prompt to the last of the answer, against torch's counter: exact."""
 
-import dataclasses
-
 import pytest
 import torch
 from transformers import BertConfig, BertModel, DynamicCache
@@ -107,14 +105,3 @@ def test_an_adapter_merged(server, made):
     assert counted(lambda: server.answer(LOAD.system, cache)) == made["t2l-merged"].later.flops()
     handles[0].unmerge()
     handles[0].detach()
-
-
-def test_the_language_model_as_encoder(server):
-    """Describing costs a pass up to the last hidden state."""
-    decoder = server.setup.model
-    setup = dataclasses.replace(server.setup, encoder=decoder, encoder_itemsize=0)
-    describe, *_ = ways(setup, LOAD)["t2l-task"].first.phases
-    got = counted(lambda: server.model.model(input_ids=prompt(LOAD.description)))
-    assert (describe.name, sum(describe.flops.values())) == ("describe", got)
-    assert describe.bytes == {"encoder weights": 2 * decoder.weights(LOAD.description, logits=False)}
-    assert setup.generator_bytes == 2 * setup.hypernet.num_parameters  # no second copy

@@ -76,10 +76,10 @@ def test_a_library_that_names_the_packaged_model_as_others_find_it(tmp_path):
 # --- losses ----------------------------------------------------------------------------------------------------------
 
 
-def operands(n=3, layers=4, r=2, n_in=5, n_out=7, dtype=torch.float64):
+def operands(n=3, layers=4, r=2, n_in=5, n_out=7):
     generator = torch.Generator().manual_seed(0)
     shapes = ((n, layers, r, n_in), (n, layers, n_out, r)) * 2
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
 def test_delta_l1_is_what_it_says():
