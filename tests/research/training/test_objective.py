@@ -1,6 +1,5 @@
 """The loss of answers through a model with adapters by row, against the model's own logits, row by row."""
 
-import contextlib
 from collections import defaultdict
 
 import pytest
@@ -58,23 +57,14 @@ def made(tiny_model, make_stack):
     return make
 
 
-@contextlib.contextmanager
-def detached(model, handle, stack):
-    """The model alone, and its adapters in plain hooks: ``adapted(i)``."""
-    handle.detach()
-    modules = {name: (stack.lora_A[name], stack.lora_B[name]) for name in stack.paths}
-    with torch.no_grad():
-        yield lambda i: plain_torch.applied(model, modules, stack.paths, stack.scaling, [i])
-
-
 def expected_tokens(model, handle, stack, step, smoothing=0.0):
     """Of every sample of ``step``, in order: (its task, cross-entropy of every answer token)."""
-    found = []
-    with detached(model, handle, stack) as adapted:
-        for i, group in enumerate(step):
-            for sample in group.samples:
-                with adapted(i):
-                    found.append((group.task, plain_torch.answer_losses(model, sample, smoothing)))
+    handle.detach()
+    modules, found = {name: (stack.lora_A[name], stack.lora_B[name]) for name in stack.paths}, []
+    for i, group in enumerate(step):
+        for sample in group.samples:
+            with torch.no_grad(), plain_torch.applied(model, modules, stack.paths, stack.scaling, [i]):
+                found.append((group.task, plain_torch.answer_losses(model, sample, smoothing)))
     return found
 
 
@@ -282,7 +272,7 @@ def test_validation(base_model, tasks):
         batch = job.batches(0, Shard())[0]
         found.append(job.loss(job.model, batch).item())
         parts = [job.validate(Shard(index, 2)) for index in range(2)]
+        fit.close()
     assert found[0] == found[2] and found[1] != found[3]
     for name, loss in found[0].items():
         assert abs(sum(part[name] for part in parts) - loss) <= LOSS_ATOL
-        fit.close()
