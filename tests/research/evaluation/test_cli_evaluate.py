@@ -1,19 +1,14 @@
-"""``t2l evaluate`` as a user types it, on a tiny model, and what ``docs/evaluation.md`` says of it."""
+"""``t2l evaluate`` as a user types it, on a tiny model."""
 
 import json
-import re
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import typer
 from safetensors.torch import load_file, save_file
 
-from t2l_engine.cli import app
 from t2l_engine.research.evaluation import run as evaluation
 from t2l_engine.research.evaluation.answers import Answerer
-from t2l_engine.research.evaluation.methods import CONSTANT
 from t2l_engine.research.tasks import manifest
 from t2l_engine.research.tasks.folder import write_tasks
 from t2l_engine.research.training import lora
@@ -23,7 +18,6 @@ from tests.research.training import small_runs
 OURS = ["t2l", "t2l-shuffled", "t2l-junk", "t2l-constant"]
 BASE = ["base", "base-description", "icl"]
 QUICK = ("--repeats", 1, "--max-items", 1, "--max-new-tokens", 1)
-DOCUMENT = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -310,17 +304,3 @@ def test_options_that_cannot_be_met(refuse, checkpoint, adapters, tmp_path, opti
     folders = {"folder": tmp_path, "checkpoint": checkpoint, "adapters": adapters}
     assert message.format(**folders) in refuse(*(str(option).format(**folders) for option in options))
     assert (tmp_path / "notes.txt").read_text() == "mine"
-
-
-# --- the document ----------------------------------------------------------------------------------------------------
-
-
-def test_the_document_names_what_there_is():
-    parameters = typer.main.get_command(app).commands["evaluate"].params
-    options = {option for p in parameters for option in p.opts if option.startswith("--")} - {"--help"}
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", DOCUMENT))
-    assert named <= options
-    assert options - named <= {"--trust-remote-code", "--encoder", "--base-model"}  # those of every command
-    assert CONSTANT in DOCUMENT
-    for method in (*OURS[1:], *BASE, "oracle", "average", "arrow", "multi-task", "multi-task-description"):
-        assert f"`{method.removeprefix('t2l')}`" in DOCUMENT, method

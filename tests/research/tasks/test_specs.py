@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import random
 import re
 from pathlib import Path
 
@@ -55,17 +54,6 @@ def test_answers(name):
     spec = Specification(FAMILIES[name], in_tuples(CASES[name]["parameters"]))
     expected = CASES[name]["answers"]
     assert len(expected) >= 2 and {text: spec.answer(text) for text in expected} == expected
-
-
-def test_every_answer_function_takes_every_input_of_its_kind():
-    inputs = collections.defaultdict(list)
-    for placed in placed_ones():
-        inputs[placed.spec.family.reads] += [e.input for e in all_tasks()[placed.spec.name].examples[:4]]
-    draw = random.Random(0)
-    for placed in placed_ones()[::5]:
-        for text in draw.sample(inputs[placed.spec.family.reads], 20):
-            answer = placed.spec.answer(text)
-            assert isinstance(answer, str) and answer.strip(), (placed.spec.name, text)
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
