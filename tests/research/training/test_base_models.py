@@ -166,7 +166,7 @@ def test_examples_of_the_splits_are_needed(base_model, tasks):
         values = settings(SFTSettings, base_model, ("q_proj",), max_tokens=6, **changes)
         return context.TrainingContext(values, tasks, torch.device("cpu"))
 
-    assert [len(load(validate_every=1).validation.kept(i)) for i in (0, 1)] == [5, 5]
+    assert [len(load(validate_every=1).validation.kept[i]) for i in (0, 1)] == [5, 5]
     for path in tasks.glob("*.jsonl"):
         path.write_text(re.sub(r'( \w+)(", .*"val")', r"\1 cat\2", path.read_text()))  # 7 tokens, none left
     left_out = pytest.warns(UserWarning, match="max_tokens: 10 of 10 validation examples have more than 6 tokens")

@@ -270,7 +270,7 @@ def test_reconstruction_reads_and_is_a_start(base_model, tasks, library, tmp_pat
     """The checkpoint generates about the library from descriptions; an SFT run that reads examples too goes on from it."""
     size = {"latent_size": 64, "head_in_size": 64}
     settings = small_runs.reconstruction(
-        **SMALL, **size, target="raw", steps=300, learning_rate=1e-2, save_every=300, validate_every=0
+        **SMALL, **size, target="raw", steps=150, learning_rate=1e-2, save_every=150, validate_every=0
     )
     out = reconstruction.train(settings, library, tmp_path / "reconstruction")
     losses = [row["loss"] for row in small_runs.rows(out) if "loss" in row]
