@@ -17,7 +17,6 @@ from t2l_engine.research.training.sampling import Shard
 from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, LOSS_ATOL, relative_frobenius
 from t2l_engine.text import base_model as base_model_loader
-from t2l_engine.text import packaged
 from t2l_engine.text.encoder import EncoderConfig, normalise_description
 from tests.research.training import plain_torch, small_runs
 
@@ -154,17 +153,6 @@ def test_the_base_model_as_encoder(base_model, tasks, tmp_path, made, dtype):
     assert yaml.safe_load((tmp_path / "sakana" / "args.yaml").read_text())["emb_model"] == ""  # the base model, to it
     again = t2l.TextToLoRA.from_pretrained(tmp_path / "sakana")
     assert torch.equal(again.generate(texts).lora_B["q_proj"], engine.generate(texts).lora_B["q_proj"])
-
-
-def test_the_packaged_model_as_encoder(base_model, tasks, tmp_path, monkeypatch):
-    """By its name, wherever its files are (here those of a small one)."""
-    monkeypatch.setattr(packaged, "convert", lambda: base_model)
-    out = sft.train(small_runs.sft("smollm2-135m", encoder="base-model", steps=2), tasks, tmp_path / "out")
-    about = json.loads((out / "config.json").read_text())
-    assert about["encoder"]["name"] == about["base_model"] == "smollm2-135m" and about["encoder"]["pooling"] == "last"
-    found = t2l.TextToLoRA.from_pretrained(out).encoder.encode(["Say red"])
-    expected = t2l.TextEncoder.from_pretrained(EncoderConfig(str(base_model), "last", 8192)).encode(["Say red"])
-    assert torch.equal(found, expected)
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

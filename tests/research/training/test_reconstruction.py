@@ -1,4 +1,4 @@
-"""Reconstruction: the losses against plain torch, what is learnt, what is refused, and the way to the reference's form."""
+"""Reconstruction: the losses against plain torch, what is learnt, what is refused."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 
 import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
-from t2l_engine.hypernetwork import checkpoint, convert
+from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.research.training import reconstruction
 from t2l_engine.research.training import runs as lora_runs
 from t2l_engine.research.training.reconstruction import DELTA_W_SCALING, DeltaL1, Library, Reconstruction, z_scores
@@ -142,8 +142,8 @@ CASES = [("z-score", "L", 150), ("raw", "M", 150), ("delta-w", "L", 300)]
 
 
 @pytest.mark.parametrize("target, variant, steps", CASES)
-def test_learns_a_library_and_converts(tmp_path, target, variant, steps):
-    """The loss falls by nine tenths, what is generated nears the library, and the reference's form says the same."""
+def test_learns_a_library(tmp_path, target, variant, steps):
+    """The loss falls by nine tenths, and what is generated nears the library."""
     stack = small_runs.library(tmp_path / "library")
     settings = small_runs.reconstruction(
         target=target, variant=variant, steps=steps, tasks_per_batch=3, learning_rate=0.02, warmup_steps=10,
@@ -162,18 +162,7 @@ def test_learns_a_library_and_converts(tmp_path, target, variant, steps):
             for got, wanted in pairs:
                 assert numerics.relative_frobenius(got, wanted) <= numerics.RECONSTRUCTED_FROBENIUS, name
 
-    convert.convert(out, tmp_path / "sakana", to="sakana")
-    convert.convert(tmp_path / "sakana", tmp_path / "back", to="native")
-    emb = torch.randn(2, 3)
-    nets = [t2l.HyperNetwork.from_pretrained(folder) for folder in (out, tmp_path / "sakana", tmp_path / "back")]
-    stacks = [net.generate(emb) for net in nets]
-    for other in stacks[1:]:
-        for name in stack.lora_A:
-            assert torch.equal(other.lora_A[name], stacks[0].lora_A[name])
-            assert torch.equal(other.lora_B[name], stacks[0].lora_B[name])
-        assert torch.equal(other.scaling, stacks[0].scaling)
     about = json.loads((out / "config.json").read_text())
-    assert about == json.loads((tmp_path / "back" / "config.json").read_text())
     assert about["base_model"] == "base" and about["encoder"]["tasks"] == ["task0", "task1", "task2"]
     training = about["training"]
     assert (training["method"], training["steps_done"], training["target"]) == ("reconstruction", steps, target)

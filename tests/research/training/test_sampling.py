@@ -312,16 +312,6 @@ def test_discriminants_tell_tasks_apart(encoder, width):
     assert torch.equal(again.weight, linear.weight) and torch.equal(again.bias, linear.bias)
 
 
-def test_training_starts_at_the_discriminants(encoder, base_model, tasks):
-    """Of the task encoder alone; everything else is drawn as without them."""
-    plain, found = {}, {}
-    for init, state in (("random", plain), ("discriminant", found)):
-        s = settings(base_model, task_init=init)
-        state.update(sft.SFT(s, context.TrainingContext(s, tasks, torch.device("cpu"))).model.state_dict())
-    changed = {key for key, value in plain.items() if not torch.equal(value, found[key])}
-    assert changed == {"task_encoder.linear.weight", "task_encoder.linear.bias"}
-
-
 @pytest.mark.parametrize("prompt", ["input", "description"])
 def test_training_never_reads_a_held_out_description(encoder, base_model, tasks, monkeypatch, prompt):
     """Nor validation one that is trained on, neither as an embedding nor in the prompt."""

@@ -5,15 +5,11 @@ import re
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import settings as examples
-from hypothesis import strategies as st
 
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.training import settings
 from t2l_engine.research.training.settings import LoRASettings, ReconstructionSettings, Settings, SFTSettings
 
-EXAMPLES = examples(max_examples=20)
 KINDS = [SFTSettings, LoRASettings, ReconstructionSettings]
 NEEDED = {"base_model": "x", "target_modules": ["q_proj", "v_proj"]}
 
@@ -151,26 +147,14 @@ def test_every_field_has_a_sentence(kind):
             assert default == (", ".join(map(str, value)) if isinstance(value, tuple) else str(value))
 
 
-@EXAMPLES
-@given(
-    st.builds(
-        SFTSettings,
-        base_model=st.text(max_size=8),
-        target_modules=st.lists(st.text(max_size=4), min_size=1, max_size=3, unique=True).map(tuple),
-        learning_rate=st.floats(0, exclude_min=True, allow_infinity=False),
-        lora_alpha=st.floats(1e-3, 1e3),
-        scaling=st.sampled_from(["plain", "rslora"]) | st.floats(1e-3, 1e3),
-        seed=st.integers(0, 2**63 - 1),
-        schedule=st.sampled_from(["linear", "constant"]),
-        mix_descriptions=st.booleans(),
-    )
-)
-def test_what_is_written_is_read_again(tmp_path_factory, found):
-    path = tmp_path_factory.getbasetemp() / "round.yaml"
+@pytest.mark.parametrize("changes", [
+    {}, {"base_model": "yes: no\n'é\u2028", "target_modules": ["null", "1e3"]},
+    {"learning_rate": 1e-300, "scaling": 1e3, "seed": 2**63 - 1}, {"scaling": "rslora", "mix_descriptions": True},
+], ids=str)  # fmt: skip
+def test_what_is_written_is_read_again(tmp_path, changes):
+    found, path = SFTSettings(**NEEDED | changes), tmp_path / "run.yaml"
     path.write_text(settings.to_yaml(found), encoding="utf-8")
-    again = settings.read(SFTSettings, path)
-    assert again == found
-    assert settings.differences(found, again.model_dump(mode="json")) == []
+    assert settings.read(SFTSettings, path) == found
     assert list(yaml.safe_load(settings.to_yaml(found))) == list(SFTSettings.model_fields)
 
 
