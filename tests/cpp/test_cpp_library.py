@@ -238,13 +238,10 @@ def user(tmp_path):
     return configure(tmp_path, tmp_path / "build")
 
 
-def test_subdirectory_leaves_the_parent_alone(user):
+def test_a_parent_and_the_library_leave_each_other_alone(user):
     cache = (user / "CMakeCache.txt").read_text()
     assert all(f"{option}:BOOL=OFF" in cache for option in ("T2L_TORCH", "T2L_CORE", "T2L_INSTALL", "T2L_TESTS"))
     assert "BUILD_SHARED_LIBS" not in cache and re.search(r"^CMAKE_BUILD_TYPE:\w+=$", cache, re.M)
-
-
-def test_fast_math_of_a_parent_does_not_reach_the_library(user):
     commands = [entry["command"] for entry in json.loads((user / "compile_commands.json").read_text())]
     of_library = [command.split() for command in commands if f"{ROOT}/csrc/" in command]
     assert len(of_library) > 10
@@ -317,54 +314,51 @@ def configured(folder, nvcc, *options):
     return finished.returncode, " ".join(finished.stdout.split())
 
 
-@pytest.mark.parametrize(
-    "body, why, said",
-    [
-        (RELEASE.format("11.8"), "expected nvcc 12.0 or later, got 11.8.1", ""),
-        (
-            RELEASE.format("12.4") + UNSUPPORTED,
-            "does not build a kernel for 80-real;90a-real;90-virtual",
-            "error: #error -- uns",
-        ),
-        ("echo no such library; exit 127\n", "that does not say its version", "no such library"),
-    ],
-    ids=["old", "broken", "mute"],
-)
-def test_an_nvcc_that_does_not_do_is_left_out(stand_in, tmp_path, body, why, said):
-    status, text = configured(tmp_path / "build", stand_in(body), "-DT2L_CUDA=AUTO")
+#: What nvcc is -> why the kernels are not built, and what of it an error shows.
+UNUSABLE = {
+    "old": (RELEASE.format("11.8"), "expected nvcc 12.0 or later, got 11.8.1", ""),
+    "broken": (
+        RELEASE.format("12.4") + UNSUPPORTED,
+        "does not build a kernel for 80-real;90a-real;90-virtual",
+        "#error -- uns",
+    ),
+    "mute": ("echo no such library; exit 127\n", "that does not say its version", "no such library"),
+    "none": (None, "found no program ", "none (CUDACXX)"),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_an_nvcc_that_does_not_do_is_left_out(stand_in, tmp_path, kind):
+    body, why, said = UNUSABLE[kind]
+    nvcc = stand_in(body) if body else tmp_path / "none"
+    status, text = configured(tmp_path / "build", nvcc, "-DT2L_CUDA=AUTO")
     assert status == 0 and "t2l: without CUDA kernels: " in text and why in text, text
-    status, text = configured(tmp_path / "build", stand_in(body), "-DT2L_CUDA=ON")
+    status, text = configured(tmp_path / "build", nvcc, "-DT2L_CUDA=ON")
     assert status != 0 and "T2L_CUDA=ON: " in text and why in text and said in text, text
 
 
-def test_no_nvcc(tmp_path):
-    nvcc = tmp_path / "none"
-    status, text = configured(tmp_path / "build", nvcc, "-DT2L_CUDA=AUTO")
-    assert status == 0 and f"found no program {nvcc} (CUDACXX)" in text, text
-    status, text = configured(tmp_path / "build", nvcc, "-DT2L_CUDA=ON")
-    assert status != 0 and f"T2L_CUDA=ON: expected nvcc 12.0 or later, found no program {nvcc} (CUDACXX)" in text, text
-
-
-def test_beside_a_torch_without_cuda_nvcc_is_not_looked_for(stand_in, tmp_path):
+def test_where_nvcc_is_not_looked_for(stand_in, tmp_path):
+    """Beside a torch without CUDA, and for the library alone, unless asked for."""
+    old = stand_in(RELEASE.format("11.8"))
     options = ("-DT2L_TORCH=ON", f"-DPython_EXECUTABLE={sys.executable}")
-    status, text = configured(tmp_path / "build", stand_in(RELEASE.format("11.8")), *options)
+    status, text = configured(tmp_path / "torch", old, *options)
     why = "got 11.8.1" if torch.version.cuda else "has no CUDA (-DT2L_CUDA=ON builds them)"
     assert status == 0 and "t2l: without CUDA kernels: " in text and why in text, text
-
-
-@pytest.mark.parametrize("option", ["T2L_CUDA_ARCHITECTURES", "CMAKE_CUDA_ARCHITECTURES"])
-def test_cards_before_80_are_refused(stand_in, tmp_path, option):
-    nvcc = stand_in(RELEASE.format("12.4"))
-    status, text = configured(tmp_path / "build", nvcc, "-DT2L_CUDA=ON", f"-D{option}=90a-real;75")
-    assert status != 0 and "CUDA_ARCHITECTURES: expected 80 or later (90, 90a-real, 90-virtual), got 75" in text, text
-
-
-def test_the_library_alone_is_without_cuda(stand_in, tmp_path):
-    """Unless asked for, no compiler is looked for; and the emulator, which holds torch ops, is refused."""
-    status, text = configured(tmp_path / "build", stand_in(RELEASE.format("11.8")))
+    status, text = configured(tmp_path / "alone", old)
     assert status == 0 and "CUDA" not in text, text
-    status, text = configured(tmp_path / "build", "", "-DT2L_EMULATOR=ON")
-    assert status != 0 and "T2L_EMULATOR=ON: expected T2L_TORCH=ON" in text and "got T2L_TORCH=OFF" in text, text
+
+
+REFUSED = "CUDA_ARCHITECTURES: expected 80 or later (90, 90a-real, 90-virtual), got 75"
+
+
+@pytest.mark.parametrize("options, message", [
+    (("-DT2L_CUDA=ON", "-DT2L_CUDA_ARCHITECTURES=90a-real;75"), REFUSED),
+    (("-DT2L_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=90a-real;75"), REFUSED),
+    (("-DT2L_EMULATOR=ON",), "T2L_EMULATOR=ON: expected T2L_TORCH=ON"),  # which holds torch ops
+])  # fmt: skip
+def test_options_that_are_refused(stand_in, tmp_path, options, message):
+    status, text = configured(tmp_path / "build", stand_in(RELEASE.format("12.4")), *options)
+    assert status != 0 and message in text, text
 
 
 FAKE_CMAKE = f"""#!{sys.executable}
@@ -388,12 +382,11 @@ def test_setup_clears_the_build_folder_of_another_compiler_or_generator(stand_in
     without_ninja = [place for place in os.environ.get("PATH", "").split(os.pathsep) if not Path(place, "ninja").exists()]
     env = os.environ | {"PATH": os.pathsep.join((str(programs), *without_ninja)), "CXX": "c++"}
     marker = source / "build" / f"cmake-{sys.implementation.cache_tag}" / "marker"
+    command = (sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "lib")
 
-    def built(nvcc):
+    def built(nvcc, **more):
         """Whether a build went on in the folder of the last one."""
-        run(
-            sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "lib", cwd=source, env=env | {"CUDACXX": str(nvcc)}
-        )
+        run(*command, cwd=source, env=env | {"CUDACXX": str(nvcc)} | more)
         kept = marker.exists()
         marker.touch()
         return kept
@@ -402,21 +395,9 @@ def test_setup_clears_the_build_folder_of_another_compiler_or_generator(stand_in
     assert [built(nvcc), built(nvcc)] == [False, True]
     stand_in(RELEASE.format("12.5"))
     assert [built(nvcc), built(nvcc)] == [False, True]
-    assert [built(tmp_path / "none"), built(tmp_path / "none")] == [False, True]
-    for change in (lambda: shutil.copy(programs / "cmake", programs / "ninja"), (programs / "ninja").unlink):
-        change()  # another generator
-        assert [built(tmp_path / "none"), built(tmp_path / "none")] == [False, True]
-    run(
-        sys.executable,
-        "setup.py",
-        "-q",
-        "build_ext",
-        "--build-lib",
-        "lib",
-        cwd=source,
-        env=env | {"T2L_CMAKE_ARGS": "-DX=1"},
-    )
-    assert len(list((source / "build").iterdir())) == 2, "other options have a folder of their own"
+    shutil.copy(programs / "cmake", programs / "ninja")  # another generator
+    assert [built(nvcc), built(nvcc)] == [False, True]
+    assert built(nvcc, T2L_CMAKE_ARGS="-DX=1") and len(list((source / "build").iterdir())) == 2  # other options: their own
 
 
 def find_t2l(folder, prefix, components="", program=False):

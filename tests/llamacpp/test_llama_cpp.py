@@ -5,7 +5,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import t2l_engine as t2l
-from t2l_engine.adapters import gguf_write
 from t2l_engine.cli import demo
 from t2l_engine.text import packaged
 from tests.llamacpp.running import LlamaCpp, write_base
@@ -97,17 +96,6 @@ def llama(tmp_path):
     served = LlamaCpp(write_base(model, tmp_path / "base.gguf"))
     yield model, served
     served.close()
-
-
-def test_rows_that_are_not_interleaved_are_another_adapter(llama, tmp_path, monkeypatch):
-    model, served = llama
-    alone, _ = apart(model, served)
-    stack = adapters(model, ("q_proj", "k_proj"))
-    monkeypatch.setattr(gguf_write, "interleaved", lambda B, heads: B)
-    stack.save_gguf(tmp_path / "adapter.gguf", config=model.config)
-    t2l.attach(model, stack).set(0)
-    with served.adapted(tmp_path / "adapter.gguf"):
-        assert apart(model, served)[0] > 100 * 2 * alone
 
 
 def test_scale(llama, tmp_path):

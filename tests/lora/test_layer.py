@@ -3,7 +3,7 @@
 import copy
 import io
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,9 +12,6 @@ from t2l_engine import AdapterStack, attach
 from t2l_engine.testing.numerics import GRADIENT_RTOL, ROW_ATOL
 from tests.lora.blocks import leaves
 from tests.lora.tiny_llama import NAMES, logits
-
-# --- generation ------------------------------------------------------------------------------------------------------
-
 
 # --- modes of torch --------------------------------------------------------------------------------------------------
 
@@ -118,31 +115,16 @@ def test_threads(tiny_model, stack_for, tokens):
     """One model and one handle a thread."""
     orders = ([0, 1, 2, -1], [3, 3, 0, 1], [-1, 2, 1, 0])
 
-    def make():
-        model = tiny_model("Llama")
-        return model, attach(model, stack_for(model, NAMES, num_adapters=4))
+    models = [tiny_model("Llama") for _ in orders]
+    handles = [attach(model, stack_for(model, NAMES, num_adapters=4)) for model in models]
 
-    def work(model, handle, start, results):
-        for step in range(6):
-            with handle.use(orders[(start + step) % 3]):
-                results.append(logits(model, tokens))
+    def work(start):
+        return [logits(models[start], tokens, handles[start], orders[(start + step) % 3]) for step in range(6)]
 
-    serial, parallel, threads = [], [[], [], []], []
-    pairs = [make() for _ in orders]
-    for start in range(3):
-        serial.append([])
-        work(*pairs[start], start, serial[-1])
-    for start in range(3):
-        threads.append(threading.Thread(target=work, args=(*pairs[start], start, parallel[start])))
-        threads[-1].start()
-    for thread in threads:
-        thread.join()
-    for a, b in zip(serial, parallel, strict=True):
-        assert len(a) == len(b) == 6
-        assert all((x - y).abs().max() <= ROW_ATOL for x, y in zip(a, b, strict=True))
-
-
-# --- compilation and export ------------------------------------------------------------------------------------------
+    serial = list(map(work, range(3)))
+    with ThreadPoolExecutor(3) as pool:
+        for a, b in zip(serial, pool.map(work, range(3)), strict=True):
+            assert all((x - y).abs().max() <= ROW_ATOL for x, y in zip(a, b, strict=True))
 
 
 def test_forward_mode_is_refused(model, handle, tokens):

@@ -150,23 +150,6 @@ def test_low_precision(build, tmp_path, tokens, family, dtype):
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Phi3", "GPT2"])
-def test_merge(build, tmp_path, tokens, family):
-    model = build(family)
-    adapted = make_peft(model, tmp_path, **settings(family, FAMILIES[family][2], r=8, lora_alpha=8))
-    before = snapshot(model)
-    handle = attach(model, AdapterStack.from_peft(tmp_path))
-    with torch.no_grad():
-        expected, base = adapted(tokens).logits, model(tokens).logits
-        handle.merge(0)
-        assert_same_logits(model(tokens).logits, expected, base)
-        handle.unmerge()
-        assert torch.equal(model(tokens).logits, base)
-    handle.merge(0)
-    handle.detach()
-    assert_untouched(model, before)
-
-
 def test_encoder_and_decoder(tmp_path, tokens):
     """Adapters in both halves of BART: modules of one name get names that reach above the layer."""
     from transformers import BartConfig, BartForConditionalGeneration
@@ -224,7 +207,7 @@ PATTERNS = {
     ids=lambda value: value if isinstance(value, str) else "+".join(value),
 )
 def test_folders_read_and_written(build, tmp_path, tokens, family, config):
-    """PEFT's folder gives PEFT's logits here, and the folder written from it gives them in PEFT."""
+    """PEFT's folder gives PEFT's logits here, merged too, and the folder written from it gives them in PEFT."""
     model = build(family)
     config = settings(family, FAMILIES[family][2], r=4, lora_alpha=6, **config)
     adapted = make_peft(model, tmp_path / "peft", **config)
@@ -237,6 +220,12 @@ def test_folders_read_and_written(build, tmp_path, tokens, family, config):
         warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT looks for no other layers
         assert_same_logits(peft_logits(model, tmp_path / "ours", tokens), expected, base)
     assert_same_logits(our_logits(model, stack, 0, tokens), expected, base)
+    before, handle = snapshot(model), attach(model, stack)
+    handle.merge(0)
+    with torch.no_grad():
+        assert_same_logits(model(tokens).logits, expected, base)
+    handle.detach()
+    assert_untouched(model, before)
 
 
 @pytest.mark.parametrize(("family", "tied"), [("Llama", False), ("Llama", True), ("Gemma2", True), ("GPT2", True)], ids=str)

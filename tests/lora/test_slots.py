@@ -74,59 +74,60 @@ def test_gradients(spread, stack):
     assert all(map(torch.equal, *made)) and all(bool(grad.any()) for grad in made[0])
 
 
-@pytest.mark.parametrize("inside", [False, True])
-def test_modules_of_a_device_that_come_later(spread, make_stack, inside):
-    """Slots on another device adopt the ids in use, and those that come back after a block."""
-    first, second = make_stack({"q_proj": (16, 24)}, num_layers=4), make_stack(SHAPES, num_layers=4, seed=1)
+@pytest.fixture
+def stacks(make_stack):
+    """Three adapters of q_proj, three of both linears, and one of both in the first two of four layers."""
+    few = make_stack(SHAPES, num_layers=2, seed=2, partial=True)
+    return make_stack({"q_proj": (16, 24)}, num_layers=4), make_stack(SHAPES, num_layers=4, seed=1), few
+
+
+def put_inside_use(lora, model, x, stacks):
+    lora.set([0, -1])
+    with lora.use([-1, 0]):
+        lora.put(0, stacks[1][0])
+        yield model(x)
+    yield model(x)
+
+
+def put_after_set(lora, model, x, stacks):
+    """Slots on another device adopt the ids in use."""
+    lora.set([0, -1])
+    lora.put(0, stacks[1][0])
+    yield model(x)
+    with lora.differentiable(stacks[0][1], 0):
+        yield model(x)
+
+
+def put_inside_differentiable(lora, model, x, stacks):
+    """Their layers run the base model there: the stack lacks them."""
+    with lora.differentiable(stacks[0], [2, -1]):
+        lora.put(1, stacks[1][0])
+        yield model(x)
+    with lora.use([1, 0]):
+        yield model(x)
+
+
+def put_of_the_first_layers_alone(lora, model, x, stacks):
+    """A partial stack, of which the second device has no layer."""
+    lora.put(1, stacks[2][0])
+    with lora.use([1, 0]):
+        yield model(x)
+
+
+PUTS = (put_inside_use, put_after_set, put_inside_differentiable, put_of_the_first_layers_alone)
+
+
+@pytest.mark.parametrize("put", PUTS, ids=lambda put: put.__name__)
+def test_modules_of_a_device_that_come_later(spread, stacks, put):
     x, made = torch.randn(2, 5, 16), []
     for elsewhere in ((), (2, 3)):
         model = spread(TwoLinears([None] * 4), ())
-        lora, results = attach(model, first[0], slots=2), []
-        lora.set([0, -1])
+        lora = attach(model, stacks[0][0], slots=2)
         spread(model, elsewhere)
-        if inside:
-            with lora.use([-1, 0]):
-                lora.put(0, second[0])
-                results.append(model(x))
-        else:
-            lora.put(0, second[0])
-        results.append(model(x))
-        with lora.differentiable(first[1], 0):
-            results.append(model(x))
-        made.append(results)
+        made.append([y.detach() for y in put(lora, model, x, stacks)])
     assert all(map(torch.equal, *made))
     base = TwoLinears([None] * 4)(x)
-    assert not torch.equal(made[0][-2][0], base[0]) and torch.equal(made[0][-2][1], base[1])
-
-
-def test_slots_that_come_inside_differentiable(spread, make_stack):
-    """Their layers run the base model there: the stack lacks them."""
-    first, second = make_stack({"q_proj": (16, 24)}, num_layers=4), make_stack(SHAPES, num_layers=4, seed=1)
-    x, made = torch.randn(2, 5, 16), []
-    for elsewhere in ((), (2, 3)):
-        model = spread(TwoLinears([None] * 4), ())
-        lora, results = attach(model, first[0], slots=2), []
-        spread(model, elsewhere)
-        with lora.differentiable(first, [2, -1]):
-            lora.put(1, second[0])
-            results.append(model(x))
-        with lora.use([1, 0]):
-            results.append(model(x))
-        made.append(results)
-    assert all(map(torch.equal, *made))
-
-
-def test_an_adapter_of_the_first_layers_alone(spread, make_stack):
-    """A partial stack, of which the second device has no layer."""
-    x, made = torch.randn(2, 5, 16), []
-    few = make_stack(SHAPES, num_layers=2, seed=2, partial=True)
-    for elsewhere in ((), (2, 3)):
-        model = spread(TwoLinears([None] * 4), elsewhere)
-        lora = attach(model, make_stack(SHAPES, num_layers=4), slots=3)
-        lora.put(1, few[0])
-        with lora.use([1, 0]):
-            made.append(model(x))
-    assert torch.equal(*made)
+    assert not torch.equal(made[0][-1], base)
 
 
 def test_one_stack_cannot_be_slots_of_two_devices(spread, stack):

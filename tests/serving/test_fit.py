@@ -46,25 +46,22 @@ def test_sizes_are_compared(tmp_path, served, config, found):
     assert said is None if found is None else said.endswith(found)
 
 
-def test_the_default_dtype_is_left_to_other_threads(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(torch, "set_default_dtype", seen.append)
-    LlamaConfig(**COMMON, dtype="bfloat16").save_pretrained(tmp_path)
-    assert misfit(network(q_proj=(32, 32)), str(tmp_path)) is None
-    assert set(seen) <= {torch.float32}
-
-
-def test_a_model_that_cannot_be_made_is_an_error(tmp_path, monkeypatch):
+def test_models_that_cannot_be_made_are_errors(tmp_path, monkeypatch):
     def needs(*_, **__):
         raise ImportError("needs a package")
 
+    (tmp_path / "config.json").write_text('{"model_type": "of tomorrow"}')
+    with pytest.raises(ValueError, match="of tomorrow"):
+        misfit(network(q_proj=(32, 32)), str(tmp_path))
     monkeypatch.setattr("transformers.AutoModel.from_config", needs)
     LlamaConfig(**COMMON).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="LlamaConfig: needs a package"):
         misfit(network(q_proj=(32, 32)), str(tmp_path))
 
 
-def test_a_model_that_transformers_does_not_know_is_an_error(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "of tomorrow"}')
-    with pytest.raises(ValueError, match="of tomorrow"):
-        misfit(network(q_proj=(32, 32)), str(tmp_path))
+def test_the_default_dtype_is_left_to_other_threads(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "set_default_dtype", seen.append)
+    LlamaConfig(**COMMON, dtype="bfloat16").save_pretrained(tmp_path)
+    assert misfit(network(q_proj=(32, 32)), str(tmp_path)) is None
+    assert set(seen) <= {torch.float32}

@@ -117,13 +117,6 @@ def test_memory_mode_gives_the_same_bits(run_llm, prompts, mixed, tmp_path):
     assert all(sum(file.stat().st_size for file in folder.iterdir()) < 4096 for folder in folders)
 
 
-@pytest.mark.xfail(strict=True, reason="vLLM gathers index -1, the last slot, for rows of the base model")
-def test_stock_base_rows_equal_a_server_without_lora(run_llm, prompts, base):
-    stock = run_llm({"prompts": prompts, "calls": [MIXED], "llm": FLAGS}, {"T2L_VLLM_KERNELS": "0"})
-    assert stock["wrapper"] == "PunicaWrapperCPU"
-    assert all(stock["tokens"][0][row] == base["tokens"][0][row] for row in (1, 3))
-
-
 def test_program_of_the_page_runs(tmp_path):
     """docs/vllm.md, as it is there."""
     page = Path(__file__).parents[2] / "docs" / "vllm.md"

@@ -2,9 +2,7 @@
 
 import concurrent.futures
 import json
-import random
 import signal
-import string
 
 import pytest
 import torch
@@ -129,63 +127,27 @@ def test_adapters_for_another_model_are_refused(server):
     assert server.complete("t2l/nobody:Give the antonym of the word.", "hot")[0] == 400
 
 
-def bad_names():
-    yield from ("t2l:", "t2l: ", "t2l:\n\t", "t2l:\0", "t2l:a\0b", "t2l/:x", "t2l//:x", "t2l/a/b:x", "t2l/" + "x" * 500)
-    yield from (
-        "t2l:" + "x" * 4001,
-        "t2l:" + "\u00e4" * 4001,
-        "T2L:hot",
-        " t2l:hot",
-        "t2l",
-        "t2l-",
-        "t2lq-",
-        "../..",
-        "t2l/..:x",
-    )
-    yield from (f"t2l/{character}:x" for character in string.punctuation if character not in "/:")
-    yield from (f"t2l{character}hot" for character in string.printable if character not in "/:" and not character.isalnum())
-    yield from (f"t2l:{chr(code)}" for code in (*range(0x09, 0x0E), *range(0x1C, 0x21), 0x85, 0xA0, 0x2028, 0x3000))
-    yield from (f"t2l/{'y' * n}:text" for n in range(1, 120))
-    yield from ("t2l:" + " " * n for n in range(1, 40))
-    drawn = random.Random(0)
-    characters = [chr(code) for code in range(0x20, 0x3000) if chr(code) not in "/:" and chr(code).isprintable()]
-    yield from ("t2l" + "".join(drawn.choices(characters, k=drawn.randrange(1, 60))) for _ in range(120))
-
-
-def bad_bodies():
-    yield from (b"", b"{", b"[]", b"null", b"1", b'"t2l"', b"\xff\xfe", b"{}", b'{"model": 1}', b"[" * 5000, b'{"a":' * 2000)
-    for value in (None, 1, 1.5, True, [], {}, "", " ", "\0", "x" * 4001, ["hot"], {"text": "hot"}, "\ud800"):
-        yield json.dumps({"description": value}).encode()
-        yield json.dumps({"description": "hot", "checkpoint": value or 0}).encode()
-        yield json.dumps({"description": "hot", "other": value}).encode()
-    yield from (json.dumps({f"description{i}": "hot"}).encode() for i in range(40))
-    yield json.dumps({"description": "x" * (1 << 17)}).encode()
-    whole = json.dumps({"description": "Give the antonym of the word."}).encode()
-    yield from (whole[:n] for n in range(len(whole)))
+NAMES = (
+    "t2l:", "t2l: ", "t2l:\n\t", "t2l:\0", "t2l:a\0b", "t2l:" + "x" * 4001, "t2l:\u3000", "t2l/:x", "t2l//:x", "t2l/a/b:x",
+    "t2l/..:x", "t2l/" + "x" * 500, "T2L:hot", " t2l:hot", "t2l", "t2l-", "t2lq-", "../..", "t2l\u00e4hot",
+)  # fmt: skip
+BODIES = (b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b'{"model": 1}', b"[" * 5000, b'{"a":' * 2000)
+BODIES += tuple(json.dumps({"description": value}).encode() for value in (None, 1, [], " ", "\0", "x" * 4001, "\ud800"))
 
 
 def test_bad_input_is_refused_and_the_server_lives(server):
-    """500 names and bodies: a status below 500 or 503 with a reason, and no traceback."""
-    before, count = folders(server), 0
-    message = [{"role": "user", "content": "hot"}]
-    for name in bad_names():
-        body = {"model": name, "messages": message, "max_tokens": 1}
-        status, text = server.request("POST", "/v1/chat/completions", body)
-        assert 400 <= status < 500 or status == 503, (name, status, text)
+    """A status below 500 with a reason, and no traceback; tests of the endpoint have more bodies."""
+    before, message = folders(server), [{"role": "user", "content": "hot"}]
+    asked = [("/v1/chat/completions", {"model": name, "messages": message, "max_tokens": 1}) for name in NAMES]
+    for path, body in (*asked, *(("/v1/t2l/adapters", body) for body in BODIES)):
+        status, text = server.request("POST", path, body)
+        assert 400 <= status < 500, (body, status, text)
         assert "Traceback" not in text and json.loads(text)["error"]["message"]
-        count += 1
-    for body in bad_bodies():
-        status, text = server.request("POST", "/v1/t2l/adapters", body)
-        assert 400 <= status < 500 or status == 503, (body[:80], status, text)
-        assert "Traceback" not in text and json.loads(text)["error"]["message"]
-        count += 1
     for field in ("messages", "max_tokens", "temperature"):
         for value in ("\0", -1, [], {}, "x", None, [[]], 1e300):
             body = {"model": LAST, "messages": message, "max_tokens": 1} | {field: value}
             status, text = server.request("POST", "/v1/chat/completions", body)
             assert (status == 200 and field != "messages") or 400 <= status < 500, (body, status, text)
-            count += 1
-    assert count >= 500
     assert len(folders(server) - before) <= 1  # LAST at most
     assert server.complete(LAST, LIST)[0] == 200
 

@@ -142,6 +142,10 @@ def test_a_folder_is_a_peft_adapter_whose_scaling_is_in_b(store):
     expected = stack().state_dict_peft(0, dtype=torch.bfloat16, fold=True)
     assert stored.keys() == expected.keys() and all(torch.equal(stored[key], expected[key]) for key in stored)
     assert store.find("k") == folder and store.find("other") is None and store.find("k", memory=True) is None
+    assert {WEIGHTS_NAME, CONFIG_NAME} == {path.name for path in folder.iterdir()}
+    before, used = (folder / WEIGHTS_NAME).read_bytes(), store.used
+    assert store.write_peft("k", stack(1)) == folder, "the first of a key stays"
+    assert (folder / WEIGHTS_NAME).read_bytes() == before and store.used == used and visible(store) == ["k"]
 
 
 @pytest.mark.parametrize("memory", [False, True])
@@ -172,27 +176,15 @@ def test_a_failed_write_leaves_nothing(store, monkeypatch, error):
     assert visible(store) == [] and store.used == 0
 
 
-def test_a_folder_appears_whole(store, monkeypatch):
-    save = AdapterStack.save_pretrained
-    seen = []
-
-    def watched(self, *arguments, **keywords):
-        save(self, *arguments, **keywords)
-        seen.append(store.find("k"))
-
-    monkeypatch.setattr(AdapterStack, "save_pretrained", watched)
-    folder = store.write_peft("k", stack())
-    assert seen == [None] and {WEIGHTS_NAME, CONFIG_NAME} == {path.name for path in folder.iterdir()}
-
-
 def test_writers_of_one_process_number_have_folders_of_their_own(tmp_path, monkeypatch):
-    """As in two containers: one is finished while the other writes the same key."""
+    """As in two containers: one is finished while the other writes the same key.  Each appears whole."""
     first, second = (AdapterStore(tmp_path / "store", 1 << 20) for _ in range(2))
     save, made = AdapterStack.save_pretrained, []
 
     def nested(self, directory, *arguments, **keywords):
         if not made:
             made.append(directory)
+            assert first.find("k") is None, "a folder appears whole"
             made.append(second.write_peft("k", stack(1)))
         return save(self, directory, *arguments, **keywords)
 
@@ -200,13 +192,6 @@ def test_writers_of_one_process_number_have_folders_of_their_own(tmp_path, monke
     folder = first.write_peft("k", stack(0))
     assert folder == made[1] and visible(first) == ["k"] and len(AdapterStack.from_peft(folder)) == 1
     assert folder.stat().st_mode & 0o077 == 0
-
-
-def test_the_first_of_a_key_stays(store):
-    folder = store.write_peft("k", stack(0))
-    before, used = (folder / WEIGHTS_NAME).read_bytes(), store.used
-    assert store.write_peft("k", stack(1)) == folder
-    assert (folder / WEIGHTS_NAME).read_bytes() == before and store.used == used and visible(store) == ["k"]
 
 
 def test_the_budget_is_of_all_adapters(tmp_path):
