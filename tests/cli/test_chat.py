@@ -79,37 +79,14 @@ def test_piped_lines(chat):
 def test_several_tasks(chat):
     """Tasks have names, and /both asks all of them and the base model in one batch."""
     right = {task: chat.answers(task, ["one two"])[0] for task in (TASK, OTHER, None)}
-    lines = (
-        f"/task b: {OTHER}",
-        "one two",
-        "/both",
-        "/task task",
-        "one two",
-        "/task b",
-        "one two",
-        f"/task {TASK}",
-        "one two",
-    )
-    code, out, err = chat("\n".join(lines))
+    asked = (f"/task b: {OTHER}\none two\n/both", "/task task\none two", "/task b\none two", f"/task {TASK}\none two")
+    code, out, err = chat("\n".join(asked))
     assert (code, err) == (0, "")
     together = [right[None], right[TASK], right[OTHER]]
     assert out.splitlines() == [right[OTHER], *together, right[TASK], right[OTHER], right[TASK]]
 
 
-def test_a_person_sees_names_times_and_history(chat):
-    code, out, err = chat(Terminal(f"/task b: {OTHER}\none two\n/both\n/tasks\n/history\n"))
-    answers = [chat.answers(task, ["one two"])[0] for task in (OTHER, None, TASK, OTHER)]
-    assert code == 0 and out.splitlines() == [
-        answers[0], *map(": ".join, zip(("base", "task", "b"), answers[1:], strict=True))
-    ]  # fmt: skip
-    assert "encode " in err and " tokens/s" in err
-    lines = [line.removeprefix("t2l> ") for line in err.splitlines()]
-    assert f"t2l: * b: {OTHER}" in lines and f"t2l: task: {TASK}" in lines
-    for name, answer in zip(("b", "base", "task", "b"), answers, strict=True):
-        assert "t2l: " + " ".join(f"one two -> {name}: {answer}".split()) in lines
-
-
-def test_saved_adapters(chat, checkpoint, tmp_path):
+def test_saved_adapters(chat, checkpoint, tmp_path, monkeypatch):
     """The one in use, as a PEFT folder; a model that llama.cpp's files know nothing of is refused."""
     code, out, err = chat(f"/task b: {OTHER}\n/save {tmp_path}/b\n/task {TASK}\n/save {tmp_path}/a\n")
     assert (code, out) == (0, "") and err.splitlines() == [f"t2l: wrote {tmp_path}/{name}" for name in "ba"]
@@ -118,25 +95,17 @@ def test_saved_adapters(chat, checkpoint, tmp_path):
         saved, right = t2l.AdapterStack.from_peft(tmp_path / name), engine.generate([task])
         assert json.loads((tmp_path / name / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
         assert saved.lora_B["q_proj"].equal(right.lora_B["q_proj"])
+    monkeypatch.setenv("HOME", str(tmp_path))  # as at a prompt of a shell; and endings of files in any case
+    code, _, err = chat(f"/save ~/mine\n/save {tmp_path}/last.GGUF\n")
+    assert code == 0 and err.startswith(f"t2l: wrote {tmp_path}/mine\n")
+    assert (tmp_path / "mine" / "adapter_config.json").is_file() and (tmp_path / "last.GGUF").is_file()
 
 
-def test_a_saved_adapter_is_where_it_is_said_to_be(chat, tmp_path, monkeypatch):
-    """As at a prompt of a shell; and endings of files in any case."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    code, _, err = chat("/save ~/mine\n")
-    assert code == 0 and err == f"t2l: wrote {tmp_path}/mine\n" and (tmp_path / "mine" / "adapter_config.json").is_file()
-    code, _, err = chat(f"/save {tmp_path}/last.GGUF\n")
-    assert code == 0 and (tmp_path / "last.GGUF").is_file()
-
-
-def test_a_byte_order_mark_is_no_input(chat):
-    assert chat(f"\ufeff/task {OTHER}\none two\n")[1].splitlines() == chat.answers(OTHER, ["one two"])
-
-
-def test_a_sentence_with_a_colon_is_no_name(chat):
-    sentence = "Translate: the word to French."
-    code, out, err = chat(f"/task {sentence}\none two\n")
-    assert (code, err, out.splitlines()) == (0, "", chat.answers(sentence, ["one two"]))
+@pytest.mark.parametrize("before, task", [("\ufeff", OTHER), ("", "Translate: the word to French.")], ids=["mark", "colon"])
+def test_descriptions_that_look_like_more(chat, before, task):
+    """A byte order mark is no input, and a sentence with a colon no name."""
+    code, out, err = chat(f"{before}/task {task}\none two\n")
+    assert (code, err, out.splitlines()) == (0, "", chat.answers(task, ["one two"]))
 
 
 def test_what_goes_wrong_ends_no_session(chat, tmp_path):
@@ -159,12 +128,6 @@ def test_a_description_that_the_encoder_refuses(chat, monkeypatch):
     assert code == 0 and "/task: expected a known one" in err and "texts[0]" not in err
 
 
-@pytest.mark.parametrize("task", ["", " "])
-def test_an_empty_task(chat, task):
-    code, out, err = chat("one\n", "--task", task)
-    assert code == 1 and out == "" and err.startswith("t2l: --task: expected a non-empty description")
-
-
 def test_a_line_that_is_not_utf8_is_told_when_it_comes(chat):
     stdin = io.TextIOWrapper(io.BytesIO(b"one two\ncaf\xe9\n"), encoding="utf-8")
     code, out, err = chat(stdin)
@@ -178,12 +141,17 @@ def test_an_answer_is_one_line(chat, monkeypatch):
 
 
 def test_a_person_at_a_terminal(chat):
-    code, out, err = chat(Terminal(f"/help\none two\n/base\n/nonsense\n/task\n/task {OTHER}\none two\n/quit\nnever\n"))
-    assert code == 0
-    assert out.splitlines() == [chat.answers(task, ["one two"])[0] for task in (TASK, None, OTHER)]
-    for text in ("t2l> ", "Lines are independent", "t2l: /nonsense: expected", "t2l: /task: expected a description"):
-        assert text in err
-    assert "never" not in err
+    lines = f"/help\none two\n/base\n/nonsense\n/task\n/task b: {OTHER}\n/both\n/tasks\n/history\n/quit\nnever\n"
+    code, out, err = chat(Terminal(lines))
+    answers = {name: chat.answers(task, ["one two"])[0] for name, task in (("base", None), ("task", TASK), ("b", OTHER))}
+    both = [f"{name}: {answer}" for name, answer in answers.items()]
+    assert code == 0 and out.splitlines() == [answers["task"], answers["base"], *both]
+    said = ("t2l> ", "Lines are independent", "t2l: /nonsense: expected", "t2l: /task: expected a description", "encode ")
+    assert all(text in err for text in (*said, " tokens/s")) and "never" not in err
+    lines = [line.removeprefix("t2l> ") for line in err.splitlines()]
+    assert f"t2l: * b: {OTHER}" in lines and f"t2l: task: {TASK}" in lines
+    for name, answer in answers.items():
+        assert "t2l: " + " ".join(f"one two -> {name}: {answer}".split()) in lines
 
 
 @pytest.mark.parametrize("error", [EOFError, KeyboardInterrupt])
@@ -201,29 +169,28 @@ def test_an_interrupted_script_is_not_done(chat, monkeypatch):
     assert chat(None)[0] == 1  # no standard input
 
 
-@pytest.mark.parametrize(
-    ("stdin", "message"),
-    [
-        ("/nonsense\n", "/nonsense: expected one of /task, /tasks, /base, /both, /history, /save, /help, /quit; //"),
-        ("/base\n", "/base: expected an input before it"),
-        ("caf\udce9\n", "input: expected UTF-8 text, got 'caf"),
-        ("/both\n", "/both: expected an input before it"),
-        ("/task  \n", "/task: expected a description after it"),
-        ("/save\n", "/save: expected a folder or FILE.gguf after it"),
-        ("/task base: Count.\n", "/task: expected another name than task and base, got base"),
-        ("/task base\n", "/task: expected a description or the name of a task, got base"),
-        ("".join(f"/task t{i}: Count {i}.\n" for i in range(8)), "/task: expected at most 8 tasks, got one more"),
-        ("word " * 130, "input: expected at most 122 tokens (the model has 128 positions"),
-    ],
-)
-def test_a_script_gets_a_status(chat, stdin, message):
-    code, out, err = chat(stdin)
+SCRIPTS = [
+    ("/nonsense\n", "/nonsense: expected one of /task, /tasks, /base, /both, /history, /save, /help, /quit; //"),
+    ("/base\n", "/base: expected an input before it"),
+    ("caf\udce9\n", "input: expected UTF-8 text, got 'caf"),
+    ("/both\n", "/both: expected an input before it"),
+    ("/task  \n", "/task: expected a description after it"),
+    ("/save\n", "/save: expected a folder or FILE.gguf after it"),
+    ("/task base: Count.\n", "/task: expected another name than task and base, got base"),
+    ("/task base\n", "/task: expected a description or the name of a task, got base"),
+    ("".join(f"/task t{i}: Count {i}.\n" for i in range(8)), "/task: expected at most 8 tasks, got one more"),
+    ("word " * 130, "input: expected at most 122 tokens (the model has 128 positions"),
+    ("one\n", "--task: expected a non-empty description", "--task", ""),
+    ("one\n", "--task: expected a non-empty description", "--task", " "),
+    ("one\n", "--max-new-tokens: expected fewer than the model's 128 positions, got 128", "--max-new-tokens", 128),
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_gets_a_status(chat, script):
+    stdin, message, *options = script
+    code, out, err = chat(stdin, *options)
     assert code == 1 and out == "" and err.startswith(f"t2l: {message}"), err
-
-
-def test_answers_longer_than_the_model(chat):
-    code, out, err = chat("one\n", "--max-new-tokens", 128)
-    assert code == 1 and out == "" and "--max-new-tokens: expected fewer than the model's 128 positions, got 128" in err
 
 
 def test_sampling_follows_the_seed(chat):

@@ -47,23 +47,16 @@ def test_show_bundled_checkpoint(run):
         assert text in out
 
 
-def test_show_reference_checkpoint(run, golden):
+def test_show_sakana_checkpoint(run, golden, edit):
     code, out, _ = run("show", golden / "M-recon-z", "--json")
     about = json.loads(out)
     assert code == 0 and (about["form"], about["variant"], about["scaling"]["mode"]) == ("sakana", "M", "rslora")
     assert about["parameters"]["offsets"] > 0 and about["training"] is None
     assert about["file_bytes"] == (golden / "M-recon-z" / "hypermod.pt").stat().st_size
-
-
-def test_show_an_encoder_without_rules(run, golden):
     about = json.loads(run("show", golden / "L-sft", "--json")[1])
     assert about["encoder"] == {"name": "tiny-encoder", "pooling": None}
     assert "name tiny-encoder, pooling not stated" in run("show", golden / "L-sft")[1]
-
-
-def test_nothing_is_cut_off_a_terminal(run, golden, edit):
-    folder = edit("L-sft", args={"emb_model": "x" * 100})
-    assert "x" * 100 in run("show", folder)[1]
+    assert "x" * 100 in run("show", edit("L-sft", args={"emb_model": "x" * 100}))[1], "nothing is cut off a terminal"
 
 
 def test_show_adapter(run, make_stack, tmp_path):
@@ -73,22 +66,15 @@ def test_show_adapter(run, make_stack, tmp_path):
     code, out, _ = run("show", tmp_path / "a", "--json")
     assert code == 0
     assert json.loads(out) == {
-        "kind": "adapter",
-        "folder": str(tmp_path / "a"),
-        "base_model": "[red]\x1b[31mbase",
+        "kind": "adapter", "folder": str(tmp_path / "a"), "base_model": "[red]\x1b[31mbase",
         "modules": [
             {"name": "q_proj", "in_features": 6, "out_features": 10, "ranks": [2, 4], "layers": 2},
             {"name": "v_proj", "in_features": 6, "out_features": 8, "ranks": [4], "layers": 1},
         ],
-        "num_layers": 2,
-        "partial": True,  # v_proj has the first layer only
-        "scaling": 0.5,
-        "lora_alpha": 2.0,
-        "use_rslora": False,
-        "parameters": 6 * (6 + 10) + 4 * (6 + 8),
-        "dtype": "float32",
+        "num_layers": 2, "partial": True,  # v_proj has the first layer only
+        "scaling": 0.5, "lora_alpha": 2.0, "use_rslora": False, "parameters": 6 * (6 + 10) + 4 * (6 + 8), "dtype": "float32",
         "file_bytes": (tmp_path / "a" / "adapter_model.safetensors").stat().st_size,
-    }
+    }  # fmt: skip
     code, out, _ = run("show", tmp_path / "a")
     assert code == 0 and "[red]" in out and "\x1b" not in out  # a file's text is shown, not obeyed
 
@@ -101,16 +87,19 @@ def test_show_one_hot_checkpoint(run, checkpoint):
     assert json.loads(run("show", checkpoint, "--json")[1])["encoder"]["tasks"] == tasks
     code, out, _ = run("show", checkpoint)
     assert code == 0 and "... 384 in all" in out and "task99" not in out
+    path = checkpoint / "config.json"  # blocks that are not checked
+    deep = json.loads('{"a": ' * 600 + "1" + "}" * 600)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"training": {"steps_done": deep, "tasks": []}}))
+    assert run("show", checkpoint)[0] == run("show", checkpoint, "--json")[0] == 0
+    path.write_text(path.read_text().replace('"training"', '"base_model": "\\ud800", "training"'))
+    assert run("show", checkpoint, "--json")[1].count(r"\ud800") == 1
 
 
-def test_show_errors(expect_error, golden, tmp_path):
+def test_show_errors(expect_error, checkpoint, tmp_path):
     expect_error("no such folder", "show", tmp_path / "none")
     expect_error("expected a checkpoint (config.json and hypernet.safetensors, or hypermod.pt)", "show", tmp_path)
     (tmp_path / "hypermod.pt").write_bytes(b"")
     expect_error("args.yaml", "show", tmp_path)
-
-
-def test_show_checks_the_encoder(expect_error, checkpoint, tmp_path):
     from_config = lambda **blocks: (checkpoint / "config.json").write_text(json.dumps(config | blocks))  # noqa: E731
     config = json.loads((checkpoint / "config.json").read_text())
     from_config(encoder={"name": 5, "pooling": "max"})
@@ -131,15 +120,6 @@ def test_show_of_what_no_name_is(expect_error, make_stack, tmp_path, given):
     path.write_text(path.read_text().replace('"base_model_name_or_path": null', f'"base_model_name_or_path": {given}'))
     for option in ((), ("--json",)):
         expect_error("base_model_name_or_path: expected a string or null, got", "show", tmp_path, *option)
-
-
-def test_show_of_blocks_that_are_not_checked(run, checkpoint):
-    path = checkpoint / "config.json"
-    deep = json.loads('{"a": ' * 600 + "1" + "}" * 600)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"training": {"steps_done": deep, "tasks": []}}))
-    assert run("show", checkpoint)[0] == run("show", checkpoint, "--json")[0] == 0
-    path.write_text(path.read_text().replace('"training"', '"base_model": "\\ud800", "training"'))
-    assert run("show", checkpoint, "--json")[1].count(r"\ud800") == 1
 
 
 def test_convert_there_and_back(run, golden, tmp_path):

@@ -54,14 +54,8 @@ def test_generate_from_a_file_in_batches(run, checkpoint, tmp_path, monkeypatch)
     code, out, err = run("generate", "--file", file, "-o", tmp_path / "out", "-c", checkpoint, "--json")
     assert (code, err) == (0, "")
     results = json.loads(out)
-    assert results[2] == {
-        "description": "Naïve?",
-        "folder": str(tmp_path / "out" / "2"),
-        "rank": 4,
-        "scaling": 2.0,
-        "modules": ["q_proj"],
-        "parameters": 2 * 4 * (12 + 20),
-    }
+    about = {"rank": 4, "scaling": 2.0, "modules": ["q_proj"], "parameters": 2 * 4 * (12 + 20)}
+    assert results[2] == {"description": "Naïve?", "folder": str(tmp_path / "out" / "2")} | about
     expected = t2l.TextToLoRA.from_pretrained(checkpoint).generate(texts)
     for i, (text, result) in enumerate(zip(texts, results, strict=True)):
         assert result["description"] == text
@@ -79,14 +73,6 @@ def test_a_bad_line_is_named_before_anything_is_written(expect_error, checkpoint
     expect_error("standard input:4: expected Unicode text", "generate", "-f", "-", *output, stdin=text)
     expect_error("description 2: expected Unicode text", "generate", "Count.", "caf\udce9", *output)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("other", ["hypermod.pt", "hypernet.safetensors", "model.safetensors"])
-def test_an_adapter_does_not_go_into_a_checkpoint_or_model(expect_error, checkpoint, tmp_path, other):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / other).write_text("")
-    expect_error(f"holds {other}, which an adapter", "generate", "x", "-o", tmp_path / "out", "-c", checkpoint)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [other]
 
 
 def test_generate_refuses_files_without_descriptions(run, expect_error, checkpoint, tmp_path):
@@ -108,6 +94,26 @@ def test_a_truncated_description_is_one_line_of_warning(run, checkpoint, tmp_pat
     assert code == 0 and err.startswith("t2l: warning: ") and "truncated" in err and err.count("\n") == 1
 
 
+INDEX = "index.json: expected an index of adapters, or none, got another file; choose another folder"
+MODELS = ("hypermod.pt", "hypernet.safetensors", "model.safetensors")
+
+
+@pytest.mark.parametrize("name, content, message", [
+    *((name, "", f"holds {name}, which an adapter") for name in MODELS),
+    *(("index.json", content, INDEX) for content in ('{"pages": 3}', "[]", "not JSON"))
+])  # fmt: skip
+def test_a_folder_of_something_else_is_kept(expect_error, checkpoint, tmp_path, name, content, message):
+    """Of a checkpoint, a model, or with an index of another kind; nor is a file's name taken for a folder's."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text(content)
+    expect_error(message, "generate", "Count.", "Sort.", "-o", out, "-c", checkpoint)
+    assert [path.name for path in out.iterdir()] == [name] and (out / name).read_text() == content
+    file = tmp_path / "last.gguf"
+    expect_error(f"--output: expected a folder, got {file}; t2l export", "generate", "Count.", "-o", file, "-c", checkpoint)
+    assert not file.exists()
+
+
 @pytest.mark.parametrize("content", ["{}", '{"0": "Count.", "12.gguf": "Sort."}'])
 def test_an_index_of_adapters_is_replaced(run, checkpoint, tmp_path, content):
     (tmp_path / "index.json").write_text(content)
@@ -115,28 +121,7 @@ def test_an_index_of_adapters_is_replaced(run, checkpoint, tmp_path, content):
     assert json.loads((tmp_path / "index.json").read_text()) == {"0": "Count.", "1": "Sort."}
 
 
-@pytest.mark.parametrize("content", ['{"pages": 3}', "[]", "not JSON"])
-def test_another_index_is_kept(expect_error, checkpoint, tmp_path, content):
-    (tmp_path / "index.json").write_text(content)
-    message = "index.json: expected an index of adapters, or none, got another file; choose another folder"
-    expect_error(message, "generate", "Count.", "Sort.", "-o", tmp_path, "-c", checkpoint)
-    assert (tmp_path / "index.json").read_text() == content
-
-
-def test_a_folder_of_adapters_has_no_name_of_a_file(expect_error, checkpoint, tmp_path):
-    file = tmp_path / "last.gguf"
-    expect_error(f"--output: expected a folder, got {file}; t2l export", "generate", "Count.", "-o", file, "-c", checkpoint)
-    assert not file.exists()
-
-
-def test_a_base_model_that_only_the_checkpoint_names(expect_error, checkpoint, tmp_path):
-    config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps(config | {"base_model": "nobody/model"}))
-    message = "--base-model: expected a folder of 'nobody/model', which the checkpoint names, got none"
-    expect_error(message, "generate", "x", "--format", "gguf", "-o", tmp_path / "out", "-c", checkpoint)
-
-
-def test_the_name_of_a_base_model_converts_nothing(run, checkpoint, tmp_path, monkeypatch):
+def test_the_name_of_a_base_model_converts_nothing(run, expect_error, checkpoint, tmp_path, monkeypatch):
     """It is what the PEFT folder states; only a checkpoint that reads with its base model needs the model."""
 
     def not_installed(*arguments):
@@ -147,6 +132,10 @@ def test_the_name_of_a_base_model_converts_nothing(run, checkpoint, tmp_path, mo
     code, _, err = run("generate", "Count.", "-o", tmp_path / "out", "-c", checkpoint, "--base-model", name)
     assert (code, err) == (0, "")
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == name
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"base_model": "nobody/model"}))
+    message = "--base-model: expected a folder of 'nobody/model', which the checkpoint names, got none"
+    expect_error(message, "generate", "x", "--format", "gguf", "-o", tmp_path / "new", "-c", checkpoint)
 
 
 @pytest.fixture

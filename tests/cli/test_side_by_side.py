@@ -11,7 +11,7 @@ import pytest
 import t2l_engine as t2l
 from t2l_engine.lora.layer import LoRALinear
 from t2l_engine.serving import side_by_side
-from t2l_engine.serving.side_by_side import Answers, Made, Row, SideBySide
+from t2l_engine.serving.side_by_side import Row, SideBySide
 
 TASKS = ["Count the words.", "Name the capital.", "Write it in capital letters.", "Reverse it."]
 TEXT = "one two"
@@ -149,12 +149,6 @@ def test_a_character_in_several_tokens(desk, monkeypatch):
     assert [answers.texts for answers in desk.answers(TEXT, [Row()], max_new_tokens=2)] == [("caf",), ("café",)]
 
 
-def test_sampling_follows_the_seed(desk):
-    desk = desk()
-    drawn = [last(desk, [Row()], temperature=1.5, seed=seed).texts for seed in (0, 0, 1)]
-    assert drawn[0] == drawn[1] != drawn[2]
-
-
 def test_two_threads_at_once(desk):
     """Their questions are answered one after the other, each with its own adapters."""
     desk = desk(slots=1)
@@ -204,37 +198,6 @@ def test_closing_ends_what_runs_and_what_waits(desk):
         thread.join(60)
         assert not thread.is_alive()
     assert sorted(ended) == ["answered", "cancelled", "cancelled"] and len(calls) <= 2
-
-
-def test_times_in_words():
-    made = Made(2, 0.1204, 0.002, 0.003)
-    words = "2 new adapters: encode 120 ms, generate 2 ms, attach 3 ms; 3 rows in one batch: first token after 500 ms"
-    assert Answers(("a", "b", "c"), made, 3, 0.5, 0.0).times == words
-    assert Answers(("a", "b", "c"), made, 13, 0.5, 2.0).times == words + ", then 5 tokens/s"  # 10 after the first of each
-    assert Answers(("a",), Made(0, 0.0, 0.0, 0.0), 1, 0.04, 0.0).times == (
-        "adapters held already; 1 row in one batch: first token after 40 ms"
-    )
-
-
-def test_closed(desk):
-    one = desk()
-    last(one, adapted(TASKS[0]))
-    assert any(isinstance(module, LoRALinear) for module in one.model.modules())
-    one.close()
     assert not any(isinstance(module, LoRALinear) for module in one.model.modules())
     with pytest.raises(CancelledError):
         last(one, [Row()])
-
-
-def test_memory_is_that_of_the_slots(desk):
-    """Ten adapters in a row: the same tensors as before."""
-    desk = desk(slots=2)
-    last(desk, adapted(TASKS[0]))
-
-    def slots():
-        return [(t.data_ptr(), t.shape) for s in desk._lora._slots.values() for p in s.parts.values() for t in (p.A, p.B)]
-
-    before = slots()
-    for i in range(10):
-        last(desk, adapted(f"Write the number {i}."), max_new_tokens=1)
-    assert before == slots() and len(before) == 2 and len(desk.held) == 2
