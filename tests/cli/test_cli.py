@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import warnings
@@ -11,24 +10,9 @@ import pytest
 
 import t2l_engine as t2l
 from t2l_engine import ops
-from t2l_engine.cli import common
 from t2l_engine.cli.common import json_text
 
 BOOLQ = {"question": "can fish swim", "passage": "Fish -- They swim.", "answer": True}
-#: Prints page faults of 20 allocations before and after keep_freed_memory, of the module that is the argument.
-FAULTS = """
-import resource, runpy, sys
-keep_freed_memory = runpy.run_path(sys.argv[1])["keep_freed_memory"]  # without torch, which takes seconds
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        b"x" * (1 << 22)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults())
-keep_freed_memory()
-faults()
-print(faults())
-"""
 
 
 def test_info(run):
@@ -131,12 +115,6 @@ def test_a_checkpoint_trained_on_inputs(expect_error, checkpoint, tmp_path):
     expect_error(message, "chat", "--task", "Count.", "-c", tmp_path / "inputs")
 
 
-def test_an_instruction_set_that_there_is_not(expect_error, tmp_path, monkeypatch):
-    monkeypatch.setattr("t2l_engine.ops.native.is_loaded", lambda: True)
-    monkeypatch.setattr("t2l_engine.ops.native.isa_error", lambda: "T2L_ISA: expected one of ..., got 'sse4'")
-    expect_error("T2L_ISA: expected", "train", "sft", "--tasks", tmp_path, "-o", tmp_path / "out")
-
-
 def test_names_that_no_text_can_hold():
     assert json.loads(json_text({"checkpoint": "a\udcff", "name": "ä"})) == {"checkpoint": "a\udcff", "name": "ä"}
     assert "ä" in json_text({"name": "ä"}) and "\\u" in json_text({"checkpoint": "a\udcff"})
@@ -150,11 +128,3 @@ def test_what_a_killed_command_left_is_no_obstacle(run, tmp_path):
     (tmp_path / "out" / "descriptions.json").unlink()
     assert run(*command)[0] == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
-def test_freed_memory_is_used_again():
-    """20 times 4 MiB, 1,024 pages each (fewer faults where the system has huge pages)."""
-    out = subprocess.run([sys.executable, "-c", FAULTS, common.__file__], capture_output=True, text=True, check=True)
-    fresh, kept = map(int, out.stdout.split())
-    assert kept < 40 and fresh > 40, out.stdout

@@ -125,20 +125,6 @@ def net(device):
     return shape.make(torch.bfloat16, seed=1).to(device.torch), lambda seed: shape.task_embeddings(8, seed).to(device.torch)
 
 
-def test_generation_is_replayed_for_other_descriptions(device, net):
-    net, embeddings = net
-    task_emb = embeddings(1).clone()
-    out = net.generate(task_emb)
-    replay = device.capture(lambda: net.generate(task_emb, out=out))
-    for seed in (1, 2, 3):
-        task_emb.copy_(embeddings(seed))
-        replay()
-        device.synchronize()
-        fresh = net.generate(embeddings(seed))
-        for held, right in ((out.lora_A, fresh.lora_A), (out.lora_B, fresh.lora_B)):
-            assert all(torch.equal(held[name], right[name]) for name in right)
-
-
 def test_adapters_are_applied_as_generated_in_the_same_graph(device, net):
     net, embeddings = net
     task_emb = embeddings(1).clone()
@@ -160,6 +146,8 @@ def test_adapters_are_applied_as_generated_in_the_same_graph(device, net):
         replay()
         device.synchronize()
         fresh = net.generate(embeddings(seed))
+        for held, right in ((out.lora_A, fresh.lora_A), (out.lora_B, fresh.lora_B)):
+            assert all(torch.equal(held[name], right[name]) for name in right)
         sides = (side[name][:, 0] for side in (fresh.lora_A, fresh.lora_B))
         assert torch.equal(y, ops.lora_add_(torch.zeros_like(y), x, *sides, fresh.scaling, bounds, rows, 1))
 
@@ -200,21 +188,3 @@ def test_two_streams_at_once(device):
                 apply(ours)
     device.synchronize()
     assert [i for i, (ours, right) in enumerate(pairs) if not torch.equal(ours["y"], right)] == []
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("device", ["cuda"], indirect=True)
-def test_a_device_that_is_not_the_current_one(device):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one device only")
-    ours, right = pair(device, seed=10)
-
-    def moved(value):
-        if isinstance(value, list):
-            return [moved(entry) for entry in value]
-        return value.to("cuda:1") if torch.is_tensor(value) else value
-
-    there = {name: moved(value) for name, value in ours.items()}
-    apply(there)
-    torch.cuda.synchronize(1)
-    assert torch.equal(there["y"].cpu(), right.cpu())

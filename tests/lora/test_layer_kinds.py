@@ -40,35 +40,6 @@ class Callable(nn.Module):
         return 2 * x.flip(-1)
 
 
-def dynamic(n_in, n_out):
-    """torch's dynamically quantised linear: ``weight`` is a method."""
-    module = nn.Sequential(nn.Linear(n_in, n_out))
-    return torch.ao.quantization.quantize_dynamic(module, {nn.Linear}, dtype=torch.qint8)[0]
-
-
-@pytest.mark.parametrize("make", [Int8Linear, Callable, nn.Identity, dynamic], ids=lambda make: make.__name__)
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_layers_that_are_no_linear(make_stack, x, make):
-    if make is dynamic and "fbgemm" not in torch.backends.quantized.supported_engines:
-        pytest.skip("no engine for quantised linears")
-    # One layer: dynamic quantisation would turn a difference of one rounding into a whole step in the next.
-    blocks, stack = Blocks(make, num_layers=1), make_stack({"q_proj": (16, 16)}, num_layers=1)
-    adapters = [0, 2, -1, 1, 1, -1]
-    rows = x.clone()
-    with torch.no_grad():
-        expected, base = by_hand(blocks, stack, x, adapters), blocks(x)
-        handle = attach(blocks, stack)
-        with handle.use(adapters):
-            got = blocks(x)
-    assert torch.equal(x, rows)
-    assert (got - expected).abs().max() <= ROW_ATOL and (got[0] - base[0]).abs().max() > 1000 * ROW_ATOL
-    assert torch.equal(got[2], base[2])
-    with pytest.raises(ValueError, match="merge: layers.0.q_proj is a .* without a plain weight"):
-        handle.merge(0)
-    handle.detach()
-    assert torch.equal(blocks(x), base)
-
-
 class Scaled(nn.Linear):
     def forward(self, x):
         return nn.functional.linear(x, self.weight * 0.1, self.bias)
@@ -97,44 +68,47 @@ class Transposed(nn.Module):
         return x @ self.weight / 10
 
 
-def parametrized(n_in, n_out):
-    """Its weight is computed anew whenever it is read."""
-    return parametrizations.weight_norm(nn.Linear(n_in, n_out))
-
-
-def pruned(n_in, n_out):
-    """Its weight is computed anew before every forward pass."""
-    return prune.l1_unstructured(nn.Linear(n_in, n_out), "weight", amount=0.5)
-
-
-@pytest.mark.parametrize("make", [Scaled, Float8, Transposed, parametrized, pruned])
-def test_kinds_of_linear_are_used_and_not_merged(make_stack, x, make):
-    blocks, stack = Blocks(make), make_stack({"q_proj": (16, 16)})
-    kind = type(blocks.layers[0]["q_proj"]).__name__
-    handle = attach(blocks, stack)
-    adapters = [0, 2, -1, 1, 1, -1]
-    with torch.no_grad():
-        expected = by_hand(Blocks(make), stack, x, adapters)
-        with handle.use(adapters):
-            assert (blocks(x) - expected).abs().max() <= ROW_ATOL
-        before = blocks(x)
-        with pytest.raises(ValueError, match=f"merge: layers.0.q_proj is a {kind} without a plain weight"):
-            handle.merge(0)
-        assert torch.equal(blocks(x), before)
-
-
-class Counted(torch.Tensor):
+class OwnTensor(torch.Tensor):
     """A tensor that may compute in its own way, as sparse and quantised ones do."""
 
 
-def test_a_weight_of_its_own_kind_is_not_merged(make_stack):
-    blocks, stack = Blocks(), make_stack({"q_proj": (16, 16)})
-    linear = blocks.layers[1]["q_proj"]
-    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Counted))
-    handle = attach(blocks, stack)
-    handle.set(0)
-    with pytest.raises(ValueError, match=r"merge: layers\.1\.q_proj is a Linear without a plain weight"):
+def own_tensor(*sizes):
+    linear = nn.Linear(*sizes)
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(OwnTensor))
+    return linear
+
+
+KINDS = {
+    "int8": Int8Linear, "callable": Callable, "identity": nn.Identity, "scaled": Scaled, "float8": Float8,
+    "transposed": Transposed, "own tensor": own_tensor,
+    "dynamic": lambda *sizes: torch.ao.quantization.quantize_dynamic(
+        nn.Sequential(nn.Linear(*sizes)), {nn.Linear}, dtype=torch.qint8
+    )[0],  # its ``weight`` is a method
+    "parametrized": lambda *sizes: parametrizations.weight_norm(nn.Linear(*sizes)),  # its weight is computed when it is read
+    "pruned": lambda *sizes: prune.l1_unstructured(nn.Linear(*sizes), "weight", amount=0.5),  # and before every forward pass
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_layers_that_are_no_plain_linear(make_stack, x, kind):
+    if kind == "dynamic" and "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("no engine for quantised linears")
+    # One layer: dynamic quantisation would turn a difference of one rounding into a whole step in the next.
+    blocks, stack = Blocks(KINDS[kind], num_layers=1), make_stack({"q_proj": (16, 16)}, num_layers=1)
+    adapters, rows = [0, 2, -1, 1, 1, -1], x.clone()
+    with torch.no_grad():
+        expected, base = by_hand(blocks, stack, x, adapters), blocks(x)
+        handle = attach(blocks, stack)
+        with handle.use(adapters):
+            got = blocks(x)
+    assert torch.equal(x, rows)
+    assert (got - expected).abs().max() <= ROW_ATOL and (got[0] - base[0]).abs().max() > 1000 * ROW_ATOL
+    assert torch.equal(got[2], base[2])
+    with pytest.raises(ValueError, match="merge: layers.0.q_proj is a .* without a plain weight"):
         handle.merge(0)
+    handle.detach()
+    assert torch.equal(blocks(x), base)
 
 
 def test_what_a_layer_takes_and_gives(make_stack, x):

@@ -42,45 +42,51 @@ def test_ragged_tokens_and_packed_columns(make_stack, x):
         assert torch.equal(got[1:4], base[1:4])
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("linear1", (16, 32)), ("linear2", (32, 16)), ("out_proj", (16, 16))])
-def test_linears_that_are_never_called_are_refused(make_stack, name, sizes):
-    """torch's encoder layer reads their weights, in eval mode without gradients: adapters would silently do nothing."""
+def parent(kind, name):
+    """A layer of transformers, as far as attach can tell one, around a linear."""
+    return nn.ModuleList([type(kind, (nn.ModuleDict,), {})({name: nn.Linear(16, 16)})])
+
+
+def encoder():
+    """torch's encoder layer reads weights, in eval mode without gradients: adapters would silently do nothing."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
-    stack = make_stack({name: sizes}, paths={name: f"layers.{{layer}}.{name}"})
-    with pytest.raises(ValueError, match=rf"{name}: layers\.0\..*{name} cannot be adapted: .* does not call it"):
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+
+
+def nested():
+    return nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"attn": nn.ModuleDict({"q_proj": nn.Linear(8, 8)})})])})
+
+
+NOT_CALLED = r"{0}: layers\.0\..*{0} cannot be adapted: .* does not call it"
+READ = "0.{1} cannot be adapted: {0} reads its weight and does not call it"
+#: Model, sizes and paths of the stack's modules, message.
+REFUSED = [
+    *((encoder, {name: (sizes, f"layers.{{layer}}.{name}")}, NOT_CALLED.format(name))
+      for name, sizes in (("linear1", (16, 32)), ("linear2", (32, 16)), ("out_proj", (16, 16)))),
+    *((lambda of=of: parent(*of), {of[1]: ((16, 16), "{layer}." + of[1])}, READ.format(*of))
+      for of in (("MambaMixer", "dt_proj"), ("Mamba2Mixer", "out_proj"), ("WavLMAttention", "v_proj"))),
+    (lambda: nn.ModuleDict({"embed_tokens": nn.Embedding(97, 16)}), {"embed_tokens": ((16, 97), "embed_tokens")},
+     "embed_tokens: layer 0 is a Embedding, expected a linear"),
+    (nested, {"q_proj": ((8, 8), None), "attn.q_proj": ((8, 8), "blocks.{layer}.attn.q_proj")},
+     "attn.q_proj: the model has it and q_proj in the same place"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "modules", "message"), REFUSED)
+def test_linears_that_are_refused(make_stack, make, modules, message):
+    model, paths = make(), {name: path for name, (_, path) in modules.items() if path}
+    layers = 2 if make is encoder else 1
+    stack = make_stack({name: sizes for name, (sizes, _) in modules.items()}, num_layers=layers, paths=paths)
+    with pytest.raises(ValueError, match=message):
         attach(model, stack)
     assert not wrapped(model)
 
 
-class Reads(nn.Module):
-    """A layer of transformers, as far as attach can tell one."""
-
-    def __init__(self, names):
-        super().__init__()
-        for name in names:
-            setattr(self, name, nn.Linear(16, 16))
-
-
-@pytest.mark.parametrize(
-    ("parent", "name", "read"),
-    [
-        ("MambaMixer", "dt_proj", True),
-        ("MambaMixer", "in_proj", False),
-        ("JambaMambaMixer", "out_proj", False),
-        ("Mamba2Mixer", "out_proj", True),
-        ("Qwen3NextGatedDeltaNet", "out_proj", False),
-        ("WavLMAttention", "v_proj", True),
-    ],
-)
-def test_linears_of_which_only_the_weight_is_read(make_stack, parent, name, read):
-    model = nn.ModuleList([type(parent, (Reads,), {})([name])])
-    stack = make_stack({name: (16, 16)}, num_layers=1, paths={name: "{layer}." + name})
-    if not read:
-        attach(model, stack).detach()
-        return
-    with pytest.raises(ValueError, match=f"0.{name} cannot be adapted: {parent} reads its weight and does not call it"):
-        attach(model, stack)
+@pytest.mark.parametrize(("kind", "name"), [
+    ("MambaMixer", "in_proj"), ("JambaMambaMixer", "out_proj"), ("Qwen3NextGatedDeltaNet", "out_proj"),
+])  # fmt: skip
+def test_their_neighbours_are_not(make_stack, kind, name):
+    attach(parent(kind, name), make_stack({name: (16, 16)}, num_layers=1, paths={name: "{layer}." + name})).detach()
 
 
 def test_a_module_of_the_first_layers_alone(make_stack, tmp_path, x):
@@ -117,13 +123,6 @@ def test_a_module_of_the_first_layers_alone(make_stack, tmp_path, x):
         attach(mixed(), paths(beyond))
 
 
-def test_an_embedding_is_no_linear(make_stack):
-    model = nn.ModuleDict({"embed_tokens": nn.Embedding(97, 16)})
-    stack = make_stack({"embed_tokens": (16, 97)}, num_layers=1, paths={"embed_tokens": "embed_tokens"})
-    with pytest.raises(ValueError, match="embed_tokens: layer 0 is a Embedding, expected a linear"):
-        attach(model, stack)
-
-
 def test_shared_modules(make_stack, x):
     """A layer in two places is one layer and refused; a linear in two layers is adapted apart, but not merged."""
     stack = make_stack({"q_proj": (16, 16)})
@@ -146,16 +145,12 @@ def test_shared_modules(make_stack, x):
     handle.detach()
     assert blocks.layers[0]["q_proj"] is linear and blocks.layers[1]["q_proj"] is linear
 
-
-def test_two_parameters_on_one_memory_are_not_merged(make_stack):
-    """unmerge could not bring back the bits."""
-    blocks = Blocks()
+    blocks = Blocks()  # two parameters on one memory: unmerge could not bring back the bits
     first, second = (layer["q_proj"] for layer in blocks.layers)
     second.weight = nn.Parameter(first.weight.data)
     before = first.weight.clone()
-    handle = attach(blocks, make_stack({"q_proj": (16, 16)}))
     with pytest.raises(ValueError, match="other modules share its weight"):
-        handle.merge(0)
+        attach(blocks, stack).merge(0)
     assert torch.equal(first.weight, before)
 
 
@@ -280,13 +275,3 @@ def test_stacks_may_spell_a_place_differently(make_stack):
     with lora.differentiable(other, 0):
         assert (model.blocks[1]["q_proj"](x)[1] - expected).abs().max() <= ROW_ATOL
     lora.detach()
-
-
-def test_two_modules_of_a_stack_in_one_place(make_stack):
-    model = nn.Module()
-    model.blocks = nn.ModuleList(nn.ModuleDict({"attn": nn.ModuleDict({"q_proj": nn.Linear(8, 8)})}) for _ in range(2))
-    paths = {"attn.q_proj": "blocks.{layer}.attn.q_proj"}
-    stack = make_stack({"q_proj": (8, 8), "attn.q_proj": (8, 8)}, paths=paths)
-    with pytest.raises(ValueError, match="attn.q_proj: the model has it and q_proj in the same place"):
-        attach(model, stack)
-    assert not wrapped(model)

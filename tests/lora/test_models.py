@@ -323,17 +323,6 @@ def test_a_packed_projection_and_modules_inside_it(build, make_stack, sliced, to
         assert torch.equal(got[2], base[2])
 
 
-def graph(node):
-    """All nodes of autograd below ``node``."""
-    found, rest = set(), [node]
-    while rest:
-        one = rest.pop()
-        if one is not None and one not in found:
-            found.add(one)
-            rest += [below for below, _ in one.next_functions]
-    return found
-
-
 def test_gradients_inside_packed_projections(build, sliced, tokens):
     model = build("Phi3").requires_grad_(False)
     weight = torch.randn(3, 9, 97, generator=torch.Generator().manual_seed(2))
@@ -344,8 +333,6 @@ def test_gradients_inside_packed_projections(build, sliced, tokens):
         handle = attach(model, stack)
         with handle.differentiable(stack, [2, 0, -1]):
             logits = model(tokens).logits
-        nodes = {type(node).__name__ for node in graph(logits.grad_fn)}
-        assert "AdaptedLinearBackward" in nodes and not any("lora_delta" in name for name in nodes)
         handle.detach()
         (logits * weight).sum().backward()
         results.append((logits.detach(), [leaf.grad for leaf in tensors]))

@@ -10,8 +10,6 @@ import torch
 import t2l_engine as t2l
 from bench.vllm_server import VllmServer
 from t2l_engine.cli import serve_flags
-from t2l_engine.hypernetwork.config import HyperNetworkConfig
-from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.text import packaged
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(0)]
@@ -20,29 +18,13 @@ LIST = "paintbrush, hammer, impala"
 
 
 @pytest.fixture(scope="module")
-def other_model(tmp_path_factory):
-    """A checkpoint for a model of other sizes."""
-    config = HyperNetworkConfig(
-        variant="L", modules=("q_proj", "v_proj"), in_features=(64, 64), out_features=(64, 32), num_layers=30, rank=8,
-        embed_dim=384, latent_size=64, head_in_size=64, lora_alpha=16.0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("checkpoints") / "small"
-    HyperNetwork(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory, other_model):
+def start(tmp_path_factory):
     """Factory of servers, which are ended with the module; ``environment`` replaces variables."""
     store, started = tmp_path_factory.mktemp("store"), []
     log = tmp_path_factory.mktemp("log") / "server.log"
 
     def make(*flags, **environment):
-        variables = {
-            "T2L_VLLM_CHECKPOINT": f"smollm2-135m,{other_model}",
-            "T2L_VLLM_STORE": str(store),
-        } | environment
+        variables = {"T2L_VLLM_CHECKPOINT": "smollm2-135m", "T2L_VLLM_STORE": str(store)} | environment
         chosen = serve_flags.collect(["smollm2-135m"], 2, 4)["flags"]
         server = VllmServer(str(packaged.convert()), [*chosen, *flags], variables, log)
         started.append(server)
@@ -106,30 +88,10 @@ def test_what_clients_and_metrics_see(server):
     assert metrics.count("vllm:lora_requests_info{") == 1  # of now, not of every set of adapters that was in use
 
 
-def test_endpoint_gives_a_name_without_the_text(server):
-    secret = "Answer with the word that the committee chose in Wolverhampton."
-    made = [server.request("POST", "/v1/t2l/adapters", {"description": text}) for text in (secret, f"  {secret}")]
-    assert [status for status, _ in made] == [200, 200]
-    first, second = (json.loads(text)["id"] for _, text in made)
-    assert first == second and first.startswith("t2l-")
-    assert server.complete(first, LIST)[0] == 200
-    assert "Wolverhampton" not in server.log.read_text()
-
-
-def test_unknown_adapters_are_not_found(server):
-    for name in ("t2l-0123456789abcdef", "t2lq-0123456789abcdef", "nobody"):
-        assert server.complete(name, LIST)[0] == 404
-
-
-def test_adapters_for_another_model_are_refused(server):
-    status, answer = server.complete("t2l/small:Give the antonym of the word.", "hot")
-    assert status == 400 and "64" in json.dumps(answer) and "576" in json.dumps(answer)
-    assert server.complete("t2l/nobody:Give the antonym of the word.", "hot")[0] == 400
-
-
 NAMES = (
     "t2l:", "t2l: ", "t2l:\n\t", "t2l:\0", "t2l:a\0b", "t2l:" + "x" * 4001, "t2l:\u3000", "t2l/:x", "t2l//:x", "t2l/a/b:x",
-    "t2l/..:x", "t2l/" + "x" * 500, "T2L:hot", " t2l:hot", "t2l", "t2l-", "t2lq-", "../..", "t2l\u00e4hot",
+    "t2l/..:x", "t2l/nobody:hot", "t2l-0123456789abcdef", "t2lq-0123456789abcdef", "t2l/" + "x" * 500, "T2L:hot", " t2l:hot",
+    "t2l", "t2l-", "t2lq-", "../..", "t2l\u00e4hot",
 )  # fmt: skip
 BODIES = (b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b'{"model": 1}', b"[" * 5000, b'{"a":' * 2000)
 BODIES += tuple(json.dumps({"description": value}).encode() for value in (None, 1, [], " ", "\0", "x" * 4001, "\ud800"))
@@ -143,12 +105,7 @@ def test_bad_input_is_refused_and_the_server_lives(server):
         status, text = server.request("POST", path, body)
         assert 400 <= status < 500, (body, status, text)
         assert "Traceback" not in text and json.loads(text)["error"]["message"]
-    for field in ("messages", "max_tokens", "temperature"):
-        for value in ("\0", -1, [], {}, "x", None, [[]], 1e300):
-            body = {"model": LAST, "messages": message, "max_tokens": 1} | {field: value}
-            status, text = server.request("POST", "/v1/chat/completions", body)
-            assert (status == 200 and field != "messages") or 400 <= status < 500, (body, status, text)
-    assert len(folders(server) - before) <= 1  # LAST at most
+    assert folders(server) == before
     assert server.complete(LAST, LIST)[0] == 200
 
 

@@ -136,17 +136,6 @@ def test_mistakes(window, descriptions, text, said):
     assert ask(one, [WHO], TEXT)[f"adapter: {WHO}"] == RIGHT[WHO]
 
 
-def test_two_windows_at_once(window):
-    first, second = window(), window()
-    fill(first, [WHO], TEXT)
-    fill(second, [FILE], TEXT)
-    start(first)
-    start(second)
-    for one, task in ((first, WHO), (second, FILE)):
-        wait(one)
-        assert one.locator("#answers td").last.inner_text() == RIGHT[task]
-
-
 @pytest.fixture
 def endless(desk, monkeypatch):
     """Answers are as long as they may be; ``passes``: through the model; each takes ``pause`` seconds more."""
@@ -177,14 +166,6 @@ def test_a_closed_tab_and_the_stop_button_end_an_answer(window, desk, endless):
         leave(one)
         desk.side_by_side.run(lambda: None)  # after the question at hand
         assert 1 < endless.passes < 200
-
-
-def test_the_page_goes_on_after_a_closed_tab(window):
-    one = window()
-    fill(one, [WHO], TEXT, tokens=200)
-    start(one)
-    one.close()
-    assert ask(window(), [WHO], TEXT)[f"adapter: {WHO}"] == RIGHT[WHO]
 
 
 def test_nothing_comes_from_elsewhere(chromium, address):
