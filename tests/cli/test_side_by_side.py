@@ -134,15 +134,6 @@ def test_an_answer_ends(desk, monkeypatch):
     assert ended.texts == ("  if x:\n\ny",) and ended.tokens == 5, "as evaluation reads answers: blank lines, indentation"
 
 
-def test_a_first_space_belongs_to_the_prompt_in_plain_text(desk, monkeypatch):
-    desk = desk()
-    desk.engine = copy.copy(desk.engine)
-    desk.engine.prompt_form = "raw"
-    monkeypatch.setattr(desk.tokenizer, "decode", lambda ids, **options: "Output:" + " a" * (len(ids) > 6))
-    before = len(desk.tokenizer("Output:", add_special_tokens=False)["input_ids"])
-    assert before <= 6 and last(desk, [Row()], max_new_tokens=7).texts == ("a",)
-
-
 def test_a_character_in_several_tokens(desk, monkeypatch):
     desk, texts = desk(), ["caf\ufffd", "café"]
     monkeypatch.setattr(desk.tokenizer, "decode", lambda ids, **options: texts[len(ids) - 1])

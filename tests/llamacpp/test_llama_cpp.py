@@ -136,24 +136,6 @@ def demos():
     return engine, engine.generate(list(demo.TASKS))
 
 
-@pytest.mark.parametrize("modules", [("q_proj", "v_proj"), LINEARS], ids=["q,v", "all linears"])
-def test_logits_of_a_real_model(smollm, tmp_path, modules):
-    model, _ = smollm
-    served = LlamaCpp(write_base(model, tmp_path / "base.gguf"))
-    alone, _ = apart(model, served)
-    stack = adapters(model, modules)
-    stack.save_gguf(tmp_path / "adapter.gguf", config=model.config)
-    handle = t2l.attach(model, stack)
-    try:
-        handle.set(0)
-        without, _ = apart(model, served)
-        with served.adapted(tmp_path / "adapter.gguf"):
-            assert apart(model, served)[0] <= 2 * alone < without / 100
-    finally:
-        handle.detach()
-        served.close()
-
-
 def test_the_demos_answers(smollm, demos, tmp_path):
     """On the packaged 4-bit file: nine tenths of the answers are those of our model of its dequantised weights."""
     (model, tokenizer), (engine, stack) = smollm, demos

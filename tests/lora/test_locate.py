@@ -178,15 +178,6 @@ def test_another_base_model(tiny_model, make_stack, family, kwargs, message):
         assert dict(model.named_modules()) == modules
 
 
-def test_a_stack_that_fits_in_part_changes_nothing(model, stack_for):
-    """The first adapter has room, the second does not."""
-    stack = stack_for(model, ("q_proj",), num_adapters=2)
-    stack.ranks["q_proj"][0] = 2
-    with pytest.raises(ValueError, match="q_proj: rank 4 exceeds the slots' rank 2"):
-        attach(model, stack, max_rank=2)
-    assert not wrapped(model)
-
-
 @pytest.mark.parametrize("part", ["model.layers.1.self_attn.q_proj", "model.layers.0", "model.embed_tokens", ""])
 def test_a_model_partly_on_meta(model, stack_for, part):
     stack = stack_for(model, ("q_proj", "v_proj"))
@@ -206,28 +197,13 @@ def test_the_decoder_of_a_multimodal_model(make_stack):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = sizes | {"num_key_value_heads": 4, "head_dim": 16, "vocab_size": 97, "initializer_range": 0.2}
     vision = sizes | {"image_size": 28, "patch_size": 14}
-    tokens = torch.randint(3, 90, (3, 9), generator=torch.Generator().manual_seed(1))
-    torch.manual_seed(0)
-    config = transformers.Gemma3Config(
-        text_config=text,
-        vision_config=vision,
-        mm_tokens_per_image=4,
-        boi_token_index=94,
-        eoi_token_index=95,
-        image_token_index=96,
-    )
-    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    special = {"mm_tokens_per_image": 4, "boi_token_index": 94, "eoi_token_index": 95, "image_token_index": 96}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, **special)
+    model = transformers.Gemma3ForConditionalGeneration(config)
     paths = {name for name, _ in model.named_modules() if name.endswith("layers.0.self_attn.q_proj")}
     assert len(paths) == 2
-    stack = make_stack({"q_proj": (64, 64), "v_proj": (64, 64)})
-    with torch.no_grad():
-        base = model(tokens).logits
-    handle = attach(model, stack)
+    attach(model, make_stack({"q_proj": (64, 64), "v_proj": (64, 64)}))
     assert len(wrapped(model)) == 4 and all("language_model" in name for name in wrapped(model))
-    with torch.no_grad(), handle.use([0, -1, 1]):
-        got = model(tokens).logits
-    assert torch.equal(got[1], base[1]) and not torch.equal(got[0], base[0])
-    handle.detach()
 
 
 class Towers(nn.Module):

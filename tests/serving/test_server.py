@@ -67,17 +67,6 @@ def test_many_clients_of_one_sentence_make_one_adapter(server):
     assert len(folders(server) - before) == 1
 
 
-def test_more_sentences_than_slots(server):
-    """24 at once with two slots: every one is answered as it is alone."""
-    texts = [f"t2l:Return element number {i} of the list." for i in range(24)]
-    with concurrent.futures.ThreadPoolExecutor(24) as pool:
-        together = list(pool.map(lambda text: server.complete(text, LIST, 4), texts))
-    assert {status for status, _ in together} == {200}
-    alone = [server.complete(text, LIST, 4) for text in texts[::6]]
-    # Tokens may differ by rounding between batch sizes; adapters that were mixed up differ in all of them.
-    assert sum(a == b for a, b in zip(alone, together[::6], strict=True)) >= 3
-
-
 def test_what_clients_and_metrics_see(server):
     server.complete(LAST, LIST)
     models = json.loads(server.request("GET", "/v1/models")[1])
