@@ -24,11 +24,8 @@ def test_info(run):
     assert ("native library: loaded" in out) == ops.NATIVE
     code, out, _ = run("info", "--json")
     about = json.loads(out)
-    assert (
-        code == 0
-        and about["native_library"] == ops.NATIVE
-        and about["bundled_checkpoints"] == ["smollm2-135m", "smollm2-135m-specs"]
-    )
+    assert (code, about["native_library"]) == (0, ops.NATIVE)
+    assert about["bundled_checkpoints"] == ["smollm2-135m", "smollm2-135m-specs"]
     assert about["ops"].keys() == ops.SCHEMAS.keys()
 
 

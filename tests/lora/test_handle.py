@@ -84,22 +84,22 @@ def test_stack_is_copied_and_never_changed(model, stack, tokens):
     assert torch.equal(logits(model, tokens, handle, 0), before)
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
+def test_attach_arguments(tiny_model, model, stack):
+    before = snapshot(model)
+    for kwargs, message in (
         ({"slots": 0}, "slots"),
         ({"slots": True}, "slots"),
         ({"slots": 2}, "slots: expected room for the 3 adapters"),
         ({"max_rank": 0}, "max_rank"),
         ({"max_rank": 4.0}, "max_rank"),
         ({"max_rank": 2}, "q_proj: rank 4 exceeds the slots' rank 2"),
-    ],
-)
-def test_attach_arguments(model, stack, kwargs, message):
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=message):
-        attach(model, stack, **kwargs)
-    assert_untouched(model, before)
+        ({"stack": {"q_proj": 1}}, "stack: expected an AdapterStack, got dict"),
+        ({"model": "llama"}, "model: expected a torch module"),
+        ({"model": tiny_model("Llama", head_dim=32).to("meta")}, "meta device"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attach(**{"model": model, "stack": stack} | kwargs)
+        assert_untouched(model, before)
 
 
 def test_bad_slots(model, handle, stack):
@@ -134,15 +134,6 @@ def test_stacks_that_are_refused_change_nothing(model, handle, stack_for, make_s
             CALLS[call](handle, other)
     assert_untouched(model, before)
     assert torch.equal(logits(model, tokens, handle, [0, 1, 2, -1]), kept)
-
-
-def test_what_is_no_model_or_stack(tiny_model, model, stack):
-    with pytest.raises(ValueError, match="model: expected a torch module"):
-        attach("llama", stack)
-    with pytest.raises(ValueError, match="meta device"):
-        attach(tiny_model("Llama", head_dim=32).to("meta"), stack)
-    with pytest.raises(ValueError, match="stack: expected an AdapterStack, got dict"):
-        attach(model, {"q_proj": 1})
 
 
 def test_put(tiny_model, model, stack, stack_for, tokens):

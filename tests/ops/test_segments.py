@@ -14,17 +14,8 @@ def test_batch_from_rows():
     flat = torch.zeros(2, dtype=torch.int32)
     strided = torch.zeros(3, 2, dtype=torch.int32)[:, 0]
     assert AdapterBatch.from_rows(strided, 4).seg_adapters.is_contiguous()
-    for ids in (
-        [0.5],
-        [True],
-        [True, 1],
-        flat.view(1, 2),
-        flat.to(torch.uint32),
-        flat.to(torch.complex64),
-        [2**31],
-        [2**70],
-        ["0"],
-    ):
+    other = flat.view(1, 2), flat.to(torch.uint32), flat.to(torch.complex64)
+    for ids in ([0.5], [True], [True, 1], *other, [2**31], [2**70], ["0"]):
         with pytest.raises(ValueError, match="ids: expected"):
             AdapterBatch.from_rows(ids, 4)
     for seq_len in (-1, 2**30, 2**31):

@@ -96,7 +96,7 @@ def test_log_probabilities_are_those_of_transformers(mixed, prompts):
 
 
 def test_memory_mode_gives_the_same_bits(run_llm, prompts, mixed, tmp_path):
-    """Workers make the weights from 4 KB folders; nothing else is in the store.  Target modules change but the work."""
+    """Workers make the weights from 4 KB folders; nothing else is in the store.  Target modules change only the work."""
     flags = FLAGS | {"lora_target_modules": ["q_proj", "v_proj"]}
     plan = {"prompts": prompts, "calls": [MIXED, [2, 3, None, None, 2], MIXED], "llm": flags, "logprobs": 20}
     made = run_llm(plan, {"T2L_VLLM_MODE": "memory"}, tmp_path)

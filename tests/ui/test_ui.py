@@ -34,12 +34,8 @@ def test_fifty_adapters_in_a_row(page):
 
 def test_earlier_answers(page):
     *_, (table, times, history, shown, _) = page.answer(TASK, TEXT, True, 4, [["a", "b", "c"]])
-    assert [row[:2] for row in history] == [
-        [TEXT, "base model, the input alone"],
-        [TEXT, f"base model, told: {TASK}"],
-        [TEXT, f"adapter: {TASK}"],
-        ["a", "b"],
-    ]
+    rows = ("base model, the input alone", f"base model, told: {TASK}", f"adapter: {TASK}")
+    assert [row[:2] for row in history] == [*([TEXT, row] for row in rows), ["a", "b"]]
     assert shown == history and history[2][2] in table and "first token after" in times
 
 
@@ -53,20 +49,15 @@ def test_places_on_the_map(page):
 
 
 def test_files_are_few(page):
+    import gradio as gr
+
     from t2l_engine.serving.page import FILES, PEFT
 
     made = [page.file(TASK, PEFT) for _ in range(FILES + 2)]
     assert [Path(path).is_file() for path in made] == [False] * 2 + [True] * FILES
-
-
-@pytest.mark.parametrize("description", [None, ""])
-def test_nothing_to_download(page, description):
-    import gradio as gr
-
-    from t2l_engine.serving.page import PEFT
-
-    with pytest.raises(gr.Error, match="ask something first"):
-        page.file(description, PEFT)
+    for nothing in (None, ""):
+        with pytest.raises(gr.Error, match="ask something first"):
+            page.file(nothing, PEFT)
 
 
 def command(*arguments):
