@@ -1,7 +1,6 @@
 """What the host side of an op owes a device: its stream, its guard, one launch, errors of what only the device sees."""
 
 import dataclasses
-import threading
 
 import pytest
 import torch
@@ -154,23 +153,6 @@ def test_profiled_cases_launch_what_they_say(emulator, case):
     emulator.t2l_emu_reset_counters()
     call()
     assert emulator.t2l_emu_counter(b"launches") == len(case.kernels)
-
-
-def test_threads_at_once(emulator):
-    """Each on a stream of its own; results as alone."""
-    expected = ops.lora_delta(**{k: v for k, v in SMALL.make().items() if k != "y"})
-    got = [None] * 4
-
-    def work(i):
-        emulator.t2l_emu_set_stream(0x5000 + i)
-        got[i] = [ops.lora_delta(**{k: v for k, v in SMALL.make().items() if k != "y"}) for _ in range(3)]
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(got))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(value, expected) for values in got for value in values)
 
 
 @pytest.mark.parametrize("case, field, value, message", [

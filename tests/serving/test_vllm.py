@@ -127,20 +127,13 @@ def test_other_names_are_not_ours(serve):
     assert generator.generated == 0
 
 
-@pytest.mark.parametrize(
-    "asked, message",
-    [
-        ("t2l: ", "model: expected a description, got an empty one"),
-        ("t2l:a\0b", "model: expected Unicode text"),
-        ("t2l:" + "x" * 4001, "model: expected a description of at most 4000 characters, got 4001"),
-        ("t2l/other:secret", "checkpoint: expected one of"),
-    ],
-)
-def test_errors_of_the_client(serve, asked, message):
+def test_errors_of_the_client(serve):
     models, engine, generator = serve()
-    (error,) = resolve(models, asked)
-    assert isinstance(error, VLLMValidationError) and error.parameter == "model" and error.value is None
-    assert str(error).startswith(message) and "secret" not in str(error) and engine.loaded == []
+    unknown = ("t2l/other:secret", "checkpoint: expected one of")
+    for asked, message in (("t2l: ", "model: expected a description, got an empty one"), unknown):
+        (error,) = resolve(models, asked)
+        assert isinstance(error, VLLMValidationError) and error.parameter == "model" and error.value is None
+        assert str(error).startswith(message) and "secret" not in str(error) and engine.loaded == []
 
 
 def test_errors_of_the_server(serve, model, monkeypatch):
