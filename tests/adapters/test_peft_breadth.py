@@ -86,7 +86,12 @@ LLAMA = {
         "rank_pattern": {"v_proj": 2},
         "alpha_pattern": {"layers.1.self_attn.q_proj": 3},
     },
+    "first pattern wins": {
+        "target_modules": ["q_proj"],
+        "alpha_pattern": {"(k|q)_proj": 8, "model.layers.0.self_attn.q_proj": 12, "proj": 2},
+    },
     "layers": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 1]},
+    "layers and a path": {"target_modules": ["model.layers.0.self_attn.q_proj", "q_proj"], "layers_to_transform": [1]},
     "one layer": {"target_modules": ["q_proj"], "layers_to_transform": 2, "layers_pattern": "layers"},
     "head": {"target_modules": ["q_proj", "lm_head"]},
     "head alone": {"target_modules": ["lm_head"]},
@@ -94,7 +99,7 @@ LLAMA = {
     "training": {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal", "lora_dropout": 0.1},
     "velora": {"target_modules": ["q_proj"], "velora_config": {"num_groups": 4}},
 }
-PARTIAL = {"regular expression", "exclude", "layers", "one layer", "paths"}
+PARTIAL = {"regular expression", "exclude", "layers", "layers and a path", "one layer", "paths"}
 
 
 @pytest.mark.parametrize("kind", LLAMA)
@@ -181,39 +186,3 @@ def test_layers_written(stack_for, tiny_model, tmp_path, missing, partial):
     assert_same(read(model, tmp_path), deltas_of(stack))
     again = AdapterStack.from_peft(tmp_path)
     assert again.partial is bool(missing or partial) and again.allclose(stack)
-
-
-@pytest.mark.parametrize(
-    ("config", "match"),
-    [
-        ({"use_dora": True}, "use_dora"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights.*pissa"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights.*olora"),
-        ({"bias": "lora_only"}, "bias"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
-        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
-        ({"kasa_config": {}}, "kasa_config"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens.*embedding"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-@pytest.mark.filterwarnings("ignore")
-def test_other_kinds_are_refused(tiny_model, tmp_path, config, match):
-    model = tiny_model("Llama", num_hidden_layers=3, tie_word_embeddings=False)
-    adapted = peft.get_peft_model(
-        model, peft.LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "target_modules": ["q_proj"]} | config)
-    )
-    adapted.save_pretrained(tmp_path, save_embedding_layers=False)
-    with pytest.raises(ValueError, match=match):
-        AdapterStack.from_peft(tmp_path)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_weights_of_the_base_model_in_the_folder_are_refused(tiny_model, tmp_path):
-    model = tiny_model("Llama", tie_word_embeddings=False)
-    peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"])).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="lm_head.base_layer.weight.*save_embedding_layers=False"):
-        AdapterStack.from_peft(tmp_path)

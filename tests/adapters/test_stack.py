@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from t2l_engine import AdapterStack
 
 SHAPES = {"q_proj": (8, 12), "v_proj": (8, 4)}
-ATTENTION = "base_model.model.model.layers.{}.self_attn."
 
 
 def assert_same(got, expected):
@@ -70,27 +70,19 @@ def test_construction_errors(changes, message):
         AdapterStack(**arguments(**changes))
 
 
-def test_modules_share_one_dtype_and_no_path(make_stack):
-    a, b = make_stack({"q_proj": (8, 12)}), make_stack({"v_proj": (8, 4)}, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="v_proj: expected one floating-point dtype"):
-        AdapterStack(a.lora_A | b.lora_A, a.lora_B | b.lora_B, a.scaling)
-    with pytest.raises(ValueError, match="paths.*'v_proj'.*of its own"):
-        make_stack(SHAPES, paths=dict.fromkeys(SHAPES, "layers.{layer}.x"))
-
-
-def test_a_module_outside_the_layers(make_stack):
-    head = {"lm_head": (8, 97)}
-    stack = make_stack(head, num_layers=1, paths={"lm_head": "lm_head"})
-    assert list(stack.state_dict_peft(0)) == [f"base_model.model.lm_head.lora_{side}.weight" for side in "AB"]
-    with pytest.raises(ValueError, match="paths.*lm_head"):
-        make_stack(head, num_layers=2, paths={"lm_head": "lm_head"})
-
-
-def test_paths_have_defaults_for_known_names_only(make_stack):
+def test_paths(make_stack):
+    """Known names have places in a decoder; a module outside the layers has one layer, and no two share a place."""
     paths = make_stack({"q_proj": (8, 8), "up_proj": (8, 8)}).paths
     assert paths == {"q_proj": "model.layers.{layer}.self_attn.q_proj", "up_proj": "model.layers.{layer}.mlp.up_proj"}
     with pytest.raises(ValueError, match="paths.*'fc'"):
         make_stack({"fc": (8, 8)})
+    with pytest.raises(ValueError, match="paths.*'v_proj'.*of its own"):
+        make_stack(SHAPES, paths=dict.fromkeys(SHAPES, "layers.{layer}.x"))
+    head = {"shapes": {"lm_head": (8, 97)}, "paths": {"lm_head": "lm_head"}}
+    state = make_stack(**head, num_layers=1).state_dict_peft(0)
+    assert list(state) == [f"base_model.model.lm_head.lora_{side}.weight" for side in "AB"]
+    with pytest.raises(ValueError, match="paths.*lm_head"):
+        make_stack(**head, num_layers=2)
 
 
 def test_indexing(make_stack):
@@ -124,14 +116,22 @@ def test_choosing_several(make_stack):
         for got, i in zip(chosen, expected, strict=True):
             assert_same(got, stack[i])
     assert stack[[0, 2]].lora_B["q_proj"].mT.is_contiguous()  # rank rows stay together, as the kernels like them
-
-
-def test_an_int_or_a_slice_is_a_view(make_stack):
-    stack = make_stack(SHAPES)
-    one, part, copied = stack[1], stack[1:], stack[[1]]
+    one, part, copied = stack[1], stack[1:], stack[[1]]  # an int or a slice is a view
     stack.lora_A["q_proj"][1] = 7
     assert one.lora_A["q_proj"].eq(7).all() and part.lora_A["q_proj"][0].eq(7).all()
     assert not copied.lora_A["q_proj"].eq(7).any()
+
+
+def test_copies(make_stack):
+    stack = make_stack(SHAPES, partial=True)
+    for again in (copy.copy(stack), copy.deepcopy(stack), pickle.loads(pickle.dumps(stack))):
+        assert again.partial and again.paths == stack.paths and again.allclose(stack)
+        assert again.lora_B["q_proj"].stride() == stack.lora_B["q_proj"].stride()
+    half = stack.to(dtype=torch.bfloat16)
+    assert half.partial and half.paths == stack.paths and half.dtype == torch.bfloat16 and stack.dtype == torch.float32
+    assert half.scaling.dtype == torch.float32 and half.ranks["q_proj"].dtype == torch.int32
+    assert torch.equal(half.lora_A["q_proj"], stack.lora_A["q_proj"].bfloat16())
+    assert stack.to("meta").lora_A["q_proj"].device.type == "meta"
 
 
 def test_repr_and_size(make_stack):
@@ -148,24 +148,6 @@ def test_repr_and_size(make_stack):
     many = {f"m{i}": (8, 8) for i in range(50)}
     text = repr(make_stack(many, paths={name: f"layers.{{layer}}.{name}" for name in many}, partial=True))
     assert "partial" in text and "42 more" in text and len(text) < 400
-
-
-def test_copies_and_pickles(make_stack):
-    stack = make_stack(SHAPES, partial=True)
-    for again in (copy.copy(stack), copy.deepcopy(stack), pickle.loads(pickle.dumps(stack))):
-        assert again.partial and again.paths == stack.paths and again.allclose(stack)
-        assert again.lora_B["q_proj"].stride() == stack.lora_B["q_proj"].stride()
-
-
-def test_to(make_stack):
-    stack = make_stack(SHAPES, partial=True)
-    half = stack.to(dtype=torch.bfloat16)
-    assert half.partial
-    assert half.dtype == torch.bfloat16 and half.lora_B["v_proj"].dtype == torch.bfloat16
-    assert half.scaling.dtype == torch.float32 and half.ranks["q_proj"].dtype == torch.int32
-    assert half.paths == stack.paths and stack.dtype == torch.float32
-    assert torch.equal(half.lora_A["q_proj"], stack.lora_A["q_proj"].bfloat16())
-    assert stack.to("meta").lora_A["q_proj"].device.type == "meta"
 
 
 def test_cat_pads_ranks_and_lacking_modules(make_stack):
@@ -225,6 +207,9 @@ def test_allclose_knows_modules_by_their_paths(make_stack):
     other = make_stack({"c_proj": (8, 8)}, paths={"c_proj": "transformer.h.{layer}.mlp.c_proj"})
     assert short.allclose(long) and long.allclose(short)
     assert not short.allclose(other) and not other.allclose(long)
+    both = make_stack(SHAPES)
+    for shapes in ({"q_proj": (8, 12)}, {"q_proj": (8, 12), "v_proj": (9, 4)}, {"q_proj": (8, 12), "k_proj": (8, 4)}):
+        assert not both.allclose(make_stack(shapes)) and not make_stack(shapes).allclose(both)
 
 
 @pytest.mark.parametrize(
@@ -245,14 +230,6 @@ def test_allclose_sees_every_difference(make_stack, change):
     assert not stack.allclose(other) and not other.allclose(stack)
 
 
-@pytest.mark.parametrize(
-    "shapes", [{"q_proj": (8, 12)}, {"q_proj": (8, 12), "v_proj": (9, 4)}, {"q_proj": (8, 12), "k_proj": (8, 4)}]
-)
-def test_allclose_sees_other_modules(make_stack, shapes):
-    stack, other = make_stack(SHAPES), make_stack(shapes)
-    assert not stack.allclose(other) and not other.allclose(stack)
-
-
 def test_cat_errors(make_stack):
     stack = make_stack(SHAPES)
     with pytest.raises(ValueError, match="stacks"):
@@ -269,30 +246,6 @@ def test_cat_errors(make_stack):
 # --- PEFT folders --------------------------------------------------------------------------------------------------
 
 
-def test_peft_names(make_stack):
-    stack = make_stack(SHAPES)
-    state = stack.state_dict_peft(1)
-    layers = [ATTENTION.format(layer) for layer in (0, 1)]
-    sides = [f"{name}.lora_{side}.weight" for name in SHAPES for side in "AB"]
-    assert sorted(state) == sorted(layer + side for layer in layers for side in sides)
-    assert torch.equal(state[layers[1] + "q_proj.lora_B.weight"], stack.lora_B["q_proj"][1, 1])
-
-
-def test_save_and_load_with_scaling_baked_in(make_stack, tmp_path):
-    stack = make_stack(SHAPES)
-    for i in range(3):
-        stack.save_pretrained(tmp_path / str(i), adapter=i, base_model_name_or_path="some/model")
-    config = json.loads((tmp_path / "2" / "adapter_config.json").read_text())
-    assert config["lora_alpha"] == stack.scaling[2].item() * 4 and config["r"] == 4
-    assert config["use_rslora"] is False and config["target_modules"] == ["q_proj", "v_proj"]
-    assert config["base_model_name_or_path"] == "some/model"
-    again = AdapterStack.from_peft([tmp_path / "0", tmp_path / "1", tmp_path / "2"])
-    assert_same(again, stack)
-    assert again.paths == stack.paths
-    assert_same(AdapterStack.from_peft(str(tmp_path / "1")), stack[1])
-    assert AdapterStack.from_peft([tmp_path / "1"], dtype=torch.bfloat16).dtype == torch.bfloat16
-
-
 def test_save_and_load_mixed_ranks_and_lacking_modules(make_stack, tmp_path):
     parts = [make_stack({"q_proj": (8, 12)}, num_adapters=1, rank=2), make_stack(SHAPES, num_adapters=1, seed=1)]
     stack = AdapterStack.cat(parts)
@@ -307,39 +260,43 @@ def test_save_and_load_mixed_ranks_and_lacking_modules(make_stack, tmp_path):
     assert_same(again, stack)
 
 
-def test_adapter_out_of_range_is_not_written(make_stack, tmp_path):
-    with pytest.raises(IndexError):
-        make_stack(SHAPES).save_pretrained(tmp_path / "out", adapter=3)
-    with pytest.raises(TypeError, match="index"):
-        make_stack(SHAPES).state_dict_peft(slice(2))
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("scaling", [0.0, float("nan"), float("inf")])
-def test_scaling_no_consumer_understands_is_not_written(make_stack, tmp_path, scaling):
-    stack = make_stack(SHAPES)
-    stack.scaling[1] = scaling
-    with pytest.raises(ValueError, match="scaling"):
-        stack.save_pretrained(tmp_path / "out", adapter=1)
-    assert not (tmp_path / "out").exists()
-
-
-def test_values_no_consumer_understands_are_not_written(make_stack, tmp_path):
-    stack = make_stack(SHAPES)
-    stack.lora_B["v_proj"][1, 0, 0, 0] = float("nan")
-    stack.save_pretrained(tmp_path / "out", adapter=0)
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.v_proj.*NaN"):
-        stack.save_pretrained(tmp_path / "other", adapter=1)
-    assert not (tmp_path / "other").exists()
-
-
-def test_an_adapter_of_nothing_is_not_written(make_stack, tmp_path):
-    stack = make_stack(SHAPES)
+def set_ranks(stack):
     for ranks in stack.ranks.values():
         ranks[1] = 0
-    with pytest.raises(ValueError, match="adapter 1"):
-        stack.save_pretrained(tmp_path / "out", adapter=1)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (set_ranks, "adapter 1: expected one that adapts a module"),
+        (lambda s: s.scaling.fill_(0.0), "scaling: expected a positive number"),
+        (lambda s: s.scaling.fill_(float("nan")), "scaling: expected a positive number|NaN or infinite"),
+        (lambda s: s.scaling.fill_(float("inf")), "scaling: expected a positive number|NaN or infinite"),
+        (lambda s: s.lora_B["v_proj"][1, 0, 0, 0].fill_(float("nan")), r"layers\.0\.self_attn\.v_proj.*NaN"),
+        (lambda s: s.lora_B["v_proj"][1, 1].fill_(2e5), r"layers\.1\.self_attn\.v_proj\.lora_B.*range of torch.float16"),
+    ],
+)
+def test_what_no_reader_understands_is_not_written(make_stack, tmp_path, change, message):
+    stack = make_stack(SHAPES)
+    stack.save_pretrained(tmp_path / "good", adapter=1, dtype=torch.float16)
+    change(stack)
+    for fold in (False, True):
+        with pytest.raises(ValueError, match=message):
+            stack.save_pretrained(tmp_path / "out", adapter=1, dtype=torch.float16, fold=fold)
     assert not (tmp_path / "out").exists()
+
+
+def test_adapter_out_of_range_is_not_written(make_stack, tmp_path):
+    stack = make_stack(SHAPES)
+    for write in (lambda: stack.save_pretrained(tmp_path / "out", adapter=3), lambda: stack.peft_config(3)):
+        with pytest.raises(IndexError):
+            write()
+    with pytest.raises(TypeError, match="index"):
+        stack.state_dict_peft(slice(2))
+    (tmp_path / "file").write_text("notes")
+    with pytest.raises(OSError):
+        stack.save_pretrained(tmp_path / "file")
+    assert not (tmp_path / "out").exists() and (tmp_path / "file").read_text() == "notes"
 
 
 def test_an_adapter_survives_a_failed_write(make_stack, tmp_path, monkeypatch):
@@ -348,20 +305,13 @@ def test_an_adapter_survives_a_failed_write(make_stack, tmp_path, monkeypatch):
 
     def full_disk(tensors, filename, metadata=None):
         Path(filename).write_bytes(b"half a file")
-        raise OSError("no space left on device")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
         patch.setattr(safetensors.torch, "save_file", full_disk)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(OSError, match="cannot be written: I/O error: No space left on device"):
             stack.save_pretrained(tmp_path, adapter=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert_same(AdapterStack.from_peft(tmp_path), stack[0])
     stack.save_pretrained(tmp_path, adapter=1)
     assert_same(AdapterStack.from_peft(tmp_path), stack[1])
-
-
-def test_a_file_where_the_folder_should_be_stays(make_stack, tmp_path):
-    (tmp_path / "out").write_text("notes")
-    with pytest.raises(OSError):
-        make_stack(SHAPES).save_pretrained(tmp_path / "out")
-    assert (tmp_path / "out").read_text() == "notes"

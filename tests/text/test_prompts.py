@@ -93,24 +93,20 @@ def test_a_generated_answer_is_read_as_it_was_meant(prepends, answer):
     assert continuation(own, "Paris", ids) == own.decode(ids, skip_special_tokens=True)
 
 
-def test_chat_prompts_are_the_same_every_day():
-    """Templates of Llama 3 print ``date_string`` or, without one, today's date."""
-    dated = (
-        "{% if not date_string is defined %}{% set date_string = strftime_now('%H:%M:%S.%f') %}{% endif %}{{ date_string }}"
-    )
-    own = tokenizer(chat=dated + "{{ messages[0]['content'] }}")
-    assert chat_prompt(own, " one") == chat_prompt(own, " one") == "26 Jul 2024 one"
+DATED = "{% if not date_string is defined %}{% set date_string = strftime_now('%H:%M:%S.%f') %}{% endif %}{{ date_string }}"
 
 
-def test_chat_templates_that_ask_for_the_date_get_the_same():
-    own = tokenizer(chat="{% for m in messages %}{{ strftime_now('%Y-%m-%d') }} {{ m['content'] }}{% endfor %}")
-    assert chat_prompt(own, "one") == "26 Jul 2024 one"
-
-
-def test_chat_templates_that_can_think_answer_at_once():
-    """Those of Qwen3 and SmolLM3 think unless told not to."""
-    thinks = "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
-    assert chat_prompt(tokenizer(chat="{{ messages[0]['content'] }}" + thinks), "one") == "one"
+@pytest.mark.parametrize(
+    "template, expected",
+    [
+        (DATED + " {{ messages[0]['content'] }}", "26 Jul 2024 one"),  # as of Llama 3
+        ("{{ strftime_now('%Y-%m-%d') }} {{ messages[0]['content'] }}", "26 Jul 2024 one"),
+        # Those of Qwen3 and SmolLM3 think unless told not to.
+        ("{{ messages[0]['content'] }}{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}", "one"),
+    ],
+)
+def test_chat_prompts_are_the_same_every_day_and_answer_at_once(template, expected):
+    assert chat_prompt(tokenizer(chat=template), "one") == expected
 
 
 @pytest.mark.parametrize("described", [False, True])
