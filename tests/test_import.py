@@ -30,18 +30,7 @@ def test_import_costs_little_more_than_torch():
     others = {n for n, top in tops.items() if top not in sys.stdlib_module_names and not top.startswith("_sysconfigdata_")}
     assert len(own) < 60 and {name.split(".")[0] for name in others} <= {"torch", "triton"}
     assert len(others) < 100, "torch's FLOP counter, which brings triton (some 70 modules) where it is installed"
-
-
-def test_core_does_not_import_what_it_may_not():
-    rooms = {f"t2l_engine.{name}" for name in ("research", "testing", "cli", "_core")}
-    assert not modules("import torch", "import t2l_engine")[1] & {
-        "transformers",
-        "peft",
-        "safetensors",
-        "yaml",
-        "typer",
-        *rooms,
-    }
+    assert not after & {f"t2l_engine.{room}" for room in ("research", "testing", "cli", "_core")}
 
 
 def test_an_unused_plugin_of_vllm_imports_nothing(monkeypatch):
@@ -92,8 +81,5 @@ def test_a_library_may_be_a_link(monkeypatch, tmp_path):
     expected = native.about()
     monkeypatch.setattr(native, "library_path", lambda: tmp_path / "_C.so")
     assert native.about() == expected
-
-
-def test_nothing_is_said_of_a_library_that_is_not_loaded(monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "library_path", lambda: tmp_path / "_C.so")
+    monkeypatch.setattr(native, "library_path", lambda: tmp_path / "absent.so")
     assert native.about() is None

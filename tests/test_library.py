@@ -52,17 +52,7 @@ def test_nearest(library):
     means = torch.stack([library.index.encoder.encode(of).mean(dim=0) for of in TEXTS.values()])
     right = torch.cosine_similarity(library.index.encoder.encode([NEAR]), means)
     assert abs(first.similarity - float(right.max())) < 1e-5
-
-
-@pytest.mark.parametrize("top_k", [0, 4, True, 1.0])
-def test_wrong_top_k(library, top_k):
-    with pytest.raises(ValueError, match=r"top_k: expected an int in \[1, 3\]"):
-        library.nearest([NEAR], top_k=top_k)
-
-
-def test_the_nearest_is_the_stored_one(library):
-    found = library.retrieve([NEAR, TEXTS["capitals"][0]])
-    assert found.allclose(library.stack[[0, 2]])
+    assert library.retrieve([NEAR, TEXTS["capitals"][0]]).allclose(library.stack[[0, 2]])
 
 
 def test_a_mixture_adds_weighted_changes(library):
@@ -82,9 +72,8 @@ def test_a_mixture_of_several_ranks(make_stack):
         right = 0.25 * changes(stack, 0, layer=layer) + 0.75 * changes(stack, 1, layer=layer)
         torch.testing.assert_close(changes(found, 0, layer=layer), right, rtol=1e-5, atol=1e-6)
     assert found.ranks["q_proj"].tolist() == [[8, 8]]  # twice the widest of these
-    narrow = make_stack(
-        {"q_proj": (6, 10)}, num_adapters=2, ranks={"q_proj": torch.tensor([[2, 0], [1, 0]], dtype=torch.int32)}
-    )
+    ranks = {"q_proj": torch.tensor([[2, 0], [1, 0]], dtype=torch.int32)}
+    narrow = make_stack({"q_proj": (6, 10)}, num_adapters=2, ranks=ranks)
     assert mixture(narrow, [0.5, 0.5]).ranks["q_proj"].tolist() == [[4, 0]]
     with pytest.raises(ValueError, match="weights: expected one for each of 2 adapters, got 1"):
         mixture(stack, [1.0])
@@ -130,9 +119,8 @@ def test_folders(engine, library, tmp_path, monkeypatch):
     library.save(tmp_path)
     encoded = []
     encode = type(engine.encoder).encode
-    monkeypatch.setattr(
-        type(engine.encoder), "encode", lambda self, texts, **o: encoded.extend(texts) or encode(self, texts, **o)
-    )
+    counted = lambda self, texts, **options: encoded.extend(texts) or encode(self, texts, **options)  # noqa: E731
+    monkeypatch.setattr(type(engine.encoder), "encode", counted)
     again = t2l.AdapterLibrary.open(tmp_path, engine.encoder)
     assert again.stack.allclose(library.stack) and again.descriptions == TEXTS and len(again) == 3 and not encoded
     assert again.nearest([NEAR]) == library.nearest([NEAR])
@@ -151,14 +139,6 @@ def test_the_page(engine, library, tmp_path, monkeypatch):
     found = {"t2l": t2l, "engine": engine}
     exec(compile(code, "docs/generate.md", "exec"), found)
     assert len(found["library"]) == 2 and (tmp_path / "library" / EMBEDDINGS).is_file()
-
-
-def test_a_library_for_another_model(engine, make_stack):
-    """Adapters of other sizes are refused, also where nothing would be generated."""
-    for modules in ({"q_proj": (6, 10)}, {"gate_proj": (6, 10)}):
-        other = t2l.AdapterLibrary(make_stack(modules, num_adapters=1), {"last": ["Return the last."]}, engine.encoder)
-        with pytest.raises(ValueError, match=r"library: expected adapters of modules \(layers, in, out\)"):
-            engine.generate([NEAR], library=other)
 
 
 def test_embeddings_of_another_encoder(engine, library, tmp_path):
@@ -182,12 +162,6 @@ def test_embeddings_of_another_encoder(engine, library, tmp_path):
     assert relative_frobenius(t2l.AdapterLibrary.open(tmp_path).index.means, library.index.means) <= EMBEDDING_FROBENIUS
 
 
-@pytest.mark.parametrize("cosine", [60, -1.5, float("nan")])
-def test_a_cosine_is_one(engine, library, cosine):
-    with pytest.raises(ValueError, match="min_similarity: expected a cosine, -1 to 1, got "):
-        engine.generate([NEAR], library=library, min_similarity=cosine)
-
-
 def test_what_cannot_be_saved_leaves_the_library_as_it_was(engine, library, tmp_path):
     library.save(tmp_path)
     empty = t2l.AdapterStack(
@@ -203,11 +177,6 @@ def test_what_cannot_be_saved_leaves_the_library_as_it_was(engine, library, tmp_
     assert again.descriptions == TEXTS and torch.equal(again.index.means, library.index.means)
 
 
-def test_a_text_is_no_list_of_texts(engine, library):
-    with pytest.raises(ConfigError, match="expected a list of them of every adapter, got one text of past"):
-        t2l.AdapterLibrary(library.stack, TEXTS | {"past": "antonyms"}, engine.encoder)
-
-
 def broken(name, content):
     return lambda folder: (folder / name).write_text(content, encoding="utf-8")
 
@@ -221,7 +190,6 @@ def broken(name, content):
         (broken(DESCRIPTIONS, '{"../last": ["x"]}'), ConfigError, "expected names of folders"),
         (broken(DESCRIPTIONS, r'{"x\u001b]0;y\u0007": ["x"]}'), ConfigError, r"expected names of folders, got 'x\\x1b"),
         (broken(DESCRIPTIONS, '{"last": []}'), ConfigError, "last: expected a list of descriptions"),
-        (broken(DESCRIPTIONS, '{"last": [" "]}'), ConfigError, "last: expected a list of descriptions"),
         (broken(DESCRIPTIONS, r'{"last": ["\ud800"]}'), ConfigError, "last: expected a list of descriptions"),
         (broken(DESCRIPTIONS, '{"' + 256 * "a" + '": ["x"]}'), ConfigError, "expected names of folders"),
         (broken(DESCRIPTIONS, '{"embeddings.json": ["x"]}'), ConfigError, "expected names of folders"),
@@ -238,11 +206,25 @@ def test_broken_folders(engine, library, tmp_path, change, error, message):
         t2l.AdapterLibrary.open(tmp_path, engine.encoder)
 
 
-def test_wrong_arguments(engine, library, tmp_path):
-    with pytest.raises(ValueError, match="descriptions: expected those of 3 adapters, got 1"):
-        t2l.AdapterLibrary(library.stack, {"last": ["x"]}, engine.encoder)
-    with pytest.raises(ConfigError, match="descriptions: expected some of every adapter, got none of last"):
-        t2l.AdapterLibrary(library.stack[0], {"last": []}, engine.encoder)
-    with pytest.raises(ConfigError, match="descriptions: expected names of folders, got 'a/b'"):
-        t2l.AdapterLibrary(library.stack[0], {"a/b": ["x"]}, engine.encoder).save(tmp_path / "new")
+def test_wrong_arguments(engine, library, make_stack, tmp_path):
+    def made(stack, descriptions):
+        return t2l.AdapterLibrary(stack, descriptions, engine.encoder)
+
+    one = library.stack[0]
+    for call, message in (
+        (lambda: made(library.stack, {"last": ["x"]}), "descriptions: expected those of 3 adapters, got 1"),
+        (lambda: made(library.stack, TEXTS | {"past": "x"}), "expected a list of them of every adapter, got one text"),
+        (lambda: made(one, {"last": []}), "descriptions: expected some of every adapter, got none of last"),
+        (lambda: made(one, {"a/b": ["x"]}).save(tmp_path / "new"), "descriptions: expected names of folders, got 'a/b'"),
+        *((lambda k=k: library.nearest([NEAR], top_k=k), r"top_k: expected an int in \[1, 3\]") for k in (0, 4, True, 1.0)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
     assert not (tmp_path / "new").exists()
+    for cosine in (60, -1.5, float("nan")):
+        with pytest.raises(ValueError, match="min_similarity: expected a cosine, -1 to 1, got "):
+            engine.generate([NEAR], library=library, min_similarity=cosine)
+    for module in ("q_proj", "gate_proj"):  # also where nothing would be generated
+        other = made(make_stack({module: (6, 10)}, num_adapters=1), {"last": [NEAR]})
+        with pytest.raises(ValueError, match=r"library: expected adapters of modules \(layers, in, out\)"):
+            engine.generate([NEAR], library=other)

@@ -25,17 +25,8 @@ class Persistent:
 class Stored:
     """A tensor as a file claims it: ``rebuild(storage, offset, size, stride, False, {})`` over the record ``key``."""
 
-    def __init__(
-        self,
-        key: object,
-        numel: object,
-        size: object,
-        stride: object = None,
-        offset: object = 0,
-        kind: type = torch.FloatStorage,
-        location: object = "cpu",
-    ):
-        if stride is None:
+    def __init__(self, key, numel, size, stride=None, offset=0, kind=torch.FloatStorage, location="cpu"):
+        if stride is None and size is not None:
             stride = torch.empty(size, device="meta").stride()
         self.storage = Persistent(("storage", kind, key, location, numel))
         self.args = (offset, size, stride, False, OrderedDict())
@@ -101,9 +92,7 @@ class Raw:
     def __init__(self):
         self.body, self.directory, self.count = bytearray(), bytearray(), 0
 
-    def add(
-        self, name: bytes, data: bytes, *, at: int | None = None, extra: bytes = b"", local_name: bytes | None = None, **lies
-    ) -> Raw:
+    def add(self, name: bytes, data: bytes, *, at=None, extra: bytes = b"", local_name: bytes | None = None, **lies) -> Raw:
         """An entry; ``at``: the offset of a local header that is already there."""
         says = {"flags": 0, "method": 0, "crc": zlib.crc32(data), "packed": len(data), "size": len(data)} | lies
         attributes = lies.get("attributes", 0)
@@ -120,11 +109,11 @@ class Raw:
 
     def finish64(self, **lies) -> bytes:
         """With the wide end record and its locator; the small record defers to it."""
-        end = len(self.body) + len(self.directory)
-        says = {"signature": 0x06064B50, "length": 44, "here": self.count, "count": self.count} | lies
-        sizes = (says["here"], says["count"], lies.get("size", len(self.directory)), lies.get("offset", len(self.body)))
+        says = {"signature": 0x06064B50, "length": 44, "here": self.count, "count": self.count, "size": len(self.directory),
+                "offset": len(self.body), "at": len(self.body) + len(self.directory)} | lies  # fmt: skip
+        sizes = (says[name] for name in ("here", "count", "size", "offset"))
         record = struct.pack("<IQHHIIQQQQ", says["signature"], says["length"], 45, 45, 0, 0, *sizes)
-        locator = struct.pack("<IIQI", 0x07064B50, 0, lies.get("at", end), 1)
+        locator = struct.pack("<IIQI", 0x07064B50, 0, says["at"], 1)
         small = struct.pack(END, 0x06054B50, 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
         return bytes(self.body + self.directory + record + locator + small)
 

@@ -13,7 +13,6 @@ import dataclasses
 import itertools
 import json
 import os
-import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from t2l_engine.research.tasks.folder import load_tasks
 from t2l_engine.research.tasks.sni import import_sni
 from t2l_engine.research.training import settings
 
+MIB = 1 << 20
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 #: Created in the working directory by whatever a file manages to execute.
 MARKER = "hostile_marker"
@@ -110,7 +110,7 @@ class Workshop:
     """Makes cases: copies of good folders in which one file is another."""
 
     def __init__(self, directory: Path):
-        self.directory, self.random, self._numbers = directory, random.Random(0), itertools.count()
+        self.directory, self._numbers = directory, itertools.count()
         (directory / "good").mkdir()
         self.good = {path.name: path for path in GOLDEN.iterdir()}
         for name in ("native", "adapter", *FILES):
@@ -130,17 +130,9 @@ class Workshop:
         return (self.good[base] / file).read_bytes()
 
     def case(
-        self,
-        name: str,
-        base: str,
-        file: str,
-        content: bytes | Callable[[Path], object],
-        *mentions: str,
-        loader: str | None = None,
-        harmless: bool = False,
-        **keywords,
+        self, name: str, base: str, file: str, content, *mentions: str, loader=None, harmless=False, **keywords
     ) -> Case:
-        """A copy of ``base`` whose ``file`` holds ``content``, or is made by ``content(path)``."""
+        """A copy of ``base`` whose ``file`` holds the bytes ``content``, or is made by ``content(path)``."""
         folder = self.directory / str(next(self._numbers))
         folder.mkdir()
         for source in self.good[base].iterdir():

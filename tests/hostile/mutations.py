@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import yaml
 
 from tests.hostile.archive import dumps, pack, parts
-from tests.hostile.fields import STRUCTURED, VALUES, places
+from tests.hostile.fields import STRUCTURED, VALUES
 from tests.hostile.folders import LOADER_OF, Workshop, judge
 from tests.hostile.payloads import CALLS, RAW
 from tests.hostile.safetensors_files import join, split
@@ -105,6 +106,13 @@ def _change_json(payload: bytes, draw: random.Random) -> bytes | None:
         return json.dumps(top).encode()
     except (ValueError, RecursionError, KeyError, IndexError):
         return None
+
+
+def places(node: object, path: tuple = ()) -> Iterator[tuple]:
+    """Paths of all values below ``node``."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield (*path, key)
+        yield from places(value, (*path, key))
 
 
 def _at(top: Any, path: tuple) -> tuple[Any, Any]:

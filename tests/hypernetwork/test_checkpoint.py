@@ -135,17 +135,17 @@ def test_fields_that_sakana_ignores_are_no_contradiction(edit, golden):
     assert_parity(adapters(net, expected["task_emb"]), expected)
 
 
-@pytest.mark.parametrize(("scaling", "value"), [(None, 4.0), ("rslora", 4.0), ("plain", 2.0), (0.75, 0.75), (3, 3.0)])
-def test_scaling(golden, scaling, value):  # lora_alpha 8, rank 4, rsLoRA
-    net = HyperNetwork.from_pretrained(golden / "L-sft", scaling=scaling)
-    assert net.scaling == value
-    assert net.generate(torch.ones(2, 48)).scaling.tolist() == [value, value]
-
-
-@pytest.mark.parametrize("scaling", ["rsLoRA", 0, -1.0, float("nan"), True, [2]])
-def test_scaling_refused(golden, scaling):
-    with pytest.raises(ConfigError, match="scaling"):
-        HyperNetwork.from_pretrained(golden / "L-sft", scaling=scaling)
+def test_scaling_and_dtype(golden):
+    """lora_alpha 8, rank 4, rsLoRA."""
+    for scaling, value in ((None, 4.0), ("rslora", 4.0), ("plain", 2.0), (0.75, 0.75), (3, 3.0)):
+        net = HyperNetwork.from_pretrained(golden / "L-sft", scaling=scaling)
+        assert net.scaling == value and net.generate(torch.ones(2, 48)).scaling.tolist() == [value, value]
+    for scaling in ("rsLoRA", 0, -1.0, float("nan"), True, [2]):
+        with pytest.raises(ConfigError, match="scaling"):
+            HyperNetwork.from_pretrained(golden / "L-sft", scaling=scaling)
+    for dtype in (torch.int8, torch.float8_e4m3fn, "bfloat16", "auto"):
+        with pytest.raises(ValueError, match=f"dtype: expected .*torch.bfloat16.*, got {dtype!r}"):
+            HyperNetwork.from_pretrained(golden / "L-sft", dtype=dtype)
 
 
 # --- dtypes --------------------------------------------------------------------------------------------------------
@@ -163,12 +163,6 @@ def test_a_file_of_another_dtype(edit, golden, case, stored):
     expected = HyperNetwork.from_pretrained(golden / case, dtype=stored).generate(task_emb)
     # The vectors were rounded too: a few roundings more than casting the matrices alone.
     assert relative_frobenius(net.generate(task_emb).lora_B["v_proj"], expected.lora_B["v_proj"]) <= 8 * u(stored)
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "bfloat16", "auto"])
-def test_dtypes_refused(golden, dtype):
-    with pytest.raises(ValueError, match=f"dtype: expected .*torch.bfloat16.*, got {dtype!r}"):
-        HyperNetwork.from_pretrained(golden / "L-sft", dtype=dtype)
 
 
 def test_matrices_of_several_dtypes(edit):
@@ -212,13 +206,9 @@ def in_one_storage(state):
 WAYS = {
     "state-dict": lambda state: Holder(state).state_dict(),
     "parameters": lambda state: Holder(state).state_dict(keep_vars=True),
-    "dict-of-parameters": lambda state: dict(Holder(state).named_parameters()),
     "requires-grad": lambda state: {key: tensor.requires_grad_() for key, tensor in state.items()},
     "transposed": lambda state: {
         key: tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor for key, tensor in state.items()
-    },
-    "columns-of-wider-ones": lambda state: {
-        key: torch.cat((tensor, tensor), dim=-1)[..., : tensor.shape[-1]] for key, tensor in state.items()
     },
     "one-storage": in_one_storage,
     "shared": lambda state: state | {"mlp2.mlp.0.bias": state["mlp1.mlp.0.bias"]},
@@ -307,30 +297,11 @@ def test_describe_a_sakana_folder(golden, edit):
     assert "base_model" not in describe(edit("L-sft", args={"model_dir": None}))
     with pytest.raises(ConfigError, match=r"args\.yaml.*emb_model.*'tiny-encoder'"):
         read(golden / "L-sft").encoder_config()
-
-
-def test_describe_needs_no_weights(edit):
-    folder = edit("L-sft")
     (folder / "hypermod.pt").write_bytes(b"")
-    assert describe(folder)["base_model"] == "tiny-llama"
+    assert describe(folder) == blocks  # which needs no weights
 
 
 # --- native form ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_native_round_trip(golden, tmp_path, case):
-    """With everything that a golden folder has; of any hypernetwork see test_properties."""
-    net = HyperNetwork.from_pretrained(golden / case, dtype=torch.bfloat16)
-    metadata = {"base_model": "tiny", "training": {"steps": 3}}
-    net.save_pretrained(tmp_path, metadata)
-    again = HyperNetwork.from_pretrained(tmp_path)
-    assert again.config == net.config and again.dtype == torch.bfloat16 and describe(tmp_path) == metadata
-    before, after = net.state_dict(), again.state_dict()
-    assert before.keys() == after.keys()
-    for key, tensor in before.items():
-        assert tensor.dtype == after[key].dtype and torch.equal(tensor, after[key]), key
-    assert before["mlp1.linear1.weight"].dtype == torch.bfloat16 and before["mlp1.norm.weight"].dtype == torch.float32
 
 
 def test_weights_are_no_longer_those_of_the_file(golden, tmp_path):

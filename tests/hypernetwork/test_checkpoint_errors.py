@@ -13,13 +13,6 @@ from t2l_engine.hypernetwork.sakana import SakanaFiles
 # --- what a file may not hold --------------------------------------------------------------------------------------
 
 
-def refused(folder):
-    """The message with which a checkpoint folder is refused."""
-    with pytest.raises(CheckpointError) as error:
-        HyperNetwork.from_pretrained(folder)
-    return str(error.value)
-
-
 @functools.cache
 def tensors_of(folder):
     return torch.load(folder / "hypermod.pt", weights_only=True)
@@ -65,145 +58,82 @@ def test_misshaped_key_is_named(golden, case):
             assert named.get(key, key) in message
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        "surprise",
-        "mixer.1.surprise",
-        "AB_offset.A.k_proj",
-        "out_emb.q_proj.C",
-        "heads.q_proj.surprise",
-        "layer_type_encoder.0.norm.weight",  # "norm" is our name for what SakanaAI's code calls 1
-        "task_encoder.ln.weight",
-        "pos_emb.1.weight",
-    ],
-)
-def test_extra_key_is_named(edit, key):
-    assert key in refused(edit("M-sft", lambda state: state | {key: torch.zeros(3)}))
+def bias(tensor):
+    return {"state": lambda state: state | {"mixer.4.bias": tensor}}
 
 
-def test_not_floating_point_is_named(edit):
-    folder = edit("L-sft", lambda state: state | {"mixer.4.bias": torch.zeros(32, dtype=torch.int64)})
-    with pytest.raises(CheckpointError, match=r"mixer\.4\.bias"):
-        HyperNetwork.from_pretrained(folder)
+def extra(key):
+    return {"state": lambda state: state | {key: torch.zeros(3)}}
 
 
-@pytest.mark.parametrize(
-    "overlapping", [torch.zeros(1).expand(32), torch.zeros(40).unfold(0, 32, 1)[0:2]], ids=["expanded", "unfolded"]
-)
-def test_overlapping_values_are_refused(edit, overlapping):
-    message = refused(edit("L-sft", lambda state: state | {"mixer.4.bias": overlapping}))
-    assert "mixer.4.bias" in message and "do not overlap" in message
-
-
-def test_sides_of_several_dtypes(edit):
+def sides_of_two_dtypes(state):
     """They are one tensor here, and conversion keeps dtypes."""
-    folder = edit("M-sft", lambda state: state | {"out_emb.q_proj.A": state["out_emb.q_proj.A"].bfloat16()})
-    assert "out_emb.*: expected tensors of one dtype, got torch.bfloat16, torch.float32" in refused(folder)
+    return state | {"out_emb.q_proj.A": state["out_emb.q_proj.A"].bfloat16()}
 
 
-def test_a_doubled_argument_is_refused(edit):
-    folder = edit("L-sft")
-    for text in ("autoreg_gen: false\nautoreg_gen: true\n", "a: {b: 1, b: 1}\n"):
-        (folder / "args.yaml").write_text(text)
-        with pytest.raises(ConfigError, match=r"args\.yaml: not plain YAML: a key occurs twice"):
-            HyperNetwork.from_pretrained(folder)
+def reversed_sides(state):
+    moved = {key: tensor for key, tensor in state.items() if key.startswith("out_emb.")}
+    return {key: tensor for key, tensor in state.items() if key not in moved} | dict(reversed(moved.items()))
 
 
-def test_module_order_of_heads_and_sides_disagree(edit):
-    def reverse_sides(state):
-        moved = {key: tensor for key, tensor in state.items() if key.startswith("out_emb.")}
-        return {key: tensor for key, tensor in state.items() if key not in moved} | dict(reversed(moved.items()))
-
-    with pytest.raises(CheckpointError, match="module order of heads .* and of out_emb .* disagree"):
-        HyperNetwork.from_pretrained(edit("M-sft", reverse_sides))
+def unknown_encoder(state):
+    return {key.replace("task_encoder.mlp.1.", "task_encoder.ln."): tensor for key, tensor in state.items()}
 
 
-CONTRADICTIONS = {
-    "L-sft": {"shared_AB_head": [True], "head_in_size": [64, 41, None], "hypernet_latent_size": [64, "32"],
-              "training_task": ["rl"]},
-    "M-sft": {"shared_AB_head": [False], "autoreg_gen": [True]},
-    "S-rot-sft": {"autoreg_gen": [False], "learnable_pos_emb": [True]},
-    "S-pos-sft": {"learnable_pos_emb": [False]},
-    "L-recon-delta": {"delta_w_scaling": [0, None]},
-    "M-recon-z": {"factorized": [False]},
-}  # fmt: skip
+REFUSED = [
+    # "norm" is our name for what SakanaAI's code calls 1.
+    *(("M-sft", extra(key), key) for key in (
+        "surprise", "mixer.1.surprise", "AB_offset.A.k_proj", "out_emb.q_proj.C", "heads.q_proj.surprise",
+        "pos_emb.1.weight", "layer_type_encoder.0.norm.weight",
+    )),
+    ("L-sft", bias(torch.zeros(32, dtype=torch.int64)), "mixer.4.bias"),
+    ("L-sft", bias(torch.zeros(1).expand(32)), "mixer.4.bias.*do not overlap"),
+    ("L-sft", bias(torch.zeros(40).unfold(0, 32, 1)[0:2]), "mixer.4.bias.*do not overlap"),
+    ("M-sft", {"state": sides_of_two_dtypes}, "out_emb.*: expected tensors of one dtype, got torch.bfloat16, torch.float32"),
+    ("M-sft", {"state": reversed_sides}, "module order of heads .* and of out_emb .* disagree"),
+    ("L-sft", {"state": unknown_encoder}, r"unexpected keys .*task_encoder\.ln"),
+    *((case, {"args": {field: value}}, rf"args\.yaml.*{field}") for case, field, value in (
+        ("L-sft", "shared_AB_head", True), ("L-sft", "head_in_size", 64), ("L-sft", "head_in_size", None),
+        ("L-sft", "hypernet_latent_size", 64), ("L-sft", "hypernet_latent_size", "32"), ("L-sft", "training_task", "rl"),
+        ("L-recon-delta", "delta_w_scaling", 0), ("M-recon-z", "factorized", False),
+    )),
+    *(("L-sft", {"peft": {field: value}}, rf"adapter_config\.json.*{field}") for field, value in (
+        ("r", 8), ("r", None), ("target_modules", ["q_proj"]), ("target_modules", ["q_proj", "k_proj"]),
+        ("target_modules", "q_proj|v_proj"), ("lora_alpha", 0), ("lora_alpha", None),
+    )),
+    *(("L-sft", {"args": {"t2l_engine": own}}, r"args\.yaml: t2l_engine: " + message) for own, message in (
+        (3, "expected a mapping, got 3"), ({"training": 3}, "training: expected dict, got 3"),
+        ({"encoder": 3}, "encoder: expected dict, got 3"), ({"base_model": 3}, "base_model: expected str, got 3"),
+        ({"scaling": 1.0}, r"scaling 1\.0 contradicts the other fields, which say 4\.0"),
+        ({"output_scale": 0.5}, r"output_scale 0\.5 contradicts the other fields, which say 1\.0"),
+        ({"lora_alpha": -1}, "lora_alpha: expected a positive number"),
+    )),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("case", "field", "value"),
-    [
-        (case, field, value)
-        for case, fields in CONTRADICTIONS.items()
-        for field, values in fields.items()
-        for value in values
-    ],
-)
-def test_args_contradict_the_tensors(edit, case, field, value):
-    with pytest.raises(CheckpointError, match=rf"args\.yaml.*{field}"):
-        HyperNetwork.from_pretrained(edit(case, args={field: value}))
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("r", 8),
-        ("r", None),
-        ("target_modules", ["q_proj"]),
-        ("target_modules", ["q_proj", "k_proj"]),
-        ("target_modules", "q_proj|v_proj"),
-        ("lora_alpha", 0),
-        ("lora_alpha", None),
-    ],
-)
-def test_adapter_config_contradicts_the_tensors(edit, field, value):
-    with pytest.raises(CheckpointError, match=rf"adapter_config\.json.*{field}"):
-        HyperNetwork.from_pretrained(edit("L-sft", peft={field: value}))
-
-
-@pytest.mark.parametrize(
-    ("own", "message"),
-    [
-        (3, r"t2l_engine: expected a mapping, got 3"),
-        ({"training": 3}, r"t2l_engine: training: expected dict, got 3"),
-        ({"encoder": "minilm"}, r"t2l_engine: encoder: expected dict, got 'minilm'"),
-        ({"base_model": 3}, r"t2l_engine: base_model: expected str, got 3"),
-        ({"scaling": 1.0}, r"t2l_engine: scaling 1\.0 contradicts the other fields, which say 4\.0"),
-        ({"output_scale": 0.5}, r"t2l_engine: output_scale 0\.5 contradicts the other fields, which say 1\.0"),
-        ({"lora_alpha": -1}, r"t2l_engine: lora_alpha: expected a positive number"),
-    ],
-)
-def test_our_block_of_a_sakana_folder(edit, own, message):
-    with pytest.raises(CheckpointError, match=r"args\.yaml: " + message):
-        HyperNetwork.from_pretrained(edit("L-sft", args={"t2l_engine": own}))
-
-
-def test_unknown_task_encoders_are_refused(edit):
-    def rename(state):
-        return {key.replace("task_encoder.mlp.1.", "task_encoder.ln."): tensor for key, tensor in state.items()}
-
-    folder = edit("L-sft", rename)
-    with pytest.raises(CheckpointError, match=r"unexpected keys .*task_encoder\.ln"):
-        HyperNetwork.from_pretrained(folder)
+@pytest.mark.parametrize("case, changes, message", REFUSED)
+def test_what_contradicts_is_named(edit, case, changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        HyperNetwork.from_pretrained(edit(case, **changes))
 
 
 @pytest.mark.parametrize("name", ["hypermod.pt", "args.yaml", "adapter_config.json"])
 def test_missing_or_broken_file_is_named(edit, name):
     folder = edit("L-sft")
     whole = (folder / name).read_bytes()
-    kept = [b"", whole[: len(whole) // 2], whole[:-1]] if name == "hypermod.pt" else [b"\xff", b"[", b"[1]"]
+    kept = (
+        [b"", whole[: len(whole) // 2], whole[:-1]]
+        if name == "hypermod.pt"
+        else [b"\xff", b"[", b"[1]", b'{"r": 1, "r": 2}']
+    )
     for content in (*kept, b"no such format"):
         (folder / name).write_bytes(content)
         with pytest.raises(CheckpointError, match="not UTF-8 text" if content == b"\xff" else name):
             HyperNetwork.from_pretrained(folder)
     (folder / name).unlink()
-    with pytest.raises(FileNotFoundError, match=name):
-        HyperNetwork.from_pretrained(folder)
-
-
-def test_missing_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        HyperNetwork.from_pretrained(tmp_path / "nowhere")
+    for path, missing in ((folder, name), (folder / "nowhere", "nowhere")):
+        with pytest.raises(FileNotFoundError, match=missing):
+            HyperNetwork.from_pretrained(path)
 
 
 # --- native form ---------------------------------------------------------------------------------------------------
@@ -263,10 +193,7 @@ def test_native_tensors_are_strict(native):
 
 
 def test_native_module_order_and_metadata(golden, native):
-    assert HyperNetwork.from_pretrained(native, module_order=["q_proj", "v_proj"]).config.modules == (
-        "q_proj",
-        "v_proj",
-    )
+    assert HyperNetwork.from_pretrained(native, module_order=["q_proj", "v_proj"]).config.modules == ("q_proj", "v_proj")
     with pytest.raises(CheckpointError, match="module_order"):
         HyperNetwork.from_pretrained(native, module_order=["v_proj", "q_proj"])
     with pytest.raises(ValueError, match="metadata.*surprise"):

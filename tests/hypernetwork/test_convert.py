@@ -1,5 +1,6 @@
 """Checkpoints between the two forms: nothing is lost on the way there or back."""
 
+import itertools
 import json
 import warnings
 
@@ -63,13 +64,15 @@ def assert_generates_alike(first, second):
         assert_bitwise(*(getattr(stack, side) for stack in stacks))
 
 
-def there_and_back(folder, tmp_path):
-    """``folder`` converted to the other form, and that converted back."""
+def assert_round_trip(folder, tmp_path):
+    """Converted to the other form and back ``folder`` is the same; gives the other form, which generates the same."""
     first, second = tmp_path / "there", tmp_path / "back"
-    other = {"native": "sakana", "sakana": "native"}[format_of(folder)]
+    other, same = {"native": ("sakana", assert_same_native), "sakana": ("native", assert_same_sakana)}[format_of(folder)]
     assert convert(folder, first) == other == format_of(first)
-    assert convert(first, second) == format_of(folder) == format_of(second)
-    return first, second
+    assert convert(first, second) == format_of(folder)
+    same(folder, second)
+    assert_generates_alike(folder, first)
+    return first
 
 
 def edit_config(folder, network=None, **blocks):
@@ -111,30 +114,22 @@ def converted(golden, tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_golden_there_and_back(golden, tmp_path, case):
-    first, second = there_and_back(golden / case, tmp_path)
-    assert_same_sakana(golden / case, second)
-    assert_generates_alike(golden / case, first)
+    first = assert_round_trip(golden / case, tmp_path)
     config, again = (HyperNetwork.from_pretrained(folder).config for folder in (golden / case, first))
     assert config == again
+    convert(tmp_path / "back", tmp_path / "again")
+    assert_same_native(first, tmp_path / "again")
     # Blank dictionaries are most of a Sakana file; the native format leaves them out.
     assert (first / "hypernet.safetensors").stat().st_size < (golden / case / "hypermod.pt").stat().st_size
 
 
-@pytest.mark.parametrize("training", TRAININGS)
-@pytest.mark.parametrize("variant", FLAGS)
-def test_dictionaries_that_do_not_apply_are_kept(tmp_path, variant, training):
-    folder = write(tmp_path / "sakana", *checkpoint(variant, "linear", training))
-    first, second = there_and_back(folder, tmp_path)
-    assert_same_sakana(folder, second)
-    assert_generates_alike(folder, first)
+RANDOM = [*((v, "linear", t) for v in FLAGS for t in TRAININGS), *(("S-learnable", e) for e in ENCODERS)]
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_encoders(tmp_path, encoder):
-    folder = write(tmp_path / "sakana", *checkpoint("S-learnable", encoder, latent=22))
-    first, second = there_and_back(folder, tmp_path)
-    assert_same_sakana(folder, second)
-    assert_generates_alike(folder, first)
+@pytest.mark.parametrize("settings", RANDOM, ids="-".join)
+def test_random_there_and_back(tmp_path, settings):
+    """Dictionaries that do not apply are kept."""
+    assert_round_trip(write(tmp_path / "sakana", *checkpoint(*settings)), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -142,15 +137,13 @@ def test_dtypes_of_a_sakana_file_are_kept(tmp_path, dtype):
     state, args, peft = checkpoint("M", "softmax")
     state = {key: (torch.zeros_like(value) if key.startswith("std") else value).to(dtype) for key, value in state.items()}
     folder = write(tmp_path / "sakana", state, args, peft)
-    first, second = there_and_back(folder, tmp_path)
-    assert_same_sakana(folder, second)
-    assert_generates_alike(folder, first)
+    assert_round_trip(folder, tmp_path)
     assert HyperNetwork.from_pretrained(folder).generate(torch.ones(1, 14)).lora_A["q_proj"].dtype == dtype
 
 
 def test_negative_zeros_are_kept(edit, tmp_path):
     folder = edit("L-sft", lambda state: {k: -v if k.startswith(("AB_", "mean_")) else v for k, v in state.items()})
-    assert_same_sakana(folder, there_and_back(folder, tmp_path)[1])
+    assert_round_trip(folder, tmp_path)
 
 
 def test_optional_arguments_may_be_absent(tmp_path):
@@ -160,18 +153,14 @@ def test_optional_arguments_may_be_absent(tmp_path):
         args = {key: value for key, value in args.items() if key not in absent}
         folder = write(tmp_path / training, state, args, peft)
         (tmp_path / f"{training}-out").mkdir()
-        first, second = there_and_back(folder, tmp_path / f"{training}-out")
-        assert_same_sakana(folder, second)
-        assert_generates_alike(folder, first)
+        assert_round_trip(folder, tmp_path / f"{training}-out")
 
 
 def test_module_order_is_the_order_of_the_tensors(tmp_path):
     shapes = {"v_proj": (10, 8), "q_proj": (10, 10), "k_proj": (10, 8)}
     folder = write(tmp_path / "sakana", *checkpoint("M", modules=shapes))
-    first, second = there_and_back(folder, tmp_path)
+    first = assert_round_trip(folder, tmp_path)
     assert json.loads((first / "config.json").read_text())["hypernetwork"]["modules"] == list(shapes)
-    assert_same_sakana(folder, second)
-    assert_generates_alike(folder, first)
 
 
 def test_module_order_override(golden, tmp_path):
@@ -204,29 +193,19 @@ def test_the_same_form_is_a_copy(golden, converted, tmp_path, to):
 # --- from the native form and back ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_golden_native_there_and_back(converted, tmp_path, case):
-    folder = converted(case)
-    assert_same_native(folder, there_and_back(folder, tmp_path)[1])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", FLAGS)
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_native_there_and_back(native, tmp_path, variant, encoder, dtype):
     changes = {"latent_size": 129, "num_layers": 4} if encoder == "discrete" else {}
     folder = native(variant=variant, task_encoder=encoder, dtype=dtype, **changes)
-    first, second = there_and_back(folder, tmp_path)
-    assert_same_native(folder, second)
-    assert_generates_alike(folder, first)
+    assert_round_trip(folder, tmp_path)
 
 
 @pytest.mark.parametrize("scaling", ["rslora", "plain", 0.75, 1 / 3])
 def test_scaling(native, tmp_path, scaling):
     folder = native(scaling=scaling, lora_alpha=7.0, rank=3)
-    first, second = there_and_back(folder, tmp_path)
-    assert_same_native(folder, second)
-    assert_generates_alike(folder, first)
+    first = assert_round_trip(folder, tmp_path)
     _, _, peft = sakana_files(first)  # what PEFT and SakanaAI's code read
     value = peft["lora_alpha"] / peft["r"] ** (0.5 if peft["use_rslora"] else 1)
     assert value == pytest.approx(HyperNetwork.from_pretrained(folder).scaling, rel=1e-12)
@@ -236,8 +215,7 @@ def test_paths_survive(native, tmp_path):
     """Modules of a model unlike Llama: Sakana files name them without their paths."""
     paths = {"fc1": "model.decoder.layers.{layer}.fc1", "v_proj": "model.decoder.layers.{layer}.self_attn.v_proj"}
     folder = native(modules=list(paths), paths=list(paths.values()))
-    first, second = there_and_back(folder, tmp_path)
-    assert_same_native(folder, second)
+    first = assert_round_trip(folder, tmp_path)
     swapped = HyperNetwork.from_pretrained(first, module_order=["v_proj", "fc1"])
     for net in (swapped, HyperNetwork.from_pretrained(first)):
         assert net.config.module_paths == paths
@@ -261,65 +239,37 @@ def test_modules_that_share_a_name(native, tmp_path):
         stack.save_pretrained(tmp_path / str(i), adapter=i)
     again = AdapterStack.from_peft([tmp_path / "0", tmp_path / "1"])
     assert again.allclose(stack) and len(AdapterStack.cat([stack, again])) == 4
-    assert serve_flags.collect([str(folder)], 2, 4)["flags"][-2:] == [
-        "--lora-target-modules",
-        "c_proj",
-    ]  # of linears
+    flags = serve_flags.collect([str(folder)], 2, 4)["flags"]
+    assert flags[-2:] == ["--lora-target-modules", "c_proj"]  # of linears
 
 
 def test_blocks_survive(native, tmp_path):
-    metadata = {
-        "encoder": ENCODER,
-        "base_model": "some/model",
-        "training": {
-            "steps": 3,
-            "rate": 1e-5,
-            "tasks": ["a: b", "<<", "2024-01-01", "1e5", "ü\n"],
-            "none": None,
-            "on": True,
-        },
-    }
+    (tmp_path / "none").mkdir()
+    assert_round_trip(native(metadata={"encoder": None, "base_model": None}), tmp_path / "none")
+    training = {"steps": 3, "rate": 1e-5, "tasks": ["a: b", "<<", "2024-01-01", "1e5", "ü\n"], "none": None, "on": True}
+    metadata = {"encoder": ENCODER, "base_model": "some/model", "training": training}
     folder = native(metadata=metadata)
-    first, second = there_and_back(folder, tmp_path)
-    assert_same_native(folder, second)
-    assert describe(first) == describe(second) == metadata
+    first = assert_round_trip(folder, tmp_path)
+    assert describe(first) == describe(tmp_path / "back") == metadata
     _, args, peft = sakana_files(first)
     assert (args["emb_model"], args["model_dir"], peft["base_model_name_or_path"]) == ("minilm", "some/model", "some/model")
-
-
-def test_blocks_that_are_not_set(native, tmp_path):
-    folder = native(metadata={"encoder": None, "base_model": None})
-    assert_same_native(folder, there_and_back(folder, tmp_path)[1])
 
 
 @pytest.mark.parametrize("variant", ["L", "M"])
 def test_bias_hyperinit(native, tmp_path, variant):
     folder = native(lambda net: net.bias_hyperinit(), variant=variant)
-    first, second = there_and_back(folder, tmp_path)
-    assert_same_native(folder, second)
-    assert_generates_alike(folder, first)
+    first = assert_round_trip(folder, tmp_path)
     state, _, _ = sakana_files(first)
     assert state["AB_offset.A.q_proj"].any() == (variant != "L") and not state["AB_offset.B.q_proj"].any()
 
 
-def test_multi_task_lora_beneath_heads_without_bias(native, tmp_path):
-    def offsets(net):
-        net.offsets["v_proj"].add_B = torch.randn(2, 6, 2)
-
-    folder = native(offsets, head_bias=False)
-    first, second = there_and_back(folder, tmp_path)
-    assert_same_native(folder, second)
-    assert sakana_files(first)[1]["mt_lora_path"]
-    assert_generates_alike(folder, first)
-
-
 def test_bundled_checkpoint(tmp_path):
     bundled = resolve_checkpoint("smollm2-135m")
-    first, second = there_and_back(bundled, tmp_path)
-    assert_bitwise(*(load_file(folder / "hypernet.safetensors") for folder in (bundled, second)))
-    ours, again = read(bundled), read(second)
-    assert ours.config == again.config and ours.blocks == again.blocks == describe(first)
-    assert_generates_alike(bundled, first)
+    assert convert(bundled, tmp_path / "there") == "sakana" and convert(tmp_path / "there", tmp_path / "back") == "native"
+    assert_bitwise(*(load_file(folder / "hypernet.safetensors") for folder in (bundled, tmp_path / "back")))
+    ours, again = read(bundled), read(tmp_path / "back")
+    assert ours.config == again.config and ours.blocks == again.blocks == describe(tmp_path / "there")
+    assert_generates_alike(bundled, tmp_path / "there")
 
 
 # --- a converted folder that was changed ---------------------------------------------------------------------------
@@ -329,9 +279,7 @@ def test_bundled_checkpoint(tmp_path):
 def test_changed_scaling_reaches_sakana(converted, golden, tmp_path, case):
     folder = converted(case)
     edit_config(folder, {"scaling": 0.75})
-    first, second = there_and_back(folder, tmp_path)
-    assert_same_native(folder, second)
-    assert_generates_alike(folder, first)
+    first = assert_round_trip(folder, tmp_path)
     state, args, peft = sakana_files(first)
     assert_bitwise(sakana_files(golden / case)[0], state)
     assert (peft["lora_alpha"], peft["use_rslora"]) == (0.75 * 4, False)
@@ -344,8 +292,7 @@ def test_changed_scaling_reaches_sakana(converted, golden, tmp_path, case):
 def test_changed_blocks_reach_sakana(converted, tmp_path, changes):
     folder = converted("L-sft")
     edit_config(folder, **changes)
-    first, second = there_and_back(folder, tmp_path)
-    assert_same_native(folder, second)
+    first = assert_round_trip(folder, tmp_path)
     name, value = next(iter(changes.items()))
     assert describe(first)[name] == value
 
@@ -356,65 +303,58 @@ def test_stored_arguments_may_say_nothing_useful(converted, tmp_path):
     for i, reference in enumerate(useless):
         edit_config(folder, reference=reference)
         (tmp_path / str(i)).mkdir()
-        first, second = there_and_back(folder, tmp_path / str(i))
-        assert_same_native(folder, second)
-        assert_generates_alike(folder, first)
+        assert_round_trip(folder, tmp_path / str(i))
 
 
 # --- what cannot be converted --------------------------------------------------------------------------------------
 
 
-def cannot_express(folder, tmp_path):
-    """The message with which a sound native folder is not converted; nothing is written."""
-    HyperNetwork.from_pretrained(folder)
-    with pytest.raises(CheckpointError, match="the Sakana format cannot express this checkpoint") as error:
-        convert(folder, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    return str(error.value)
+def offsets(*names, lacking=None):
+    """Sets the offsets ``names`` of every module, but not ``lacking`` of v_proj."""
 
+    def prepare(net):
+        for i, module in enumerate(net.config.modules):
+            sizes = {"A": (2, 2, net.config.in_features[i]), "B": (2, net.config.out_features[i], 2)}
+            for name, (side, shape) in itertools.product(names, sizes.items()):
+                if (module, f"{name}_{side}") != ("v_proj", lacking):
+                    setattr(net.offsets[module], f"{name}_{side}", torch.rand(shape))
 
-def set_all(net, *names):
-    for i, module in enumerate(net.config.modules):
-        sizes = {"A": (2, 2, net.config.in_features[i]), "B": (2, net.config.out_features[i], 2)}
-        for name in names:
-            for side, shape in sizes.items():
-                setattr(net.offsets[module], f"{name}_{side}", torch.rand(shape))
-
-
-def test_z_scores_with_a_head_bias(native, tmp_path):
-    folder = native(lambda net: set_all(net, "std", "mean"), head_bias=True)
-    assert "heads.q_proj.bias" in cannot_express(folder, tmp_path)
-    folder = native(lambda net: set_all(net, "std", "mean", "add"), head_bias=False)
-    assert_same_native(folder, there_and_back(folder, tmp_path)[1])
-
-
-def test_z_scores_of_some_modules(native, tmp_path):
-    def some(net):
-        set_all(net, "std", "mean")
-        net.offsets["v_proj"].std_B = None
-
-    assert "offsets.v_proj.std_B" in cannot_express(native(some, head_bias=False), tmp_path)
-
-
-@pytest.mark.parametrize("names", [("add",), ("mean",), ("std", "mean")])
-def test_a_scale_of_outputs_with_offsets(native, tmp_path, names):
-    bias = "std" not in names
-    folder = native(lambda net: set_all(net, *names), head_bias=bias, output_scale=0.01)
-    message = cannot_express(folder, tmp_path)
-    assert "output_scale 0.01" in message if "std" in names else f"offsets.q_proj.{names[0]}_A" in message
-
-
-def test_a_scale_of_outputs_needs_a_head_bias(native, tmp_path):
-    assert "heads.q_proj.bias" in cannot_express(native(head_bias=False, output_scale=0.01), tmp_path)
-    folder = native(head_bias=True, output_scale=0.3)
-    first, second = there_and_back(folder, tmp_path)
-    assert_same_native(folder, second)
-    assert_generates_alike(folder, first)
+    return prepare
 
 
 @pytest.mark.parametrize(
-    "value", ["2024-01-01", "!!binary aGk=", "{1: 2}", "!!set {a, b}", "[[{a: 2024-01-01}]]"], ids=lambda v: v[:6]
+    "prepare, changes, message",
+    [
+        (offsets("std", "mean"), {"head_bias": True}, "heads.q_proj.bias"),
+        (offsets("std", "mean", lacking="std_B"), {"head_bias": False}, "offsets.v_proj.std_B"),
+        (offsets("add"), {"head_bias": True, "output_scale": 0.01}, "offsets.q_proj.add_A"),
+        (offsets("mean"), {"head_bias": True, "output_scale": 0.01}, "offsets.q_proj.mean_A"),
+        (offsets("std", "mean"), {"head_bias": False, "output_scale": 0.01}, "output_scale 0.01"),
+        (None, {"head_bias": False, "output_scale": 0.01}, "heads.q_proj.bias"),
+    ],
 )
+def test_what_the_sakana_format_cannot_express(native, tmp_path, prepare, changes, message):
+    folder = native(prepare, **changes)
+    HyperNetwork.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match=f"the Sakana format cannot express this checkpoint.*{message}"):
+        convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "prepare, changes, multi_task_lora",
+    [
+        (offsets("std", "mean", "add"), {"head_bias": False}, False),
+        (offsets("add", lacking="add_A"), {"head_bias": False}, True),
+        (None, {"head_bias": True, "output_scale": 0.3}, False),
+    ],
+)
+def test_what_the_sakana_format_can_express(native, tmp_path, prepare, changes, multi_task_lora):
+    first = assert_round_trip(native(prepare, **changes), tmp_path)
+    assert bool(sakana_files(first)[1].get("mt_lora_path")) is multi_task_lora
+
+
+@pytest.mark.parametrize("value", ["2024-01-01", "!!binary aGk=", "{1: 2}", "[[{a: 2024-01-01}]]"], ids=lambda v: v[:6])
 def test_arguments_that_json_cannot_hold(edit, tmp_path, value):
     folder = edit("L-sft")
     with (folder / "args.yaml").open("a") as file:

@@ -59,44 +59,25 @@ def test_the_plain_network_agrees_with_sakana(golden):
             assert relative_frobenius(expected[key], pair[side][task, layer]) <= PARITY_FROBENIUS, (folder.name, key)
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variants_and_encoders(load, variant, encoder):
-    net, state, args = load(variant, encoder)
-    assert (net.config.variant, net.config.task_encoder, net.config.rank) == (variant, encoder, 3)
-    assert_adapters(net, state, args, task_embs())
+RECON = ("M", "linear", "recon-delta")
 
 
-@pytest.mark.parametrize("training", TRAININGS)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_last_steps(load, variant, training):
-    net, state, args = load(variant, "linear", training)
-    assert_adapters(net, state, args, task_embs())
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_rank_one_and_one_module(load, variant):
-    net, state, args = load(variant, rank=1, layers=1, modules={"o_proj": (9, 7)})
-    assert net.config.variant == variant
-    assert_adapters(net, state, args, task_embs(1))
-
-
-@pytest.mark.parametrize("variant", ["L", "M", "S-learnable", "autoregressive-learnable"])
-def test_discrete_encoder_with_odd_width(load, variant):
-    net, state, args = load(variant, "discrete", layers=4)
-    assert net.config.width == 64 + 4 + 3
-    assert_adapters(net, state, args, task_embs())
-
-
-def test_discrete_encoder_with_odd_width_cannot_rotate(load):
-    with pytest.raises(CheckpointError, match=r"hypermod\.pt.*expected an even trunk width for S-rotary, got width 71"):
-        load("S-rotary", "discrete", layers=4)
-
-
-@pytest.mark.parametrize("latent", [21, 22, 23])  # t = 10 or 11, d = 5: narrower than the latent size, and odd
-def test_latent_sizes_no_multiple_of_four(load, latent):
-    net, state, args = load("M", latent=latent)
-    assert net.config.latent_size == latent and net.config.width == latent // 2 + 10
+@pytest.mark.parametrize(
+    "settings, sizes",
+    [
+        *(((variant, encoder), {}) for variant in VARIANTS for encoder in ENCODERS),
+        *(((variant, "linear", training), {}) for variant in VARIANTS for training in TRAININGS),
+        *(((variant,), {"rank": 1, "layers": 1, "modules": {"o_proj": (9, 7)}}) for variant in VARIANTS),
+        # Odd widths, and with latent sizes that are no multiple of 4 some narrower than those.
+        *(((variant, "discrete"), {"layers": 4}) for variant in VARIANTS if not variant.endswith("rotary")),
+        *((("M",), {"latent": latent}) for latent in (21, 22, 23)),
+        *((RECON, {"args": {"delta_w_scaling": scaling}}) for scaling in (10000, 3, 0.25)),
+    ],
+    ids=str,
+)
+def test_adapters(load, settings, sizes):
+    net, state, args = load(*settings, **sizes)
+    assert net.config.variant == settings[0] and net.config.task_encoder == (*settings, "linear")[1]
     assert_adapters(net, state, args, task_embs())
 
 
@@ -104,39 +85,6 @@ def test_latent_sizes_no_multiple_of_four(load, latent):
 def test_unit_vectors_as_task_embeddings(load, encoder):
     net, state, args = load("L", encoder, embed=6)
     assert_adapters(net, state, args, torch.eye(6))
-
-
-@pytest.mark.parametrize("delta_w_scaling", [None, 10000, 3, 0.25])
-def test_scale_of_weight_differences(load, delta_w_scaling):
-    changes = {} if delta_w_scaling is None else {"delta_w_scaling": delta_w_scaling}
-    net, state, args = load("M", "linear", "recon-delta", args=changes)
-    assert_adapters(net, state, args, task_embs())
-
-
-@pytest.mark.parametrize(
-    ("training", "unused"),
-    [
-        ("sft", ("mean_recon_target", "std_recon_target")),
-        ("sft-offset", ("mean_recon_target", "std_recon_target")),
-        ("recon-z", ()),
-        ("recon-raw", ("mean_recon_target", "std_recon_target")),
-        ("recon-delta", ("AB_offset", "mean_recon_target", "std_recon_target")),
-    ],
-)
-def test_dictionaries_that_do_not_apply_are_ignored(tmp_path, training, unused):
-    state, args, peft = checkpoint("M", "linear", training)
-    changed = {key: value * 2 if key.startswith(unused) else value for key, value in state.items()} if unused else state
-    first, second = (
-        HyperNetwork.from_pretrained(write(tmp_path / name, values, args, peft)).generate(task_embs())
-        for name, values in (("a", state), ("b", changed))
-    )
-    for name in MODULES:
-        assert torch.equal(first.lora_A[name], second.lora_A[name])
-        assert torch.equal(first.lora_B[name], second.lora_B[name])
-    for dictionary in {"AB_offset", "mean_recon_target", "std_recon_target"} - set(unused):
-        changed = {key: value * 2 if key.startswith(dictionary) else value for key, value in state.items()}
-        third = HyperNetwork.from_pretrained(write(tmp_path / dictionary, changed, args, peft)).generate(task_embs())
-        assert not torch.equal(first.lora_A["q_proj"], third.lora_A["q_proj"])
 
 
 # --- rank 1: tensors of two variants have the same shapes ----------------------------------------------------------
@@ -150,16 +98,6 @@ def test_flags_settle_rank_one(tmp_path, variant, other):
         net = HyperNetwork.from_pretrained(write(tmp_path / name, state, args | flags, peft))
         assert net.config.variant == name
         assert_adapters(net, state, args | flags, task_embs())
-
-
-@pytest.mark.parametrize("variant", ["autoregressive-learnable", "S-learnable"])
-@pytest.mark.parametrize(
-    "flags", [{"autoreg_gen": False}, {"learnable_pos_emb": False}, {"autoreg_gen": False, "learnable_pos_emb": False}]
-)
-def test_learned_positions_settle_rank_one(load, variant, flags):
-    assert load(variant, rank=1)[0].config.variant == variant
-    with pytest.raises(CheckpointError, match=rf"args\.yaml: {next(iter(flags))}: False contradicts the tensors"):
-        load(variant, rank=1, args=flags)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -176,18 +114,17 @@ def test_contradictions(load, variant, rank):
             load(variant, rank=rank, args={name: value})
 
 
-def test_learned_positions_beside_heads_of_all_ranks(tmp_path):
+def test_tensors_of_no_variant(load, tmp_path):
+    with pytest.raises(CheckpointError, match=r"hypermod\.pt.*expected an even trunk width for S-rotary, got width 71"):
+        load("S-rotary", "discrete", layers=4)
     state, args, peft = checkpoint("L")
     state |= {key: value for key, value in checkpoint("S-learnable")[0].items() if key.startswith("pos_emb.")}
     with pytest.raises(CheckpointError, match=r"unexpected keys .*pos_emb\.0\.weight"):
         HyperNetwork.from_pretrained(write(tmp_path / "x", state, args, peft))
-
-
-def test_rows_of_no_variant(tmp_path):
     state, args, peft = checkpoint("autoregressive-rotary")
     state["heads.up_proj.weight"] = state["heads.up_proj.weight"][1:]
     with pytest.raises(CheckpointError, match=r"heads\.up_proj\.weight.*expected 195 or 65 rows .*, got 64"):
-        HyperNetwork.from_pretrained(write(tmp_path / "x", state, args, peft))
+        HyperNetwork.from_pretrained(write(tmp_path / "y", state, args, peft))
 
 
 # --- low precision -------------------------------------------------------------------------------------------------
@@ -206,29 +143,21 @@ def assert_within_bound(net, state, args, dtype):
             assert relative_frobenius(got, exact[name][i]) <= trunk_bound(exact[name][i], rounded[name][i], dtype)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_bfloat16(load, variant, encoder):
-    net, state, args = load(variant, encoder, dtype=torch.bfloat16)
-    assert_within_bound(net, state, args, torch.bfloat16)
-
-
-@pytest.mark.parametrize("training", TRAININGS)
-def test_bfloat16_last_steps(load, training):
-    net, state, args = load("autoregressive-rotary", "linear", training, dtype=torch.bfloat16)
-    assert_within_bound(net, state, args, torch.bfloat16)
-
-
 @pytest.mark.parametrize(
-    ("variant", "encoder"), [*((v, "linear") for v in VARIANTS), *(("S-learnable", e) for e in ENCODERS if e != "linear")]
+    "settings",
+    [
+        *((variant, encoder) for variant in VARIANTS for encoder in ENCODERS),
+        *(("autoregressive-rotary", "linear", training) for training in TRAININGS),
+    ],
+    ids="-".join,
 )
-def test_float64_is_exact(load, variant, encoder):
-    net, state, args = load(variant, encoder, dtype=torch.float64)
-    _, expected = adapters(state, args, task_embs())
-    stack = net.generate(task_embs())
-    for name in expected:
-        assert relative_frobenius(stack.lora_A[name], expected[name][0]) < 1e-12
-        assert relative_frobenius(stack.lora_B[name], expected[name][1]) < 1e-12
+def test_bfloat16_and_float64(load, settings):
+    assert_within_bound(*load(*settings, dtype=torch.bfloat16), torch.bfloat16)
+    net, state, args = load(*settings, dtype=torch.float64)
+    stack, (_, expected) = net.generate(task_embs()), adapters(state, args, task_embs())
+    for name, pair in expected.items():
+        for got, want in zip((stack.lora_A[name], stack.lora_B[name]), pair, strict=True):
+            assert relative_frobenius(got, want) < 1e-12
 
 
 @pytest.mark.parametrize("training", TRAININGS)
@@ -248,31 +177,21 @@ def test_generate_into_a_stack(load, variant, training):
     assert half.allclose(fresh.to(dtype=torch.bfloat16), rtol=0, atol=0)
 
 
-def test_constants_are_filled_once(load):
-    """Of a stack that is used again, and again once somebody wrote to it, or replaced a tensor."""
+def test_constants_of_a_stack_are_right_again(load):
+    """Once somebody wrote to them, or replaced a tensor; also where tensors cannot tell, in inference mode."""
     net, _, _ = load("L")
-    out = net.generate(task_embs())
-    versions = lambda: [t._version for t in (out.scaling, *out.ranks.values())]  # noqa: E731
-    net.generate(task_embs(), out=out)
-    filled = versions()
-    net.generate(task_embs(seed=2), out=out)
-    assert versions() == filled
-    out.ranks["q_proj"][1] = 0
-    net.generate(task_embs(), out=out)
-    assert bool((out.ranks["q_proj"] == net.config.rank).all()) and versions() != filled
-    out.scaling = torch.zeros_like(out.scaling)
-    net.generate(task_embs(), out=out)
-    assert bool((out.scaling == net.scaling).all())
-    out.scaling.mul_(0.5)
-    other = copy.deepcopy(out)  # whose versions begin anew
-    net.generate(task_embs(), out=other)
-    assert bool((other.scaling == net.scaling).all())
-    with torch.inference_mode():  # whose tensors cannot tell
-        out = net.generate(task_embs())
-        net.generate(task_embs(), out=out)
-        out.scaling.zero_()
-        net.generate(task_embs(), out=out)
-    assert bool((out.scaling == net.scaling).all())
+    for mode in (False, True):
+        with torch.inference_mode(mode):
+            out = net.generate(task_embs())
+            net.generate(task_embs(), out=out)
+            out.ranks["q_proj"][1] = 0
+            out.scaling.mul_(0.5)
+            for again in (copy.deepcopy(out), out):  # the versions of a copy begin anew
+                net.generate(task_embs(), out=again)
+                assert bool((again.ranks["q_proj"] == net.config.rank).all() and (again.scaling == net.scaling).all())
+            out.scaling = torch.zeros_like(out.scaling)
+            net.generate(task_embs(), out=out)
+            assert bool((out.scaling == net.scaling).all())
 
 
 def test_generate_into_what_does_not_fit(load):
