@@ -33,19 +33,10 @@ HELD_OUT, MOST_HELD_OUT = 4, 64
 #: Fewest examples: three to learn from, one held out.
 FEWEST = 4
 DEFAULTS: dict[str, Any] = {
-    "steps": 200,
-    "learning_rate": 1e-3,
-    "warmup_steps": 5,
-    "schedule": "constant",
-    "tasks_per_batch": 1,
-    "samples_per_task": 8,
-    "max_tokens": 1024,
-    "validate_every": 10,
-    "validation_samples": MOST_HELD_OUT,
-    "patience": 3,
-    "min_delta": 1e-3,
-    "save_every": 50,
-}
+    "steps": 200, "learning_rate": 1e-3, "warmup_steps": 5, "schedule": "constant", "save_every": 50,
+    "tasks_per_batch": 1, "samples_per_task": 8, "max_tokens": 1024,
+    "validate_every": 10, "validation_samples": MOST_HELD_OUT, "patience": 3, "min_delta": 1e-3,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +138,13 @@ def adapt(
     settings = settings_for(engine, base_model, output / START, changes)
     began = time.perf_counter()
     lora.train(settings, tasks, output / RUN)
-    report = _report(output / RUN / WAVES / "000", len(trained), len(held_out), len(read), time.perf_counter() - began)
+    log = read_log(output / RUN / WAVES / "000")
+    losses = {row["step"]: row["val_loss"] for row in log if "val_loss" in row}
+    best = max(row["step"] for row in log if row.get("best"))  # what is kept: the lowest only if by min_delta
+    report = Report(
+        len(trained), len(held_out), len(read), loss_before=losses[0], loss_after=losses[best],
+        steps=max(row["step"] for row in log), best_step=best, seconds=round(time.perf_counter() - began, 1),
+    )  # fmt: skip
     tuned = output / RUN / ADAPTERS / NAME
     names = [path.name for path in sorted(tuned.iterdir()) if path.is_file()]
     with replacing(output, *names, REPORT) as temporary:
@@ -155,12 +152,3 @@ def adapt(
             shutil.copy2(tuned / name, temporary / name)
         (temporary / REPORT).write_text(json.dumps(to_json(report), indent=1) + "\n", encoding="utf-8")
     return report
-
-
-def _report(wave: Path, examples: int, held_out: int, read: int, seconds: float) -> Report:
-    rows = read_log(wave)
-    losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
-    best = max(row["step"] for row in rows if row.get("best"))  # what is kept: the lowest only if by min_delta
-    return Report(
-        examples, held_out, read, losses[0], losses[best], max(row["step"] for row in rows), best, round(seconds, 1)
-    )

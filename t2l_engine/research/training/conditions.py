@@ -54,7 +54,7 @@ class Conditions(ABC):
 
     def __init__(self, settings: SFTSettings | ReconstructionSettings, tasks: Sequence[Task], device: torch.device):
         self._settings, self._device, held_out = settings, device, settings.held_out_descriptions
-        self.train: list[Sequence[int]] = [trained_descriptions(t.name, len(t.descriptions), held_out) for t in tasks]
+        self.train: list[Sequence[int]] = [*trained_descriptions(tasks, held_out)]
         self.val = [range(len(of), len(of) + held_out) if held_out else of for of in self.train]
 
     @abstractmethod
@@ -143,11 +143,8 @@ class HiddenStates(Conditions):
     All are read once, at the start, into a file, which a resumed run reads.  Batches are formed in the tasks' order, so
     states do not depend on the order of training.
 
-    Args:
-        settings: of the run; a reconstruction has no example sets.
-        tasks: with their descriptions, and with the examples that sets are drawn from.
-        base_model: whose hidden states are read.
-        folder: of the file; :func:`remove_states` removes it.
+    ``tasks``: with the examples that sets are drawn from, if any (a reconstruction has no sets); ``folder``: of the file,
+    which :func:`remove_states` removes.
 
     Raises ConfigError if all descriptions of a task are held out, or if encoder and base model do not fit together.
     """

@@ -83,10 +83,7 @@ def compile_between(model: nn.Module, paths: Sequence[str]) -> None:
     """Compile, in every layer of ``model``, the children without adapters: with attention's adapted, norms and MLP.
 
     Not whole layers: their code would depend on each layer's adapters, and be compiled once for every layer.
-
-    Args:
-        model: with adapters attached.
-        paths: of the adapted linears, with ``{layer}`` in place of the layer's index.
+    ``paths``: of the adapted linears, with ``{layer}`` in place of the layer's index.
     """
     for parent in {path.partition(f".{LAYER}")[0] for path in paths}:
         for layer in model.get_submodule(parent).children():
@@ -102,11 +99,7 @@ def _of_split(task: Task, split: str | None) -> Task:
 class TrainingContext:
     """Base model, tokenised tasks and objective of a run; :meth:`close` restores the model.
 
-    Args:
-        settings: of the run.
-        tasks_folder: a task folder; training reads split "train", validation split "val".
-        device: of the model.
-        names: the tasks to use; None: all.
+    Training reads split "train" of the tasks ``names`` (None: all) in ``tasks_folder``, validation split "val".
 
     Raises ConfigError if settings and files do not fit together.
     """

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-#: Regularisation: added to the within-task variance along every axis, as a share of the mean square of embeddings, since few
-#: descriptions underestimate it.
+#: Added to the within-task variance along every axis, which few descriptions underestimate, per mean square of embeddings.
 WORDING_VARIANCE = 0.1
-#: Lower bound of an axis's variance, in units of the within-task variance, before scaling: keeps noise from being amplified.
+#: Least variance of an axis before scaling, in units of the within-task variance: keeps noise from being amplified.
 MIN_VARIANCE = 0.01
 
 

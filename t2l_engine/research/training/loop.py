@@ -1,16 +1,9 @@
 """The training loop of every kind of run: steps, validation, saved states, exact resume; one process or several.
 
-A run's folder holds
-
-- ``settings.yaml``: all settings;
-- ``log.jsonl``: a line per step (loss, gradient norm before clipping, learning rate, examples, tokens with padding,
-  seconds) and per validation;
-- ``training_state.pt``: parameters, optimiser state, step and best validation, replaced atomically;
-- the job's checkpoint or adapters as of the last save, and under ``best/`` as of the best validation.
-
-A killed run resumes from the last saved state.  On one process of the same machine, with the same number of threads, the
-result equals that of an uninterrupted run bit for bit.  With ``compile`` this is not promised: which code a step runs
-may depend on the sizes that the process has seen.
+A run's folder holds its settings, its log (a line per step and per validation), ``training_state.pt`` and the job's
+checkpoint or adapters as of the last save, and under ``best/`` as of the best validation.  A killed run resumes from the
+state; on one process of the same machine, with the same number of threads, the result equals that of an uninterrupted run
+bit for bit, unless ``compile`` is set: which code a step runs may then depend on the sizes that the process has seen.
 """
 
 from __future__ import annotations

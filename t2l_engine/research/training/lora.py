@@ -1,8 +1,7 @@
 """LoRA training without a hypernetwork: one adapter per task, many tasks in one batch, or one adapter for all tasks.
 
-All adapters share the initial draw of A, which averaging and reconstruction need: from different draws, equal products B A
-have factors that differ by a rotation.  With an adapter per task, the tasks of a batch are independent up to rounding and
-dropout: losses, gradient clipping and optimiser act per adapter.
+With an adapter per task, the tasks of a batch are independent up to rounding and dropout: losses, gradient clipping and
+optimiser act per adapter.
 """
 
 from __future__ import annotations
@@ -39,7 +38,8 @@ class LoRABank(nn.Module):
     """``count`` adapters as parameters, ``lora_A.<module> [count, layers, r, in]`` and ``lora_B.<module> [.., out, r]``.
 
     A is initialised as in PEFT (Kaiming uniform, ±1/sqrt(in)) with one draw per module, shared by all layers and adapters as
-    in Bias-HyperInit, so that adapters differ only by what was learned.  B is initialised to zero.
+    in Bias-HyperInit: averaging and reconstruction need it, since from different draws equal products B A have factors that
+    differ by a rotation.  B is initialised to zero.
     """
 
     def __init__(self, modules: Modules, count: int, rank: int, scaling: float, seed: int):
@@ -103,8 +103,7 @@ class LoRA(loop.Job):
         self.settings, self._context, self._tasks, self.folder = settings, context, list(tasks), folder
         self._shared = settings.mode == MULTI_TASK  # one adapter for all tasks
         self.names = _names(settings, context, self._tasks)
-        held_out = settings.held_out_descriptions
-        self._descriptions = [trained_descriptions(t.name, len(t.descriptions), held_out) for t in context.tasks]
+        self._descriptions = trained_descriptions(context.tasks, settings.held_out_descriptions)
         validated = [bool(context.validation.kept[i]) for i in self._tasks]
         self._validated = [any(validated)] if self._shared else validated  # by adapter: whether validation selects it
         scaling = resolve_scaling(settings.scaling, settings.lora_alpha, settings.rank)
@@ -226,7 +225,7 @@ def train(
     context = TrainingContext(settings, Path(tasks_folder), accelerator.device, names)
     plan = waves(settings, context)
     if not (output / WAVES).is_dir():
-        names = (name for tasks in plan for name in _names(settings, context, tasks))
+        names = _names(settings, context, range(len(context.tasks)))
         expect_none(output / ADAPTERS, names, "but no run to go on with")
     for number, tasks in enumerate(plan):
         folder = output / WAVES / f"{number:03}"

@@ -97,13 +97,9 @@ def token_weights(kind: str, groups: Sequence[Group], per_task: bool) -> Callabl
 
 
 class Objective:
-    """Cross-entropy of answers given prompts, through ``model`` with an adapter per row.
+    """Cross-entropy of answers given prompts, through the frozen causal LM ``model`` with an adapter per row.
 
-    Logits are computed at answer positions only, from the decoder's hidden states.
-
-    Args:
-        model: a transformers causal LM with frozen parameters.
-        handle: of the adapters attached to it.
+    Logits are computed at answer positions only, from the decoder's hidden states.  ``handle``: of the attached adapters.
 
     Raises ConfigError if logits computed this way differ from the model's own.
     """

@@ -1,13 +1,4 @@
-"""Reconstruction: a hypernetwork learns to reproduce a library of adapters from their descriptions (paper section 3.1).
-
-Only encoder "llm" loads the base model.  The loss of a task is the L1 distance to its adapter, the mean over modules of
-
-- "z-score": ``(mean|A - A'| + mean|B - B'|) / 2`` between z-scores, by the mean and unbiased standard deviation of each
-  entry over the tasks; the checkpoint's offsets invert the normalisation;
-- "raw": the same between A and B themselves.  The hypernetwork generates the difference to the mean over the tasks (an
-  offset of the checkpoint), in units of :func:`spread`; the unit is folded into the heads when the checkpoint is written;
-- "delta-w": ``10,000 mean|B A - B' A'|``; the heads' output is scaled by 1/100 (``output_scale``).
-"""
+"""Reconstruction: a hypernetwork learns to reproduce a library of adapters from their descriptions (paper section 3.1)."""
 
 from __future__ import annotations
 
@@ -149,7 +140,16 @@ def spread(stack: AdapterStack) -> float:
 
 
 class Reconstruction(HyperNetworkJob):
-    """Reconstruction of a library of adapters; see :func:`train`."""
+    """Reconstruction of a library of adapters; only encoder "llm" loads the base model.
+
+    The loss of a task is the L1 distance to its adapter, the mean over modules of
+
+    - "z-score": ``(mean|A - A'| + mean|B - B'|) / 2`` between z-scores, by the mean and unbiased standard deviation of each
+      entry over the tasks; the checkpoint's offsets invert the normalisation;
+    - "raw": the same between A and B themselves.  The hypernetwork generates the difference to the mean over the tasks (an
+      offset of the checkpoint), in units of :func:`spread`, which are folded into the heads of the checkpoint;
+    - "delta-w": ``10,000 mean|B A - B' A'|``; the heads' output is scaled by 1/100 (``output_scale``).
+    """
 
     settings: ReconstructionSettings
 

@@ -25,9 +25,6 @@ class Prompt(NamedTuple):
     described: bool = False
 
 
-INPUT_ALONE = Prompt()
-
-
 def settings_of(folder: Path) -> dict[str, Any] | None:
     """The settings of the run in ``folder``; None if not even its first wave has finished."""
     path = folder / WAVES / "000" / RECORD
@@ -62,7 +59,7 @@ def _stated(adapters: Path) -> dict[str, Any]:
 
 
 def prompt_of_run(adapters: Path) -> Prompt:
-    """How to ask the adapters in folder ``adapters``, as stated by their run; INPUT_ALONE if nothing states it."""
+    """How to ask the adapters in folder ``adapters``, as stated by their run; ``Prompt()`` if nothing states it."""
     stated = _stated(adapters)
     return Prompt(check_prompt_form(stated.get("prompt_form", CHAT), adapters.parent), stated.get("prompt") == "description")
 

@@ -1,8 +1,4 @@
-"""Sampling of training data as a pure function of seed and step, so that a resumed run reads the same data.
-
-A *group* is a task with one description and ``samples_per_task`` examples, which share one adapter.  Steps, batches and
-processes are made of whole groups.
-"""
+"""Sampling of training data as a pure function of seed and step, so that a resumed run reads the same data."""
 
 from __future__ import annotations
 
@@ -27,10 +23,7 @@ DESCRIBED_KEPT = 1 << 14
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A tokenised example: ``tokens`` of prompt and answer, of which the last ``answer_len`` are the answer.
-
-    ``input``: the example's input text; with ``condition`` "input" its adapter is generated from it.
-    """
+    """A tokenised example: ``tokens`` of prompt and answer, the last ``answer_len`` of the answer; ``input``: its text."""
 
     tokens: tuple[int, ...]
     answer_len: int
@@ -39,8 +32,9 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """``samples`` of the task with index ``task``, for its description with index ``description``.
+    """``samples`` of the task with index ``task``, for its description with index ``description``; they share one adapter.
 
+    Steps, batches and processes are made of whole groups.
     ``key``: seed of the group's noise, which therefore does not depend on its batch or process.
     """
 
@@ -59,16 +53,17 @@ def seeded(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
 
 
-def trained_descriptions(task: str, count: int, held_out: int) -> range:
-    """Indices of the ``count`` descriptions of ``task`` that are trained on, the last ``held_out`` are not.
+def trained_descriptions(tasks: Sequence[Task], held_out: int) -> list[range]:
+    """Of each task, indices of the descriptions that are trained on, all but the last ``held_out``.
 
     Raises ConfigError if none is left.
     """
-    if count <= held_out:
-        raise ConfigError(
-            f"held_out_descriptions: expected fewer than the {count} descriptions of task {task}, got {held_out}"
-        )
-    return range(count - held_out)
+    for task in tasks:
+        if (count := len(task.descriptions)) <= held_out:
+            raise ConfigError(
+                f"held_out_descriptions: expected fewer than the {count} descriptions of task {task.name}, got {held_out}"
+            )
+    return [range(len(task.descriptions) - held_out) for task in tasks]
 
 
 @functools.lru_cache(maxsize=4096)

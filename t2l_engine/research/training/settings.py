@@ -1,28 +1,17 @@
-"""Settings of training runs: checked fields, read from YAML files and overrides, and their display.
+"""Settings of training runs: checked fields, read from YAML files and overrides; ``t2l train <kind> --fields`` lists them.
 
-Each field has a default, bounds and a description, which ``t2l train <kind> --fields`` shows.  Defaults suit a small model
-on a CPU; those of the paper are in ``docs/training.md``.
+Defaults suit a small model on a CPU; those of the paper are in ``docs/training.md``.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from t2l_engine.files.errors import MAX_NUMBER, MAX_RANK, MAX_SIZE, MIN_NUMBER, ConfigError, short_repr
 from t2l_engine.files.text import is_unicode
@@ -37,16 +26,20 @@ def _unicode(text: str) -> str:
     return text
 
 
+def field(default: Any, description: str) -> Any:
+    return Field(default, description=description)
+
+
 Text = Annotated[str, AfterValidator(_unicode)]
 Positive = Annotated[int, Field(gt=0, lt=MAX_SIZE)]
 Count = Annotated[int, Field(ge=0, lt=MAX_SIZE)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 #: Settings by name, for ``--config``: ``mini-*`` take minutes on a CPU.
 PACKAGED = Path(__file__).parent / "presets"
-#: The ``encoder`` that is the frozen language model itself: its last hidden state, or attention pooling of hidden states.
+#: The ``encoder`` that is the frozen base model itself: its last hidden state, or attention pooling of hidden states.
 BASE_MODEL, LLM = "base-model", "llm"
 ADAMW, MUON = "adamw", "muon"
 #: Former names of fields, as files of settings and runs hold them.
@@ -65,30 +58,23 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    steps: Positive = Field(1000, description="optimiser steps")
-    learning_rate: Rate = Field(1e-3, description="reached after the warm-up")
-    warmup_steps: Count = Field(50, description="steps of linear rise from zero")
-    schedule: Literal["linear", "constant"] = Field("linear", description="after the warm-up: linear decay to zero, or none")
-    weight_decay: NotNegative = Field(0.01, description="decoupled, on every trained parameter")
-    grad_clip: NotNegative = Field(1.0, description="largest L2 norm of a step's gradient; 0: no clipping")
-    tasks_per_batch: Positive = Field(8, description="tasks in a batch through the model")
-    accumulation: Positive = Field(1, description="batches whose gradients are summed to one step")
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = Field(
-        0, description="seed of initial parameters, samples, descriptions and noise"
-    )
-    save_every: Positive = Field(100, description="steps between saved states")
-    validate_every: Count = Field(100, description="steps between validations; 0: none")
-    patience: Count = Field(
-        0, description="stop after so many validations without improvement, counted from the start; 0: never"
-    )
-
-    min_delta: NotNegative = Field(
-        0.0, description="least decrease of the lowest validation loss that counts as an improvement"
-    )
+    steps: Positive = field(1000, "optimiser steps")
+    learning_rate: Rate = field(1e-3, "reached after the warm-up")
+    warmup_steps: Count = field(50, "steps of linear rise from zero")
+    schedule: Literal["linear", "constant"] = field("linear", "after the warm-up: linear decay to zero, or none")
+    weight_decay: NotNegative = field(0.01, "decoupled, on every trained parameter")
+    grad_clip: NotNegative = field(1.0, "largest L2 norm of a step's gradient; 0: no clipping")
+    tasks_per_batch: Positive = field(8, "tasks in a batch through the model")
+    accumulation: Positive = field(1, "batches whose gradients are summed to one step")
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = field(0, "of initial parameters, samples, descriptions and noise")
+    save_every: Positive = field(100, "steps between saved states")
+    validate_every: Count = field(100, "steps between validations; 0: none")
+    patience: Count = field(0, "stop after so many validations without improvement, counted from the start; 0: never")
+    min_delta: NotNegative = field(0.0, "least decrease of the lowest validation loss that counts as an improvement")
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_boolean(cls, value: Any, info: ValidationInfo) -> Any:
+    def _no_boolean(cls, value: Any, info: Any) -> Any:
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
             raise ValueError("expected a number or text")  # pydantic would convert it to 1
         return value
@@ -105,47 +91,32 @@ class Settings(BaseModel):
         return self.tasks_per_batch * self.accumulation
 
 
-class _LoRA(BaseModel):
-    """Rank and scaling of the adapters."""
+class _Model(BaseModel):
+    """Settings of training through the frozen base model, and of its adapters."""
 
-    rank: Annotated[int, Field(gt=0, le=MAX_RANK)] = Field(8, description="of the adapters")
-    lora_alpha: Annotated[float, Field(ge=MIN_NUMBER, le=MAX_NUMBER)] = Field(16.0, description="LoRA alpha")
-    scaling: Literal["plain", "rslora"] | Rate = Field("plain", description="plain: alpha/rank; rslora: alpha/sqrt(rank)")
+    rank: Annotated[int, Field(gt=0, le=MAX_RANK)] = field(8, "of the adapters")
+    lora_alpha: Annotated[float, Field(ge=MIN_NUMBER, le=MAX_NUMBER)] = field(16.0, "LoRA alpha")
+    scaling: Literal["plain", "rslora"] | Rate = field("plain", "plain: alpha/rank; rslora: alpha/sqrt(rank)")
+    base_model: Text = field(..., '"smollm2-135m" (packaged) or a local transformers folder')
+    target_modules: Annotated[tuple[Text, ...], Field(min_length=1)] = field(..., "names of the adapted linears")
+    dtype: Literal["float32", "bfloat16"] = field("bfloat16", "of the base model; what is trained is float32")
+    prompt: Literal["input", "description"] = field("input", "the input alone, or the task description and the input")
+    prompt_form: Literal[PROMPT_FORMS] = field(
+        "chat", 'chat: a user turn of the tokenizer\'s template; raw: plain text, "Input: ...", "Output:"'
+    )
+    compile: bool = field(False, "torch.compile of norms and MLPs without adapters; needs a C++ compiler, up to a minute")
+    samples_per_task: Positive = field(1, "examples of a task in a batch")
+    max_tokens: Positive = field(192, "longest prompt and answer; longer examples are left out and counted")
+    bucket_steps: Positive = field(8, "steps over which tasks are bucketed by length; 1: no bucketing")
+    weighting: Literal["sample", "token"] = field("sample", "mean of the loss over samples, or over answer tokens")
+    label_smoothing: Share = field(0.0, "of the training loss")
+    neftune_alpha: NotNegative = field(0.0, "NEFTune: noise of alpha/sqrt(tokens * width) on input embeddings")
+    lora_dropout: Share = field(0.0, "dropout on the input of A")
+    validation_samples: Positive = field(8, 'at most this many examples of split "val" per task')
 
     @model_validator(mode="after")
-    def _scaling(self):
+    def _adapters(self):
         resolve_scaling(self.scaling, self.lora_alpha, self.rank)
-        return self
-
-
-class _Model(_LoRA):
-    """Settings of training through the frozen base model."""
-
-    base_model: Text = Field(description='"smollm2-135m" (packaged) or a local transformers folder')
-    target_modules: tuple[Text, ...] = Field(min_length=1, description="names of the adapted linears")
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the base model; what is trained is float32")
-    prompt: Literal["input", "description"] = Field(
-        "input", description="input: the prompt is the input alone; description: it has the task description too"
-    )
-    prompt_form: Literal[PROMPT_FORMS] = Field(
-        "chat", description='chat: a user turn of the tokenizer\'s template; raw: plain text, "Input: ...", "Output:"'
-    )
-    compile: bool = Field(
-        False, description="torch.compile of norms and MLPs without adapters; needs a C++ compiler and up to a minute"
-    )
-    samples_per_task: Positive = Field(1, description="examples of a task in a batch")
-    max_tokens: Positive = Field(192, description="longest prompt and answer; longer examples are left out and counted")
-    bucket_steps: Positive = Field(8, description="steps over which tasks are bucketed by length; 1: no bucketing")
-    weighting: Literal["sample", "token"] = Field(
-        "sample", description="mean of the loss over samples, or over answer tokens"
-    )
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the training loss")
-    neftune_alpha: NotNegative = Field(0.0, description="NEFTune: noise of alpha/sqrt(tokens * width) on input embeddings")
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout on the input of A")
-    validation_samples: Positive = Field(8, description='at most this many examples of split "val" per task')
-
-    @model_validator(mode="after")
-    def _modules(self):
         if len(set(self.target_modules)) != len(self.target_modules):
             raise ValueError(f"target_modules: expected distinct names, got {short_repr(list(self.target_modules))}")
         return self
@@ -154,38 +125,31 @@ class _Model(_LoRA):
 class _HyperNetwork(BaseModel):
     """Settings of the hypernetwork and its task embeddings."""
 
-    variant: Literal[VARIANTS] = Field("L", description="of the hypernetwork")
-    latent_size: Annotated[int, Field(ge=4, lt=MAX_SIZE)] = Field(128, description="width of the trunk")
-    head_in_size: Positive = Field(256, description="width of the heads' input")
-    encoder: Text = Field(
+    variant: Literal[VARIANTS] = field("L", "of the hypernetwork")
+    latent_size: Annotated[int, Field(ge=4, lt=MAX_SIZE)] = field(128, "width of the trunk")
+    head_in_size: Positive = field(256, "width of the heads' input")
+    encoder: Text = field(
         "minilm",
-        description='"minilm", a sentence-transformers folder, "base-model" (sft): its last token\'s hidden state, '
+        '"minilm", a sentence-transformers folder, "base-model" (sft): its last token\'s hidden state, '
         '"llm": attention pooling of the base model\'s hidden states, or "one-hot": tasks by name',
     )
-    task_init: Literal["random", "discriminant"] = Field(
-        "random",
-        description="initialisation of the task encoder: random, or linear discriminant analysis (LDA) of the descriptions",
+    task_init: Literal["random", "discriminant"] = field(
+        "random", "initialisation of the task encoder: random, or linear discriminant analysis (LDA) of the descriptions"
     )
-    held_out_descriptions: Count = Field(0, description="last descriptions of a task, held out for validation")
-    embedding_noise: NotNegative = Field(
-        0.0, description="standard deviation of noise on task_emb, whose entries have RMS 1"
+    held_out_descriptions: Count = field(0, "last descriptions of a task, held out for validation")
+    embedding_noise: NotNegative = field(0.0, "standard deviation of noise on task_emb, whose entries have RMS 1")
+    optimizer: Literal[ADAMW, MUON] = field(
+        ADAMW, "adamw; muon: Muon for the weights of linears (orthogonalised updates), AdamW for the rest"
     )
-    optimizer: Literal[ADAMW, MUON] = Field(
-        ADAMW, description="adamw; muon: Muon for the weights of linears (orthogonalised updates), AdamW for the rest"
+    mix_descriptions: bool = field(False, "random convex mixes of two descriptions of a task")
+    llm_layers: Annotated[tuple[Count, ...], Field(min_length=1)] = field(
+        (0, 10, 20), "hidden states that encoder llm pools: 0 token embeddings, i output of layer i"
     )
-    mix_descriptions: bool = Field(False, description="random convex mixes of two descriptions of a task")
-    llm_layers: tuple[Count, ...] = Field(
-        (0, 10, 20),
-        min_length=1,
-        description="hidden states that encoder llm pools: 0 token embeddings, i output of layer i",
-    )
-    llm_queries: Positive = Field(8, description="vectors that its attention pooling gives")
-    llm_width: Positive = Field(192, description="width of each of them")
-    llm_heads: Positive = Field(4, description="attention heads of the pooling")
-    llm_blocks: Positive = Field(1, description="attention blocks of the pooling")
-    llm_descriptions: Count = Field(
-        0, description="training descriptions of a task that encoder llm reads, drawn by the seed; 0: all"
-    )
+    llm_queries: Positive = field(8, "vectors that its attention pooling gives")
+    llm_width: Positive = field(192, "width of each of them")
+    llm_heads: Positive = field(4, "attention heads of the pooling")
+    llm_blocks: Positive = field(1, "attention blocks of the pooling")
+    llm_descriptions: Count = field(0, "training descriptions of a task that encoder llm reads, by the seed; 0: all")
 
     @model_validator(mode="after")
     def _encoder(self):
@@ -203,37 +167,31 @@ class _HyperNetwork(BaseModel):
 
     def _expect_defaults(self, *names: str) -> None:
         """Of settings that the encoder has no use for."""
-        fields = type(self).model_fields
-        self._expect(**{name: fields[name].default for name in names})
+        self._expect(**{name: type(self).model_fields[name].default for name in names})
 
     def _expect(self, when: str = "", **only: Any) -> None:
         """ValueError unless the settings have the values ``only``; ``when``: what asks for them, default: the encoder."""
         for name, value in only.items():
-            if getattr(self, name) != value:
-                when = when or f"with encoder {self.encoder!r}"
-                raise ValueError(f"{name}: expected {value!r} {when}, got {getattr(self, name)!r}")
+            if (got := getattr(self, name)) != value:
+                raise ValueError(f"{name}: expected {value!r} {when or f'with encoder {self.encoder!r}'}, got {got!r}")
 
 
 class SFTSettings(_Model, _HyperNetwork, Settings):
     """``t2l train sft``: a hypernetwork, end to end through the frozen base model (paper section 3.2)."""
 
-    condition: Literal["description", "input"] = Field(
+    condition: Literal["description", "input"] = field(
         "description",
-        description="what the adapter is generated from: the task's description, or each example's own input "
+        "what the adapter is generated from: the task's description, or each example's own input "
         "(Hyperdecoders, arXiv 2203.08304)",
     )
-    generated_l2: NotNegative = Field(0.0, description="weight of sum over modules of mean(A^2) + mean(B^2)")
-    initial: Text = Field("", description="checkpoint folder to start from; empty: random parameters")
-    example_share: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="share of the groups whose adapter is generated from an example set (encoder llm)"
+    generated_l2: NotNegative = field(0.0, "weight of sum over modules of mean(A^2) + mean(B^2)")
+    initial: Text = field("", "checkpoint folder to start from; empty: random parameters")
+    example_share: Annotated[float, Field(ge=0, le=1)] = field(
+        0.0, "share of the groups whose adapter is generated from an example set (encoder llm)"
     )
-    example_sets: Positive = Field(
-        8, description="example sets per task, each of worked examples with or without a description"
-    )
-    max_examples: Positive = Field(6, description="most worked examples in an example set")
-    token_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of a text's tokens that the pooling does not see in training (encoder llm)"
-    )
+    example_sets: Positive = field(8, "example sets per task, each of worked examples with or without a description")
+    max_examples: Positive = field(6, "most worked examples in an example set")
+    token_dropout: Share = field(0.0, "share of a text's tokens that the pooling does not see in training (encoder llm)")
 
     @model_validator(mode="after")
     def _condition(self):
@@ -246,32 +204,26 @@ class SFTSettings(_Model, _HyperNetwork, Settings):
         if self.condition == "input":
             if self.encoder == "one-hot":
                 raise ValueError("encoder: expected one that reads text with condition input, got 'one-hot'")
-            self._expect(
-                "with condition 'input'",
-                samples_per_task=1, held_out_descriptions=0, mix_descriptions=False, task_init="random",
-            )  # fmt: skip
+            only = {"samples_per_task": 1, "held_out_descriptions": 0, "mix_descriptions": False, "task_init": "random"}
+            self._expect("with condition 'input'", **only)
         return self
 
 
 class LoRASettings(_Model, Settings):
     """``t2l train lora``: adapters without a hypernetwork, one per task or one for all."""
 
-    mode: Literal["per-task", "multi-task"] = Field(
-        "per-task",
-        description="per-task: an adapter per task, tasks_per_batch * accumulation at a time; multi-task: one for all",
+    mode: Literal["per-task", "multi-task"] = field(
+        "per-task", "per-task: an adapter per task, tasks_per_batch * accumulation at a time; multi-task: one for all"
     )
-    initial: Text = Field(
-        "",
-        description="PEFT folder to start from, or a folder of PEFT folders named as the tasks; empty: none",
-    )
-    held_out_descriptions: Count = Field(0, description="last descriptions of a task, left out of prompts")
+    initial: Text = field("", "PEFT folder to start from, or a folder of PEFT folders named as the tasks; empty: none")
+    held_out_descriptions: Count = field(0, "last descriptions of a task, left out of prompts")
 
 
 class ReconstructionSettings(_HyperNetwork, Settings):
     """``t2l train reconstruction``: a hypernetwork that reproduces a library of adapters."""
 
-    target: Literal["z-score", "raw", "delta-w"] = Field(
-        "z-score", description="what the L1 loss compares: z-scores of A and B, A and B themselves, or B @ A"
+    target: Literal["z-score", "raw", "delta-w"] = field(
+        "z-score", "what the L1 loss compares: z-scores of A and B, A and B themselves, or B @ A"
     )
 
     @model_validator(mode="after")
@@ -281,7 +233,7 @@ class ReconstructionSettings(_HyperNetwork, Settings):
         return self
 
 
-MAX_LISTED = 600  # characters of all faults but the first
+MAX_LISTED = 8  # faults in an error
 S = TypeVar("S", bound=Settings)
 
 
@@ -338,30 +290,24 @@ def build(kind: type[S], values: dict[str, Any], origins: dict[str, str] | None 
             else:
                 faults.append(f"{origin}: {name}: {message}, got {short_repr(fault['input'])}")
         faults = list(dict.fromkeys(faults))
-        ends = itertools.accumulate(map(len, faults[1:]), initial=0)
-        listed = sum(end <= MAX_LISTED for end in ends)
-        if listed < len(faults):
-            last = f"; {len(faults) - listed} further faults" + last
-        raise ConfigError("; ".join(faults[:listed]) + last) from None
+        if len(faults) > MAX_LISTED:
+            last = f"; {len(faults) - MAX_LISTED} further faults" + last
+        raise ConfigError("; ".join(faults[:MAX_LISTED]) + last) from None
     except TypeError as error:  # keys that are not strings
         raise ConfigError(f"{source}: expected field names, got {error}") from None
 
 
 def rows(settings: Settings) -> list[tuple[str, str, str, str]]:
     """(field, value, "default" if it was not set, description) of every field."""
-    chosen = settings.model_fields_set
-    return [
-        (name, _plain(getattr(settings, name)), "" if name in chosen else "default", field.description or "")
-        for name, field in type(settings).model_fields.items()
-    ]
+    chosen, about = settings.model_fields_set, type(settings).model_fields
+    values = {name: _plain(getattr(settings, name)) for name in about}
+    return [(n, values[n], "" if n in chosen else "default", field.description or "") for n, field in about.items()]
 
 
 def fields(kind: type[Settings]) -> list[tuple[str, str, str]]:
     """(field, default, description) of every field of ``kind``."""
-    return [
-        (name, "required" if field.is_required() else _plain(field.default), field.description or "")
-        for name, field in kind.model_fields.items()
-    ]
+    defaults = {n: "required" if field.is_required() else _plain(field.default) for n, field in kind.model_fields.items()}
+    return [(name, default, kind.model_fields[name].description or "") for name, default in defaults.items()]
 
 
 def _plain(value: Any) -> str:
