@@ -203,15 +203,6 @@ def test_packed_projections(make_stack):
         enter(bare, stack, top_k=2)
 
 
-@torch.no_grad()
-def test_partial_libraries_leave_later_layers_alone(make_stack):
-    bare, x = blocks(q_proj=(16, 12)), inputs(2, 5, 16)
-    before = [block["q_proj"](x) for block in bare]
-    with arrow(bare, make_stack({"q_proj": (16, 12)}, num_layers=1, partial=True), top_k=2):
-        after = [block["q_proj"](x) for block in bare]
-    assert not torch.equal(after[0], before[0]) and torch.equal(after[1], before[1])
-
-
 # --- routed models ---------------------------------------------------------------------------------------------------
 
 

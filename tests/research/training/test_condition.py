@@ -57,9 +57,6 @@ def made(base_model, tasks):
         fit.close()
 
 
-# --- each example's input --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("prompt", ["input", "description"])
 def test_trains_and_validates_with_an_adapter_a_sample(base_model, tasks, tmp_path, prompt):
     """What the checkpoint generates from an input is what its validation loss is of."""
@@ -123,9 +120,6 @@ def test_an_input_without_text(base_model, tasks, tmp_path, split):
     sft.train(by_input(base_model, steps=1, condition="description"), tasks, tmp_path / "out")
 
 
-# --- the base model --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_base_model_as_encoder(base_model, tasks, tmp_path, made, dtype):
     """Embeddings are the last token's state after the final norm, of RMS 1, in training and of the checkpoint."""
@@ -153,9 +147,6 @@ def test_the_base_model_as_encoder(base_model, tasks, tmp_path, made, dtype):
     assert yaml.safe_load((tmp_path / "sakana" / "args.yaml").read_text())["emb_model"] == ""  # the base model, to it
     again = t2l.TextToLoRA.from_pretrained(tmp_path / "sakana")
     assert torch.equal(again.generate(texts).lora_B["q_proj"], engine.generate(texts).lora_B["q_proj"])
-
-
-# --- settings --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("field, value", {

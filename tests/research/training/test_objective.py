@@ -135,9 +135,6 @@ def test_generated_l2():
     assert generated_l2(stack) == (1 + 4 + 9 + 0) / 4 + (1 + 1 + 0 + 4) / 4 + 4 + 0
 
 
-# --- models whose logits are made otherwise -----------------------------------------------------------------------
-
-
 def test_logits_that_are_not_understood(tiny_model, make_stack):
     """A factor that no known field names is found before training starts."""
     model = tiny_model("Llama")
@@ -182,9 +179,6 @@ def test_models_that_are_understood_and_not(tiny_model, family, changes, message
         Objective(model, None)
 
 
-# --- noise -------------------------------------------------------------------------------------------------------------
-
-
 def test_neftune(made):
     """Uniform within alpha/sqrt(L D) on a row's own L tokens, none on padding, a function of the group alone."""
     model, handle, stack = made()
@@ -221,9 +215,6 @@ def test_neftune(made):
     assert torch.equal(noise(step, 2.5), rows / 2)
 
 
-# --- dropout ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dropout", [0.5, 0.75])  # whose factors are exact
 def test_dropout_of_a_layer(dropout):
     """Entries of the input of A are zero or 1/(1 - p) times as large, on the way back too; the base's input is whole."""
@@ -249,9 +240,6 @@ def test_dropout_of_a_layer(dropout):
     masked = got.detach().double().sum(dim=(0, 1))
     for side in (A, B):
         assert (side.grad[0, 0] - masked).abs().max() <= GRADIENT_RTOL * masked.max()
-
-
-# --- validation ---------------------------------------------------------------------------------------------------------
 
 
 def test_validation(base_model, tasks):
