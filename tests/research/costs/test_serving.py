@@ -38,7 +38,7 @@ def way(first: int = 0, later: int = 0, per_user: int = 0, per_task: int = 0, fi
 # --- questions, shots, tasks -----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=400)
+@settings(max_examples=100)
 @given(costs, costs, costs, costs)
 def test_questions_won(first, later, rival_first, rival_later):
     """Every sign of what the first question and each later one save; beyond 40 questions nothing changes."""
@@ -91,7 +91,7 @@ def test_shots_to_win(name, rival, questions):
     assert shots_to_win(SETUP, LOAD, name, rival, questions=questions, limit=40) == expected
 
 
-@settings(max_examples=400)
+@settings(max_examples=100)
 @given(few, few, few, st.integers(1, 3))
 def test_tasks_to_win(per_user, per_task, fixed, users):
     """Of memory: ours beside a rival whose shares lie around ours; beyond 40 tasks nothing changes."""
