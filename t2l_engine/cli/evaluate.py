@@ -49,12 +49,9 @@ NAMED = {name: f"--{name.replace('_', '-')}" for name in (
 )} | {"also": "--also, --multi-task"}  # fmt: skip
 
 
-class Measure(str, enum.Enum):
-    """Measure in the printed table."""
-
-    score = "score"
-    containment = "containment"
-    rouge_l = "rouge_l"
+TITLES = {"score": "score, %", "containment": "containment, %", "rouge_l": "ROUGE-L, %"}
+#: Of the printed table.
+Measure = enum.Enum("Measure", {name: name for name in TITLES}, type=str)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,14 +151,13 @@ def evaluate(options: Options, settings: Settings) -> None:
     check_device(options.device)
     with named(NAMED):
         tasks, by_split = _load_tasks(options)
-        store = _store(options)
         checkpoints = _checkpoints(options)
         methods = _methods(options, tasks, by_split["train"], checkpoints)
         _, engine, folder = checkpoints[0]
         trained = sorted(trained_tasks(describe(folder)))
         groups = _groups([task.name for task in tasks], set(trained), options.manifest, apart=bool(settings.precision))
         model_name = base_model_of(folder, options.base_model)
-        answerer, tokenizer = _answerer(options, model_name, store)
+        answerer, tokenizer = _answerer(options, model_name)
     _say_other_bases(options, checkpoints, model_name)
     if not has_chat(tokenizer):
         methods = without_chat(methods)
@@ -180,7 +176,7 @@ def evaluate(options: Options, settings: Settings) -> None:
         )  # fmt: skip
         with tqdm(total=evaluation.answers, unit="answer") as bar:
             result = evaluation.run()
-    groups = {group: [name for name in members if name in result["tasks"]] for group, members in groups.items()}
+    groups = {group: [name for name in of if name in result["tasks"]] for group, of in groups.items()}
     own = {"batch_size": options.batch_size, "held_out_descriptions": options.held_out_descriptions}
     _write(options, {
         "checkpoint": str(options.checkpoint), "base_model": model_name, "dtype": options.dtype.value,
@@ -190,22 +186,16 @@ def evaluate(options: Options, settings: Settings) -> None:
     })  # fmt: skip
 
 
-def _store(options: Options) -> Any:
-    """The answers of an earlier run."""
-    from t2l_engine.research.evaluation.answers import Store
-
-    if options.journal is not None and options.journal.exists():
-        say(f"resuming with the answers in {options.journal}; remove it to start anew")
-    return Store(options.resume or options.journal)
-
-
-def _answerer(options: Options, model_name: str, store: Any) -> tuple[Any, Any]:
-    """(what asks the base model, its tokenizer)."""
-    from t2l_engine.research.evaluation.answers import Answerer
+def _answerer(options: Options, model_name: str) -> tuple[Any, Any]:
+    """(what asks the base model, with the answers of an earlier run; its tokenizer)."""
+    from t2l_engine.research.evaluation.answers import Answerer, Store
     from t2l_engine.research.evaluation.methods import digest
     from t2l_engine.text import base_model
     from t2l_engine.text.prompts import prompt_ids
 
+    if options.journal is not None and options.journal.exists():
+        say(f"resuming with the answers in {options.journal}; remove it to start anew")
+    store = Store(options.resume or options.journal)
     model, tokenizer = base_model.load(model_name, options.dtype.torch)
     model.to(options.device)
     begins = [str(i) for i in prompt_ids(tokenizer, [""])[0]]
@@ -220,14 +210,13 @@ def _load_tasks(options: Options) -> tuple[list[Task], dict[str, dict[str, list]
     from t2l_engine.research.tasks.folder import load_tasks
 
     tasks = load_tasks(options.tasks, options.split, names=split_names(options.names) or None)
-    if count := options.held_out_descriptions:
-        for task in tasks:
-            if len(task.descriptions) <= count:
-                expected = f"fewer than the {len(task.descriptions)} descriptions of task {task.name}"
-                raise ValueError(f"held_out_descriptions: expected {expected}, got {count}")
-        tasks = [dataclasses.replace(task, descriptions=task.descriptions[-count:]) for task in tasks]
-    if options.max_items:
-        tasks = [dataclasses.replace(task, examples=task.examples[: options.max_items]) for task in tasks]
+    count = options.held_out_descriptions
+    for i, task in enumerate(tasks):
+        if count and len(task.descriptions) <= count:
+            expected = f"fewer than the {len(task.descriptions)} descriptions of task {task.name}"
+            raise ValueError(f"held_out_descriptions: expected {expected}, got {count}")
+        examples = task.examples[: options.max_items or None]
+        tasks[i] = dataclasses.replace(task, descriptions=task.descriptions[-count:], examples=examples)
     every = load_tasks(options.tasks, None, names=[task.name for task in tasks])
     return tasks, {s: {t.name: [e for e in t.examples if e.split == s] for t in every} for s in ("train", "val")}
 
@@ -286,18 +275,14 @@ def _groups(names: list[str], trained: set[str], manifest: str, *, apart: bool) 
     """
     from t2l_engine.research.tasks import manifest as manifests
 
-    groups = {"all": names}
-    if trained:
-        groups["trained"] = [n for n in names if n in trained]
-        groups["not trained"] = [n for n in names if n not in trained]
+    members = {"trained": trained, "not trained": {*names} - trained} if trained else {}
     if manifest:
         read = manifests.read(manifest)
-        for part in manifests.TASK_SPLITS:
-            members = set(read.names(part))
-            groups[part] = [n for n in names if n in members]
-    groups = {group: members for group, members in groups.items() if members}
-    disjoint = manifests.TASK_SPLITS if manifest else ("trained", "not trained")
-    return {group: members for group, members in groups.items() if not apart or group in disjoint} or groups
+        of_manifest = {split: {*read.names(split)} for split in manifests.TASK_SPLITS}
+        members = of_manifest if apart else members | of_manifest
+    groups = {group: [n for n in names if n in of] for group, of in members.items()}
+    groups = {group: of for group, of in groups.items() if of}
+    return groups if apart and groups else {"all": names} | groups
 
 
 def _write(options: Options, result: dict[str, Any]) -> None:
@@ -330,20 +315,18 @@ def _table(result: dict[str, Any], measure: str) -> Any:
     from rich.table import Table
 
     methods = list(result["details"])
-    shown = {"score": "score, %", "containment": "containment, %", "rouge_l": "ROUGE-L, %"}[measure]
-    table = Table("task", *methods, title=f"{shown}, split {result['split']}, scaling {result['scaling']:g}")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table("task", title=f"{TITLES[measure]}, split {result['split']}, scaling {result['scaling']:g}")
+    for method in methods:
+        table.add_column(method, justify="right")
 
     def cells(values: dict[str, float | None]) -> list[str]:
         return ["" if values.get(method) is None else f"{values[method]:.1f}" for method in methods]
 
     for name in result["tasks"]:
         table.add_row(name, *cells({m: result["details"][m]["tasks"].get(name, {}).get(measure) for m in methods}))
-    if measure == "score":
-        for group, of in result["summary"].items():
-            table.add_section()
-            table.add_row(f"mean: {group} ({of['tasks']})", *cells(of["mean"]), style="bold")
-            spans = {m: f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" for m, d in of["difference"].items()}
-            table.add_row(f"{methods[0]} minus this method", *(spans.get(method, "") for method in methods))
+    for group, of in result["summary"].items() if measure == "score" else ():
+        table.add_section()
+        table.add_row(f"mean: {group} ({of['tasks']})", *cells(of["mean"]), style="bold")
+        spans = {m: f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" for m, d in of["difference"].items()}
+        table.add_row(f"{methods[0]} minus this method", *(spans.get(method, "") for method in methods))
     return table

@@ -14,18 +14,27 @@ import torch
 from torch import Tensor
 
 
+def mapped(function, value):
+    """``function`` of every tensor in ``value``, in lists and dicts too."""
+    if isinstance(value, dict):
+        return {key: mapped(function, entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(mapped(function, entry) for entry in value)
+    return function(value) if isinstance(value, Tensor) else value
+
+
 def placed(value, device: torch.device | None = None):
     """Copy of tensors (in lists and dicts too) on ``device`` (None: torch's default), strides and base storage kept."""
     device = device or torch.get_default_device()
-    if isinstance(value, dict):
-        return {key: placed(entry, device) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(placed(entry, device) for entry in value)
-    if not isinstance(value, Tensor) or value.device.type == device.type:
-        return value
-    if value._base is None:
-        return value.to(device)
-    return placed(value._base, device).as_strided(value.shape, value.stride(), value.storage_offset())
+
+    def of(tensor: Tensor) -> Tensor:
+        if tensor.device.type == device.type:
+            return tensor
+        if tensor._base is None:
+            return tensor.to(device)
+        return of(tensor._base).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    return mapped(of, value)
 
 
 def drawn_on_cpu(make):
@@ -41,6 +50,8 @@ def drawn_on_cpu(make):
 
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+#: Inputs and adapters.
+_BF16, _F16 = ({"x_dtype": dtype, "w_dtype": dtype} for dtype in (BF16, F16))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,48 +142,37 @@ LORA_CASES = (
     LoraCase("out_r_layout", _RAGGED, b_layout="out_r"),
     LoraCase("out_r_odd", _RAGGED, in_features=111, out_features=77, rank=12, b_layout="out_r"),
     LoraCase("out_r_mixed_ranks", _RAGGED, out_features=600, rank=16, ranks=(16, 3, 0, 8), b_layout="out_r"),
-    LoraCase("bf16", _RAGGED, x_dtype=BF16, w_dtype=BF16),
-    LoraCase("bf16_odd", _RAGGED, in_features=111, out_features=77, rank=5, x_dtype=BF16, w_dtype=BF16),
-    LoraCase("bf16_out_r", _MIXED, x_dtype=BF16, w_dtype=BF16, b_layout="out_r"),
-    LoraCase("bf16_mixed_ranks", _RAGGED, rank=16, ranks=(16, 3, 0, 8), x_dtype=BF16, w_dtype=BF16),
-    LoraCase(
-        "bf16_out_r_mixed_ranks",
-        _RAGGED,
-        out_features=600,
-        rank=8,
-        ranks=(8, 3, 0, 8),
-        x_dtype=BF16,
-        w_dtype=BF16,
-        b_layout="out_r",
-    ),
+    LoraCase("bf16", _RAGGED, **_BF16),
+    LoraCase("bf16_odd", _RAGGED, in_features=111, out_features=77, rank=5, **_BF16),
+    LoraCase("bf16_out_r", _MIXED, **_BF16, b_layout="out_r"),
+    LoraCase("bf16_mixed_ranks", _RAGGED, rank=16, ranks=(16, 3, 0, 8), **_BF16),
+    LoraCase("bf16_out_r_mixed_ranks", _RAGGED, out_features=600, rank=8, ranks=(8, 3, 0, 8), **_BF16, b_layout="out_r"),
     LoraCase("bf16_x_fp32_adapters_out_r", _RAGGED, out_features=600, x_dtype=BF16, b_layout="out_r"),
     LoraCase("bf16_x_fp32_adapters", _RAGGED, x_dtype=BF16),
     LoraCase("fp32_x_bf16_adapters", _RAGGED, w_dtype=BF16),
     LoraCase("serve_8x8_smollm2", _rows(*range(8)), in_features=576, out_features=576, adapters=8),
     LoraCase("prefill_8x64_smollm2", _rows(*range(8), tokens=64), in_features=576, out_features=576, adapters=8),
-    LoraCase("serve_64x64", _rows(*range(64)), 4096, 4096, adapters=64, x_dtype=BF16, w_dtype=BF16),
+    LoraCase("serve_64x64", _rows(*range(64)), 4096, 4096, adapters=64, **_BF16),
     *(
-        LoraCase(name, segments, 4096, 4096, adapters=adapters, x_dtype=BF16, w_dtype=BF16, b_layout=layout)
+        LoraCase(name, segments, 4096, 4096, adapters=adapters, **_BF16, b_layout=layout)
         for size, segments, adapters in _SERVE
         for name, layout in ((f"serve_{size}", "r_out"), (f"serve_{size}_out_r", "out_r"))
         if name != "serve_64x64"
     ),
-    LoraCase("bf16_rank_64", _RAGGED, in_features=320, rank=64, x_dtype=BF16, w_dtype=BF16),
-    LoraCase("bf16_long", ((130, 1), (3, 0), (20, 1)), in_features=320, x_dtype=BF16, w_dtype=BF16),
-    LoraCase("fp16_rank_24", _RAGGED, rank=24, x_dtype=F16, w_dtype=F16, b_layout="out_r"),
-    LoraCase("fp16", _RAGGED, x_dtype=F16, w_dtype=F16),
-    LoraCase(
-        "fp16_out_r_odd", _RAGGED, in_features=111, out_features=77, rank=12, x_dtype=F16, w_dtype=F16, b_layout="out_r"
-    ),
+    LoraCase("bf16_rank_64", _RAGGED, in_features=320, rank=64, **_BF16),
+    LoraCase("bf16_long", ((130, 1), (3, 0), (20, 1)), in_features=320, **_BF16),
+    LoraCase("fp16_rank_24", _RAGGED, rank=24, **_F16, b_layout="out_r"),
+    LoraCase("fp16", _RAGGED, **_F16),
+    LoraCase("fp16_out_r_odd", _RAGGED, in_features=111, out_features=77, rank=12, **_F16, b_layout="out_r"),
     LoraCase("fp16_x_bf16_adapters", _MIXED, x_dtype=F16, w_dtype=BF16),
     # As attached models have them: rows at 16-byte boundaries, which have a CUDA kernel of their own for decode steps.
-    LoraCase("aligned_rows", _MIXED, 1056, 1032, x_dtype=BF16, w_dtype=BF16, pad=8),
-    LoraCase("aligned_rows_fp16", _MIXED, 1056, 264, rank=20, x_dtype=F16, w_dtype=F16, pad=8),
-    LoraCase("aligned_rows_mixed_ranks", _MIXED, 1056, 264, 41, ranks=(41, 8, 0, 20), x_dtype=BF16, w_dtype=BF16, pad=8),
-    LoraCase("aligned", _RAGGED, 1056, 264, rank=20, x_dtype=BF16, w_dtype=BF16, pad=8),
+    LoraCase("aligned_rows", _MIXED, 1056, 1032, **_BF16, pad=8),
+    LoraCase("aligned_rows_fp16", _MIXED, 1056, 264, rank=20, **_F16, pad=8),
+    LoraCase("aligned_rows_mixed_ranks", _MIXED, 1056, 264, 41, ranks=(41, 8, 0, 20), **_BF16, pad=8),
+    LoraCase("aligned", _RAGGED, 1056, 264, rank=20, **_BF16, pad=8),
     LoraCase("aligned_fp32", _RAGGED, 1056, 264, pad=8),
     LoraCase("aligned_bf16_x_fp32_adapters", _RAGGED, 1056, 264, x_dtype=BF16, pad=8),
-    LoraCase("serve_8x8_aligned", _rows(*range(8)), 4096, 4096, adapters=8, x_dtype=BF16, w_dtype=BF16, pad=8),
+    LoraCase("serve_8x8_aligned", _rows(*range(8)), 4096, 4096, adapters=8, **_BF16, pad=8),
     LoraCase("fp64_by_reference", _RAGGED, x_dtype=F64, w_dtype=F64),
 )
 
@@ -211,6 +211,8 @@ class GroupCase:
 
 
 _QKV = ((0, 48, 8), (48, 16, 4), (64, 16, 1))
+_PHI3_QV = ((0, 3072, 8), (6144, 3072, 8))
+_PAST_A_PASS = ((0, 1056, 24), (1056, 264, 16), (1320, 264, 8))  # 48 ranks are more than one pass has
 GROUP_CASES = (
     GroupCase("qkv", LoraCase("", _RAGGED), _QKV, 80),
     GroupCase("q_and_v", LoraCase("", _MIXED), (_QKV[0], _QKV[2]), 80),
@@ -218,22 +220,12 @@ GROUP_CASES = (
     GroupCase("no_tokens", LoraCase("", ()), _QKV, 80),
     GroupCase("all_base", LoraCase("", _rows(-1, -1)), _QKV, 80),
     GroupCase("out_r_layout", LoraCase("", _RAGGED, b_layout="out_r"), _QKV, 80),
-    GroupCase("bf16", LoraCase("", _RAGGED, x_dtype=BF16, w_dtype=BF16), _QKV, 83),
+    GroupCase("bf16", LoraCase("", _RAGGED, **_BF16), _QKV, 83),
     GroupCase("bf16_x_fp32_adapters", LoraCase("", _MIXED, x_dtype=BF16), _QKV, 80),
-    GroupCase("fp16", LoraCase("", _RAGGED, x_dtype=F16, w_dtype=F16), _QKV, 80),
-    GroupCase(
-        "aligned_rows",  # more ranks than one pass has, 48
-        LoraCase("", _MIXED, in_features=1056, x_dtype=BF16, w_dtype=BF16, pad=8),
-        ((0, 1056, 24), (1056, 264, 16), (1320, 264, 8)),
-        1584,
-    ),
+    GroupCase("fp16", LoraCase("", _RAGGED, **_F16), _QKV, 80),
+    GroupCase("aligned_rows", LoraCase("", _MIXED, 1056, **_BF16, pad=8), _PAST_A_PASS, 1584),
     GroupCase("nine_members", LoraCase("", _RAGGED), tuple((20 * i, 9 + i, 1 + i) for i in range(9)), 180),
-    GroupCase(
-        "serve_phi3_qkv_8x8",
-        LoraCase("", _rows(*range(8)), in_features=3072, adapters=8, x_dtype=BF16, w_dtype=BF16),
-        ((0, 3072, 8), (6144, 3072, 8)),
-        9216,
-    ),
+    GroupCase("serve_phi3_qkv_8x8", LoraCase("", _rows(*range(8)), 3072, **_BF16, adapters=8), _PHI3_QV, 9216),
 )
 
 
@@ -268,7 +260,7 @@ class HyperCase:
 
     def _cast(self, arguments: dict, dtype: torch.dtype | None) -> dict:
         dtype = F64 if self.dtype == F64 else dtype  # float64 matrices go with float64 vectors
-        return arguments if dtype is None else _upcast(arguments, dtype)
+        return mapped(lambda tensor: tensor.to(dtype or tensor.dtype), arguments)
 
     @drawn_on_cpu
     def make_trunk(self, seed: int = 0, dtype: torch.dtype | None = None) -> dict:
@@ -330,14 +322,6 @@ class HyperCase:
                 drawn = torch.rand(shape, generator=g) + 0.5 if name.startswith("mul") else torch.randn(shape, generator=g)
                 arguments[name].append(drawn if self.affine and i % 3 in present else None)
         return self._cast(arguments, dtype)
-
-
-def _upcast(value, dtype: torch.dtype):
-    if isinstance(value, Tensor):
-        return value.to(dtype)
-    if isinstance(value, dict):
-        return {k: _upcast(v, dtype) for k, v in value.items()}
-    return [_upcast(v, dtype) for v in value] if isinstance(value, list) else value
 
 
 HYPER_CASES = (

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from t2l_engine.ops import reference
 from t2l_engine.testing import numerics
-from t2l_engine.testing.cases import F64, HyperCase
+from t2l_engine.testing.cases import F64, HyperCase, mapped
 
 
 def in_float64(arguments: dict[str, Any]) -> dict[str, Any]:
     """``arguments`` with their floating-point tensors in float64."""
-    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    return mapped(lambda t: t.double() if t.is_floating_point() else t, arguments)
 
 
 def lora(arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,11 +57,5 @@ def members_of(arguments: dict[str, Any]) -> list[dict[str, Any]]:
 def heads(case: HyperCase, seed: int) -> tuple[dict[str, Any], list[Tensor], list[Tensor]]:
     """(arguments of the heads, A and B of every module in float64, the magnitudes that their errors are relative to)."""
     exact = case.make_heads(seed, dtype=F64)
-    magnitude = reference.hypernet_heads(**{k: _absolute(v) for k, v in exact.items()})
+    magnitude = reference.hypernet_heads(**mapped(torch.abs, exact))
     return case.make_heads(seed), reference.hypernet_heads(**exact), magnitude
-
-
-def _absolute(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_absolute(entry) for entry in value]
-    return value.abs() if isinstance(value, Tensor) else value

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-#: Colours by kind of method; safe for red-green colour blindness.
-_COLOURS = {"generated": "#0072b2", "baseline": "#56b4e9", "base": "#999999", "other": "#d55e00"}
+_GREY, _BLUE, _LIGHT, _RED = "#999999", "#0072b2", "#56b4e9", "#d55e00"  # safe for red-green colour blindness
 
 
 def means(result: Mapping[str, Any], path: Path) -> None:
@@ -22,19 +21,17 @@ def means(result: Mapping[str, Any], path: Path) -> None:
 
     from t2l_engine.research.evaluation.bootstrap import interval
 
-    groups, scores = result["groups"], result["tasks"]
-    methods = list(result["details"])
-    figure, axes = pyplot.subplots(
-        1, len(groups), figsize=(3.2 + 3 * len(groups), 1.2 + 0.28 * len(methods)), sharey=True, squeeze=False
-    )
+    groups, methods = result["groups"], [*result["details"]][::-1]
+    size = (3.2 + 3 * len(groups), 1.2 + 0.28 * len(methods))
+    figure, axes = pyplot.subplots(1, len(groups), figsize=size, sharey=True, squeeze=False)
     for axis, (group, names) in zip(axes[0], groups.items(), strict=True):
-        for y, method in enumerate(reversed(methods)):
-            values = [scores[name][method] for name in names if method in scores[name]]
-            if values:
+        for y, method in enumerate(methods):
+            scores = [result["tasks"][name] for name in names]
+            if values := [of[method] for of in scores if method in of]:
                 span = interval(values)
-                axis.barh(y, span.mean, color=_COLOURS[_kind(method)])
+                axis.barh(y, span.mean, color=_colour(method))
                 axis.plot([span.low, span.high], [y, y], color="black", linewidth=1)
-        axis.set_yticks(range(len(methods)), list(reversed(methods)))
+        axis.set_yticks(range(len(methods)), methods)
         axis.set_xlim(0, 100)
         axis.set_title(f"{group} ({len(names)} tasks)", fontsize=9)
         axis.set_xlabel("score, %")
@@ -44,11 +41,9 @@ def means(result: Mapping[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _kind(method: str) -> str:
+def _colour(method: str) -> str:
     if method.endswith(("-shuffled", "-junk", "-constant")):
-        return "baseline"
+        return _LIGHT
     if method.startswith(("base", "icl")):
-        return "base"
-    if method in ("oracle", "average", "arrow", "nearest") or method.startswith("multi-task"):
-        return "other"
-    return "generated"
+        return _GREY
+    return _RED if method.startswith(("oracle", "average", "arrow", "nearest", "multi-task")) else _BLUE
