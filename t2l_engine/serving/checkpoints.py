@@ -7,10 +7,8 @@ its text again.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import t2l_engine
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.engine import TextToLoRA
 from t2l_engine.files.text import to_json
@@ -35,16 +34,6 @@ VERSION_OF_ADAPTERS = "1"
 BATCH = 64  # texts in a pass of the encoder
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch._C.set_num_threads(1)  # a worker of vLLM replaces torch.set_num_threads by a warning
-    try:
-        yield
-    finally:
-        torch._C.set_num_threads(threads)
-
-
 @torch.inference_mode(False)
 def adapter(hypernetwork: HyperNetwork, task_emb: Tensor) -> AdapterStack:
     """The adapter of one embedding ``[embed_dim]``, with the same bits in every process of a machine.
@@ -52,16 +41,17 @@ def adapter(hypernetwork: HyperNetwork, task_emb: Tensor) -> AdapterStack:
     Alone and on one thread: the rounding of the task encoder, torch's matrix product, depends on the number of rows and
     threads, and perhaps on the alignment of its operand.  The ops of the trunk and the heads do not depend on them.
     """
-    with _one_thread():
+    threads = torch.get_num_threads()
+    torch._C.set_num_threads(1)  # a worker of vLLM replaces torch.set_num_threads by a warning
+    try:
         return hypernetwork.generate(task_emb.clone()[None])
+    finally:
+        torch._C.set_num_threads(threads)
 
 
 @torch.inference_mode(False)
 def tensors(hypernetwork: HyperNetwork, task_emb: Tensor) -> dict[str, Tensor]:
-    """Tensors of the PEFT folder for ``task_emb [embed_dim]``: new bfloat16 tensors, the scaling in B.
-
-    They may be changed in place, also if the caller is in inference mode.
-    """
+    """Tensors of the PEFT folder for ``task_emb [embed_dim]``, bfloat16, the scaling in B; new, for changes in place."""
     return adapter(hypernetwork, task_emb).state_dict_peft(0, dtype=DTYPE, fold=True)
 
 
@@ -83,8 +73,8 @@ def _tokenizer(tokenizer: Any) -> str:
 class Checkpoint:
     """An engine and what its adapters are named after.
 
-    ``name``: short name; ``hash``: :func:`fingerprint`; ``encoder``: digest of the text encoder's configuration, weights and
-    tokenizer; ``base``: name of the base model for adapter_config.json, None: not stated.
+    ``hash``: :func:`fingerprint`; ``encoder``: digest of the text encoder's configuration, weights and tokenizer; ``base``:
+    name of the base model for adapter_config.json, None: not stated.
     """
 
     name: str
@@ -114,7 +104,7 @@ class Checkpoint:
             (text,) = self.engine.encoder.prepare([description])
         except ValueError as error:
             raise ValueError(str(error).replace("texts[0]", argument, 1)) from None
-        return text, names.key(self.hash, self.encoder, _version(), text)
+        return text, names.key(self.hash, self.encoder, f"{t2l_engine.__version__}/{VERSION_OF_ADAPTERS}", text)
 
     def folders(self, texts: Sequence[str], store: AdapterStore, memory: bool = False) -> list[tuple[str, Path]]:
         """(key, folder) of each of ``texts``; those that ``store`` lacks are written, BATCH in a pass.
@@ -169,14 +159,3 @@ class Checkpoint:
             return 0, 0
         tokens = len(encoder.tokenizer(text, verbose=False)["input_ids"])
         return tokens, min(tokens, encoder.max_length)
-
-
-def _version() -> str:
-    from t2l_engine import __version__
-
-    return f"{__version__}/{VERSION_OF_ADAPTERS}"
-
-
-def quiet_encoder() -> None:
-    """Silence the encoder's warning about a long text, which quotes it."""
-    warnings.filterwarnings("ignore", message=r"texts\[\d+\]: description of \d+ tokens truncated")

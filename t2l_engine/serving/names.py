@@ -62,8 +62,7 @@ def digest(*parts: str) -> str:
 def key(checkpoint: str, encoder: str, version: str, prepared: str) -> str:
     """Name of an adapter's folder: 32 hex digits, a digest of everything that its weights depend on.
 
-    ``checkpoint``, ``encoder``: digests of their contents; ``version``: of the generator; ``prepared``: the text as it is
-    tokenized.
+    ``checkpoint``, ``encoder``: digests; ``version``: of the generator; ``prepared``: the text as it is tokenized.
     """
     return digest("adapter", checkpoint, encoder, version, prepared)[:32]
 

@@ -1,10 +1,9 @@
 """The adapter store: a folder of generated adapters that the servers of one user share.
 
-A serving engine reads an adapter's folder again after it has evicted the adapter, so a folder that a running server may have
-used is never deleted.  Each server holds a lock on a file ``.server-*``, whose modification time is the server's start.  The
-modification time of an adapter's folder is its last use: the first request of each server (vLLM then knows the name and does
-not ask again).  A server that starts removes folders that no running server has used: those unused for a week, and the
-longest unused beyond half of the budget.  ``.used`` holds the bytes of all adapters and is locked for each read and change.
+A serving engine reads the folder of an evicted adapter again, so no folder is deleted that a running server may have used.
+Each server holds a lock on a file ``.server-*``, modified at its start; an adapter's folder is modified at its last use, the
+first request of each server.  A server that starts removes folders that no running server has used: those unused for a
+week, and the longest unused beyond half of the budget.  ``.used`` holds the bytes of all adapters, locked for each change.
 """
 
 from __future__ import annotations
@@ -128,29 +127,26 @@ class AdapterStore:
     def _write(self, key: str, memory: bool, fill: Callable[[Path], None]) -> Path:
         path = self._path(key, memory)
         try:
-            temporary = Path(tempfile.mkdtemp(prefix=path.name + _TEMPORARY, dir=self.root))  # for its owner alone
-            try:
-                self._write_as(path, temporary, fill)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+            # Created for its owner alone, as mkdtemp does.
+            with tempfile.TemporaryDirectory(
+                prefix=path.name + _TEMPORARY, dir=self.root, ignore_cleanup_errors=True
+            ) as temporary:
+                fill(Path(temporary))
+                for file in Path(temporary).iterdir():  # complete before the folder has its name, also after a power failure
+                    with file.open("rb") as opened:
+                        os.fsync(opened.fileno())
+                size = _size(Path(temporary))
+                with self._count() as count:  # locked, so that no process sees a refused adapter
+                    if path.is_dir():  # written by another process, and perhaps in use
+                        return path
+                    if count[0] + size > self.budget:
+                        raise Unavailable(f"adapters: the {self.budget} bytes for them are in use until a restart")
+                    os.rename(temporary, path)
+                    count[0] += size
         except (OSError, SafetensorError) as error:
             why = getattr(error, "strerror", None) or str(error)
             raise Unavailable(f"adapters: their folder cannot be written: {why}") from error
         return path
-
-    def _write_as(self, path: Path, temporary: Path, fill: Callable[[Path], None]) -> None:
-        fill(temporary)
-        for file in temporary.iterdir():  # files are complete before their folder has its name, also after a power failure
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        size = _size(temporary)
-        with self._count() as count:  # locked, so that no process sees a refused adapter
-            if path.is_dir():  # written by another process, and perhaps in use
-                return
-            if count[0] + size > self.budget:
-                raise Unavailable(f"adapters: the {self.budget} bytes for them are in use until a restart")
-            temporary.rename(path)
-            count[0] += size
 
     @contextlib.contextmanager
     def _count(self) -> Iterator[list[int]]:
@@ -186,10 +182,7 @@ class AdapterStore:
         return oldest
 
     def _prune(self, started: float) -> list[Path]:
-        """Rename folders for removal and return them; none that was used since ``started``.
-
-        These are unfinished folders, those unused for a week, and the longest unused beyond half of the budget.
-        """
+        """Rename folders for removal, none that was used since ``started``, and return them; which: see the module."""
         found, removed = [], []
         for folder in self._folders():
             with contextlib.suppress(FileNotFoundError):  # renamed or removed by another process

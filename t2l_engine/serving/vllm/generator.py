@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from t2l_engine.serving import names
-from t2l_engine.serving.checkpoints import BATCH, Checkpoint, quiet_encoder
+from t2l_engine.serving.checkpoints import BATCH, Checkpoint
 from t2l_engine.serving.store import AdapterStore, Unavailable
 from t2l_engine.serving.vllm.settings import MEMORY, PREFIX, Settings
 
 MAX_WAITING = 1024  # texts that may wait for a pass of the encoder
 logger = logging.getLogger("vllm.t2l_engine")  # vLLM configures "vllm" and what is below
-
-
-@contextlib.contextmanager
-def _giving_way() -> Iterator[None]:
-    """Lower Python's switch interval to 1 ms (usually 5), so that the event loop waits less for the interpreter."""
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(min(usual, 0.001))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(usual)
 
 
 @dataclass(frozen=True)
@@ -127,7 +115,8 @@ class Generator:
             return future
 
     def _load_now(self, name: str) -> Checkpoint:
-        quiet_encoder()
+        # The encoder's warning of a long text quotes it.
+        warnings.filterwarnings("ignore", message=r"texts\[\d+\]: description of \d+ tokens truncated")
         if self._store is None:
             try:
                 self._store = AdapterStore(self.settings.store, self.settings.store_bytes)
@@ -140,10 +129,14 @@ class Generator:
         loop = asyncio.get_running_loop()
         while self._waiting:
             jobs, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
+            usual = sys.getswitchinterval()
+            sys.setswitchinterval(min(usual, 0.001))  # seconds: the event loop waits less for the interpreter
             try:
                 results = await loop.run_in_executor(self._executor, self._passes, jobs)
             except RuntimeError as error:  # the process ends, and so does its executor
                 results = [error] * len(jobs)
+            finally:
+                sys.setswitchinterval(usual)
             for job, result in zip(jobs, results, strict=True):
                 future = self._futures.pop(job.key)
                 if isinstance(result, Path):
@@ -151,7 +144,6 @@ class Generator:
                 else:
                     future.set_exception(result)
 
-    @_giving_way()
     def _passes(self, jobs: list[Job]) -> list[Path | Exception]:
         """Folders of ``jobs``, one pass for each checkpoint among them; errors are returned."""
         assert self._store is not None  # opened before any checkpoint was loaded
