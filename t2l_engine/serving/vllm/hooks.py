@@ -7,6 +7,7 @@ Each is made only where vLLM's functions have the expected parameters.  Another 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import logging
 import os
@@ -42,24 +43,17 @@ def install(settings: Settings) -> Settings:
 
     May be called more than once in a process.
     """
-    if settings.kernels and (reason := _refused(_use_kernels)) is not None:
-        logger.warning("T2L: vLLM's own LoRA kernels are used: %s", reason)
+    if settings.kernels and not _made(_use_kernels, "vLLM's own LoRA kernels are used"):
         settings = dataclasses.replace(settings, kernels=False)
-    if settings.mode == "memory" and (reason := _refused(_load_from_embeddings, settings)) is not None:
-        logger.warning("T2L: adapters are written as whole PEFT folders (mode disk): %s", reason)
-        settings = dataclasses.replace(settings, mode="disk")
-    changes = [
-        (_refuse_misfits, "sizes are not compared, modules that --lora-target-modules leaves out are ignored"),
-        (_answer_refusals, "with tensor parallelism an adapter that is refused may make a later one fail"),
-    ]
+    if settings.mode == "memory":
+        load = functools.partial(_load_from_embeddings, settings)
+        if not _made(load, "adapters are written as whole PEFT folders (mode disk)"):
+            settings = dataclasses.replace(settings, mode="disk")
+    _made(_refuse_misfits, "sizes are not compared, modules that --lora-target-modules leaves out are ignored")
+    _made(_answer_refusals, "with tensor parallelism an adapter that is refused may make a later one fail")
     if settings.enabled:
-        changes += [
-            (_forget_adapters_of_metrics, "vllm:lora_requests_info keeps every set of adapters"),
-            (_guard_all_routes, "--api-key does not cover all routes that make adapters"),
-        ]
-    for change, without in changes:
-        if (reason := _refused(change)) is not None:
-            logger.warning("T2L: %s: %s", without, reason)
+        _made(_forget_adapters_of_metrics, "vllm:lora_requests_info keeps every set of adapters")
+        _made(_guard_all_routes, "--api-key does not cover all routes that make adapters")
     return settings
 
 
@@ -67,15 +61,18 @@ class _NotPossible(Exception):
     """A change cannot be made; the message says why."""
 
 
-def _refused(change: Callable[..., None], *arguments: Any) -> str | None:
-    """None if ``change`` was made, else why not."""
+def _made(change: Callable[[], None], without: str) -> bool:
+    """Whether ``change`` was made; else a warning says what is so ``without`` it, and why."""
     try:
-        change(*arguments)
+        change()
     except (ImportError, AttributeError) as error:
-        return f"this vLLM lacks what would be changed ({error})"
+        reason = f"this vLLM lacks what would be changed ({error})"
     except _NotPossible as error:
-        return str(error)
-    return None
+        reason = str(error)
+    else:
+        return True
+    logger.warning("T2L: %s: %s", without, reason)
+    return False
 
 
 def _expect(owner: type, name: str, parameters: str) -> None:

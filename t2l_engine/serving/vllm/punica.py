@@ -1,12 +1,8 @@
 """PunicaWrapperT2L: the ops of this package under vLLM's LoRA layers on a CPU.
 
-vLLM calls ``add_lora_linear`` and its siblings once per adapted linear and step.  Everything that is constant between the
-steps of a batch is computed before: token ids and segments once a mapping (:meth:`PunicaWrapperT2L.update_metadata`),
-weights, true ranks and column offsets once a layer (:class:`Layer`).
-
-Unlike vLLM's own wrapper for CPUs, this one never touches a row without an adapter (index -1), returns at once for a batch
-without adapters, skips a slice that no running adapter has, and multiplies A and B at an adapter's true rank, with float32
-accumulation and one rounding.
+Unlike vLLM's own wrapper for CPUs it never touches a row without an adapter (index -1), returns at once for a batch without
+adapters, skips a slice that no running adapter has, and multiplies at an adapter's true rank, with float32 accumulation and
+one rounding.  Token ids and segments are computed once a mapping, weights, ranks and offsets once a layer.
 """
 
 from __future__ import annotations
@@ -87,11 +83,6 @@ def _embedding(lora_b: Tensor, ranks: int) -> Layer:
     return Layer(lora_b, (eye,), (lora_b,), ranks)
 
 
-def _rank(lora_a: Any, limit: int) -> int:
-    """True rank of one slice as vLLM hands it to ``set_lora``: A ``[rank, in]``, or None."""
-    return 0 if lora_a is None else min(lora_a.shape[0], limit)
-
-
 class PunicaWrapperT2L(PunicaWrapperCPU):
     """vLLM's punica wrapper for CPUs with this package's kernels; see the module."""
 
@@ -128,8 +119,10 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
             given = list(lora_a) if isinstance(lora_a, (list, tuple)) else [lora_a]  # one matrix, or one for each slice
             set_lora(index, lora_a, lora_b)
             # vLLM may share one A among slices: then all have full width, and the rows of A beyond the rank are zero.
-            ranks = [_rank(a, limit) for a in given] if len(given) == slices else [limit] * slices
-            layer.set_ranks(index, ranks)
+            if len(given) == slices:
+                layer.set_ranks(index, [0 if a is None else min(a.shape[0], limit) for a in given])
+            else:
+                layer.set_ranks(index, [limit] * slices)
 
         def reset(index: int) -> None:
             reset_lora(index)
@@ -137,11 +130,11 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
 
         module.set_lora, module.reset_lora = set_, reset
 
-    def _layer(self, key: Any, lora_a: Tensor | tuple[Tensor, ...], lora_b: Tensor | tuple[Tensor, ...]) -> Layer:
-        layer = self._layers.get(id(key))
+    def _layer(self, lora_a: Tensor | tuple[Tensor, ...], lora_b: Tensor | tuple[Tensor, ...]) -> Layer:
+        layer = self._layers.get(id(lora_a))
         if layer is None:  # without add_layer nothing is known of its slots
-            lora_b = _as_tuple(lora_b)
-            layer = self._layers[id(key)] = Layer(key, _as_tuple(lora_a), lora_b, ranks=lora_b[0].shape[-1])
+            limit = _as_tuple(lora_b)[0].shape[-1]
+            layer = self._layers[id(lora_a)] = Layer(lora_a, _as_tuple(lora_a), _as_tuple(lora_b), ranks=limit)
         return layer
 
     # --- what changes with the batch ---
@@ -208,7 +201,7 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
         """``y[:, slice i] += scale * (x @ A[i].T) @ B[i].T`` with the adapter of each row; ``x [T, in]``, ``y [T, out]``."""
         if not self._active:
             return
-        layer = self._layer(lora_a_stacked, lora_a_stacked, lora_b_stacked)
+        layer = self._layer(lora_a_stacked, lora_b_stacked)
         group = layer.group(self._active)
         if group is None:
             return
@@ -233,7 +226,7 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
         """The same for the language model's head: a row is a sample, ``y`` may have more columns than the vocabulary."""
         if not self._active:
             return
-        layer = self._layer(lora_a_stacked, lora_a_stacked, lora_b_stacked)
+        layer = self._layer(lora_a_stacked, lora_b_stacked)
         group = layer.group(self._active)
         if group is None:
             return
