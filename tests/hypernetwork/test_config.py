@@ -7,7 +7,6 @@ import pytest
 from t2l_engine import ConfigError, EncoderConfig, HyperNetworkConfig
 from t2l_engine.files.errors import MAX_CONFIG_BYTES, MAX_LAYERS, MAX_RANK, short_repr
 from t2l_engine.files.text import from_json, read_json, to_json
-from t2l_engine.hypernetwork.config import resolve_scaling
 
 NETWORK = {
     "variant": "M",
@@ -151,12 +150,6 @@ def test_widths():
     for latent_size in (127, 130):
         with pytest.raises(ConfigError, match=f"here: latent_size: expected 128 or 129 .*, got {latent_size}"):
             from_json(HyperNetworkConfig, discrete | {"latent_size": latent_size}, "here")
-
-
-def test_scaling():
-    assert resolve_scaling("rslora", 8, 4) == 4.0
-    assert resolve_scaling("plain", 8, 4) == 2.0
-    assert resolve_scaling(0.3, 8, 4) == 0.3
 
 
 def test_read_json(tmp_path):
