@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import baselines, cases, vllm_ops
+from bench import baselines, cases
 from bench.baselines import COPY, gather_bmm, gather_bmm_delta, mm_loop, mm_loop_delta
 from bench.cases import LAYERS, Arguments, Case, Layer, Operands, even, launch, ragged, rows, zipf
 from bench.harness import OURS, Context, Error, Record, Target, Task, roofline, row, verify, worst
@@ -134,9 +134,6 @@ def _builders(context: Context, case: Case) -> tuple[dict[str, Callable[[Operand
         builders = {OURS: Operands.grouped, **{name: each(build) for name, build in CUDA_BUILDERS.items()}}
         if all(len(group.outs) == 1 for group in case.layer.groups):  # then a launch a linear is what ours is
             del builders[APART]
-        builders[vllm_ops.NAME] = lambda operands: vllm_ops.grouped(operands.groups)
-        if why := vllm_ops.absent(case.dtype):
-            skipped[vllm_ops.NAME] = why
     if any(adapter < 0 for _, adapter in case.segments):
         skipped["gather bmm"] = "has no row of the base model"
     elif (gathered := case.layer.weight_bytes(case.tokens, case.rank, case.dtype.itemsize)) > LARGEST_GATHER:
