@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 from bench.records import BASE, COMPILED, OURS, OURS_ALL
 
@@ -12,34 +13,30 @@ MERGED = "merged"
 MODULES = ("q_proj", "v_proj")
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """A server.  ``modules``: what vLLM wraps, None: every layer; ``kernels``: ours under vLLM's LoRA layers.
+class Method(NamedTuple):
+    """vLLM's engine.  ``modules``: what it wraps, None: every layer; ``kernels``: ours under its LoRA layers.
 
-    ``once``: it stands beside, and is not started anew.
+    ``merged``: adapter 0 is in the weights, for all rows.
     """
 
-    about: str
     lora: bool = False
     modules: tuple[str, ...] | None = None
     kernels: bool = False
     eager: bool = True
     merged: bool = False
-    own: bool = False
-    once: bool = False
 
 
-#: By name, in the order of tables.
+#: By name, in the order of tables.  vLLM compiles by default, but not with LoRA on a CPU.
 METHODS = {
-    BASE: Method("vLLM without LoRA, eager"),
-    COMPILED: Method("vLLM without LoRA, compiled, which it is not with LoRA", eager=False, once=True),
-    MERGED: Method("vLLM, one adapter for all rows merged into the weights", merged=True, once=True),
-    OURS: Method("our kernels in vLLM, target modules given", lora=True, modules=MODULES, kernels=True, own=True),
-    OURS_ALL: Method("our kernels in vLLM, every layer wrapped", lora=True, kernels=True, own=True),
-    STOCK_QV: Method("vLLM's own LoRA, target modules given", lora=True, modules=MODULES),
-    STOCK: Method("vLLM's own LoRA, every layer wrapped", lora=True),
+    BASE: Method(),
+    COMPILED: Method(eager=False),
+    MERGED: Method(merged=True),
+    OURS: Method(lora=True, modules=MODULES, kernels=True),
+    OURS_ALL: Method(lora=True, kernels=True),
+    STOCK_QV: Method(lora=True, modules=MODULES),
+    STOCK: Method(lora=True),
 }
-IN_VLLM = (BASE, COMPILED, OURS, OURS_ALL, STOCK_QV, STOCK)
+UNMERGED = tuple(name for name in METHODS if name != MERGED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +48,7 @@ class Case:
 
     name: str
     requests: int
-    methods: tuple[str, ...]
+    methods: tuple[str, ...] = UNMERGED
     stride: int = 1
     target: tuple[float, str] | None = None
 
@@ -63,31 +60,23 @@ class Case:
         return [i if i in adapted else None for i in range(self.requests)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Load:
-    """``cases`` by the number of adapters, all loaded before; tokens of a prompt and an answer; starts, by that number."""
+class Load(NamedTuple):
+    """Cases with so many ``adapters`` loaded; ``tokens`` of a prompt and of an answer; ``starts``: of every process."""
 
-    cases: dict[int, tuple[Case, ...]]
-    prompt: int
-    new: int
-    starts: dict[int, int]
+    adapters: int
+    cases: tuple[Case, ...]
+    tokens: int = 64
+    starts: int = 1
 
 
 NONE, HALF = "8 requests, none adapted", "64 requests, every other adapted"
 EIGHT, MANY = "8 requests, 8 adapters", "64 requests, 64 adapters"
 #: Shares of the tokens per second of another method that ours must reach, as times.
 OF_BASE, OF_STOCK, OF_BASE_UNUSED = (round(1 / 0.93, 4), BASE), (round(1 / 1.5, 4), STOCK_QV), (round(1 / 0.97, 4), BASE)
-FULL = Load(
-    {
-        8: (
-            Case(EIGHT, 8, tuple(METHODS), target=OF_BASE),
-            Case(NONE, 8, IN_VLLM, stride=0, target=OF_BASE_UNUSED),
-            Case("1 request, 1 adapter", 1, tuple(METHODS)),
-        ),
-        64: (Case(MANY, 64, IN_VLLM, target=OF_STOCK), Case(HALF, 64, IN_VLLM, stride=2, target=OF_STOCK)),
-    },
-    prompt=64,
-    new=64,
-    starts={8: 3, 64: 1},
+FEW = (
+    Case(EIGHT, 8, tuple(METHODS), target=OF_BASE),
+    Case(NONE, 8, stride=0, target=OF_BASE_UNUSED),
+    Case("1 request, 1 adapter", 1, tuple(METHODS)),
 )
-TINY = Load({2: (Case("2 requests, 2 adapters", 2, (BASE, OURS, STOCK_QV)),)}, prompt=8, new=8, starts={2: 1})
+FULL = (Load(8, FEW, starts=3), Load(64, (Case(MANY, 64, target=OF_STOCK), Case(HALF, 64, stride=2, target=OF_STOCK))))
+TINY = (Load(2, (Case("2 requests, 2 adapters", 2, (BASE, OURS, STOCK_QV)),), tokens=8),)

@@ -1,8 +1,7 @@
-"""One way to serve, in a process of its own, for :mod:`bench.suites.serving`: loads a model, generates when it is told to.
+"""A vLLM engine in a process of its own, for :mod:`bench.suites.serving`.
 
-Reads a command as a line of JSON and answers with one: ``load`` (the fields of :class:`Vllm`), ``generate`` and ``logits``
-(prompts as token ids, the adapter of every row or null).  The end of its input ends it; what else is printed goes to
-standard error.
+Reads lines of JSON, ``[name, arguments]``: first "load" with the arguments of :class:`Vllm`, then names of its methods.
+Answers each with a line.  The end of its input ends it; what else is printed goes to standard error.
 """
 
 from __future__ import annotations
@@ -14,9 +13,6 @@ import time
 import traceback
 from collections.abc import Sequence
 from typing import Any
-
-import torch
-from torch import Tensor
 
 Prompts = Sequence[Sequence[int]]
 Rows = Sequence[int | None]
@@ -44,30 +40,27 @@ class Vllm:
         """The class that multiplies with the adapters; None without LoRA."""
         return self.llm.collective_rpc(_wrapper)[0] if self.requests else None
 
-    def _run(self, prompts: Prompts, adapters: Rows, params: Any) -> list[Any]:
+    def _run(self, prompts: Prompts, adapters: Rows, each: Sequence[dict[str, Any]]) -> list[Any]:
+        """The answers with the sampling parameters ``each``."""
+        from vllm import SamplingParams
+
         chosen = [None if i is None else self.requests[i] for i in adapters] if self.requests else None
         tokens: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        return self.llm.generate(tokens, params, lora_request=chosen, use_tqdm=False)
+        params = [SamplingParams(temperature=0.0, **of) for of in each]
+        return [one.outputs[0] for one in self.llm.generate(tokens, params, lora_request=chosen, use_tqdm=False)]
 
-    def generate(self, prompts: Prompts, adapters: Rows, new: int) -> list[list[int]]:
-        """``new`` tokens for each prompt."""
-        from vllm import SamplingParams
+    def generate(self, prompts: Prompts, adapters: Rows, new: int) -> tuple[float, list[list[int]]]:
+        """Seconds, and ``new`` tokens for each prompt."""
+        start = time.perf_counter()
+        answers = self._run(prompts, adapters, [{"max_tokens": new, "ignore_eos": True}] * len(prompts))
+        return time.perf_counter() - start, [list(answer.token_ids) for answer in answers]
 
-        params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
-        return [list(one.outputs[0].token_ids) for one in self._run(prompts, adapters, params)]
-
-    def logits(self, prompts: Prompts, adapters: Rows, rows: Sequence[int]) -> Tensor:
+    def logits(self, prompts: Prompts, adapters: Rows, rows: Sequence[int]) -> list[list[float]]:
         """``[len(rows), vocabulary]`` after the prompts of ``rows``, with all prompts in one batch."""
-        from vllm import SamplingParams
-
-        few = {"temperature": 0.0, "max_tokens": 1, "detokenize": False}
-        params = [SamplingParams(logprobs=-1 if i in rows else None, **few) for i in range(len(prompts))]
-        outputs = self._run(prompts, adapters, params)
-        found = []
-        for i in rows:
-            (values,) = outputs[i].outputs[0].logprobs
-            found.append(torch.tensor([values[token].logprob for token in range(len(values))]))
-        return torch.stack(found)
+        few = {"max_tokens": 1, "detokenize": False}
+        answers = self._run(prompts, adapters, [few | {"logprobs": -1 if i in rows else None} for i in range(len(prompts))])
+        found = (answers[i].logprobs[0] for i in rows)
+        return [[values[token].logprob for token in range(len(values))] for values in found]
 
 
 def _wrapper(worker: Any) -> str:
@@ -80,23 +73,17 @@ def main() -> None:
     os.dup2(2, 1)  # what else is printed must not be taken for an answer
     server: Any = None
     for line in sys.stdin:
-        asked = json.loads(line)
-        todo, given = asked.pop("do"), asked
+        name, arguments = json.loads(line)
         try:
-            if todo == "load":
-                server = Vllm(**given)
-                answer = {"wrapper": server.wrapper()}
-            elif todo == "generate":
-                start = time.perf_counter()
-                tokens = server.generate(**given)
-                answer = {"seconds": time.perf_counter() - start, "tokens": tokens}
+            if name == "load":
+                server, answer = Vllm(**arguments), None
             else:
-                torch.save(server.logits(given["prompts"], given["adapters"], given["rows"]), given["path"])
-                answer = {}
+                answer = getattr(server, name)(**arguments)
+            print(json.dumps({"answer": answer}), file=answers)
         except Exception as error:  # of a baseline is a reason to skip it
             traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"}
-        print(json.dumps(answer), file=answers)
+            first = str(error).strip().partition("\n")[0][:200]
+            print(json.dumps({"error": f"{type(error).__name__}: {first}"}), file=answers)
 
 
 if __name__ == "__main__":

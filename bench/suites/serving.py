@@ -11,12 +11,12 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import itertools
 import os
 import shutil
 import statistics
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,14 +43,12 @@ from bench.harness import (
 )
 from bench.process import Process
 from bench.records import BASE
-from bench.serving_methods import FULL, IN_VLLM, METHODS, TINY, Case, Load
+from bench.serving_methods import FULL, METHODS, TINY, Case, Load
 from bench.source import ROOT
 from bench.suites import serving_life
 from bench.timing import Timing, tolerant
 from t2l_engine.text import packaged
 
-#: Methods whose processes live at the same time; each group holds what the others are compared with.
-GROUPS = (IN_VLLM, (BASE, *(name for name in METHODS if name not in IN_VLLM)))
 #: Rows whose logits are verified, the first ones that have an adapter.
 CHECKED = 8
 MEASURE = "logits against float64, root mean square over rows of error / bound"
@@ -78,48 +76,34 @@ def plan(context: Context) -> list[Task]:
         raise BenchError(f"serving: expected device cpu, which it is about; got {context.device.kind!r}")
     if importlib.util.find_spec("vllm") is None:
         raise BenchError(NO_VLLM)
-    load = FULL if context.full else TINY
-    batches = [Task.of(f"{count} adapters", measured, context, load, count) for count in load.cases]
-    return [*batches, *serving_life.tasks(context)]
+    loads = FULL if context.full else TINY
+    return [*(Task.of(f"{load.adapters} adapters", measured, context, load) for load in loads), *serving_life.tasks(context)]
 
 
-def measured(context: Context, load: Load, count: int) -> Iterator[Record]:
-    """The rows and methods of all cases with ``count`` adapters in the servers."""
+def measured(context: Context, load: Load) -> Iterator[Record]:
+    """The rows and methods of all cases of a load, whose processes are started anew a few times."""
     with tempfile.TemporaryDirectory(prefix="t2l-serving-") as scratch:
-        inputs = Inputs.of(Path(scratch), load, count)
-        cases = [Measured(case, load.new) for case in load.cases[count]]
+        inputs = Inputs.of(Path(scratch), load)
+        cases = [Measured(case, load.tokens) for case in load.cases]
         skipped: dict[str, str] = {}
-        for start, group in itertools.product(range(load.starts[count]), GROUPS):
-            there = {name for one in cases for name in one.case.methods} - skipped.keys()
-            wanted = [name for name in group if name in there and not (start and METHODS[name].once)]
-            if wanted != [BASE]:
-                skipped |= _started(context, inputs, cases, wanted, verifies=start == 0)
+        for start in range(load.starts):
+            with contextlib.ExitStack() as stack:
+                servers = {}
+                wanted = {name for case in load.cases for name in case.methods} - skipped.keys()
+                for name in (name for name in METHODS if name in wanted):
+                    with tolerant(_as(name), skipped):
+                        servers[name] = stack.enter_context(contextlib.closing(Server(name, context.threads, inputs)))
+                if start == 0:
+                    skipped |= _verified(inputs, cases, servers, Oracle(inputs))
+                for one in cases:
+                    one.time({n: servers[n] for n in one.case.methods if n in servers and n not in skipped}, inputs)
         for one in cases:
             yield from one.records(context, {n: why for n, why in skipped.items() if n in one.case.methods}, inputs)
 
 
-def _started(
-    context: Context, inputs: Inputs, cases: Sequence[Measured], wanted: Sequence[str], verifies: bool
-) -> dict[str, str]:
-    """Time all cases in new processes of the methods ``wanted``; the baselines among them that failed, and why."""
-    skipped: dict[str, str] = {}
-    with contextlib.ExitStack() as stack:
-        servers = {}
-        for name in wanted:
-            with tolerant(_as(name), skipped):
-                servers[name] = stack.enter_context(contextlib.closing(Server(name, context.threads, inputs)))
-        if verifies:
-            skipped |= _verified(inputs, cases, servers, Oracle(inputs))
-        for one in cases:
-            present = {n: servers[n] for n in one.case.methods if n in servers and n not in skipped}
-            if present.keys() - {BASE}:
-                one.time(present, inputs)
-    return skipped
-
-
 def _as(name: str) -> str:
     """How a method is judged: ours and what the others are compared with may not fail, baselines are then left out."""
-    return OURS if METHODS[name].own or name == BASE else name
+    return OURS if METHODS[name].kernels or name == BASE else name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,19 +116,15 @@ class Inputs:
     prompts: Tensor  # [requests, prompt]
 
     @staticmethod
-    def of(scratch: Path, load: Load, count: int) -> Inputs:
+    def of(scratch: Path, load: Load) -> Inputs:
         engine = t2l.TextToLoRA.from_pretrained(packaged.LANGUAGE_MODEL)
-        stack = engine.generate([f"{TASKS[i % len(TASKS)]}{WISHES[i // len(TASKS)]}." for i in range(count)])
-        folders = [scratch / f"adapter-{i}" for i in range(count)]
+        stack = engine.generate([f"{TASKS[i % len(TASKS)]}{WISHES[i // len(TASKS)]}." for i in range(load.adapters)])
+        folders = [scratch / f"adapter-{i}" for i in range(load.adapters)]
         for i, folder in enumerate(folders):
             stack.save_pretrained(folder, adapter=i)
-        most = max(case.requests for case in load.cases[count])
-        generator = torch.Generator().manual_seed(0)
-        prompts = torch.randint(5, 40_000, (most, load.prompt), generator=generator)
+        most = max(case.requests for case in load.cases)
+        prompts = torch.randint(5, 40_000, (most, load.tokens), generator=torch.Generator().manual_seed(0))
         return Inputs(scratch, stack, tuple(map(str, folders)), prompts)
-
-    def tokens(self, count: int) -> list[list[int]]:
-        return self.prompts[:count].tolist()
 
     @functools.cached_property
     def merged(self) -> Path:
@@ -166,41 +146,42 @@ class Server(Process):
         method = METHODS[name]
         without = ("T2L_VLLM_", "VLLM_PLUGINS", "OMP_NUM_THREADS")  # vLLM counts threads by the CPUs that it is bound to
         environment = {key: value for key, value in os.environ.items() if not key.startswith(without)}
-        cpus = sorted(os.sched_getaffinity(0))[:threads]
         environment |= {
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cpus)),
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))[:threads])),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
             **({"T2L_VLLM_KERNELS": "1"} if method.kernels else {}),
         }
         super().__init__(name, [sys.executable, "-m", "bench.serving_worker"], ROOT, environment)
         try:
-            model = inputs.merged if method.merged else packaged.convert()
-            given = {"model": str(model), "folders": inputs.folders, "lora": method.lora, "modules": method.modules}
-            about = self._ask(do="load", eager=method.eager, rank=inputs.rank, **given)
-            if method.lora and (about["wrapper"] == WRAPPER) != method.kernels:
+            model = str(inputs.merged if method.merged else packaged.convert())
+            given = {"lora": method.lora, "modules": method.modules, "eager": method.eager, "rank": inputs.rank}
+            self._call("load", model=model, folders=inputs.folders, **given)
+            wrapper = self._call("wrapper")
+            if method.lora and (wrapper == WRAPPER) != method.kernels:
                 expected = f"{WRAPPER}, by the plugin of an installed t2l_engine" if method.kernels else "vLLM's own kernels"
-                raise BenchError(f"{name}: expected {expected}; got {about['wrapper']}")
+                raise BenchError(f"{name}: expected {expected}; got {wrapper}")
         except BaseException:
             self.close()
             raise
 
-    def _ask(self, **question: Any) -> dict[str, Any]:
-        answer = self.ask(question)
+    def _call(self, method: str, **arguments: Any) -> Any:
+        answer = self.ask([method, arguments])
         if "error" in answer:
             raise BenchError(f"{self.name}: {answer['error']}")
-        return answer
+        return answer["answer"]
 
-    def generate(self, case: Case, inputs: Inputs, new: int) -> dict[str, Any]:
-        made = self._ask(do="generate", prompts=inputs.tokens(case.requests), adapters=case.rows(self.name), new=new)
-        return made | {"rss_mib": resident_bytes("VmRSS", self.pid) / 2**20}
+    def generate(self, case: Case, inputs: Inputs, new: int) -> tuple[float, list[list[int]], float]:
+        """Seconds, the tokens of every row, and MiB that the process then holds."""
+        prompts, rows = inputs.prompts[: case.requests].tolist(), case.rows(self.name)
+        seconds, tokens = self._call("generate", prompts=prompts, adapters=rows, new=new)
+        return seconds, tokens, resident_bytes("VmRSS", self.pid) / 2**20
 
     def logits(self, case: Case, inputs: Inputs, rows: Sequence[int]) -> Tensor:
-        place = str(inputs.scratch / "logits.pt")
-        self._ask(do="logits", prompts=inputs.tokens(case.requests), adapters=case.rows(self.name), rows=rows, path=place)
-        return torch.load(place)
+        prompts = inputs.prompts[: case.requests].tolist()
+        return torch.tensor(self._call("logits", prompts=prompts, adapters=case.rows(self.name), rows=rows))
 
 
 # --- verification ----------------------------------------------------------------------------------------------------
@@ -262,37 +243,37 @@ class Measured:
     def __init__(self, case: Case, new: int):
         self.case, self.new = case, new
         self.errors: dict[str, Error] = {}
-        self.seconds: dict[str, list[float]] = {name: [] for name in case.methods}
-        self.steps: dict[str, list[float]] = {name: [] for name in case.methods}
-        self.rss_mib: dict[str, list[float]] = {name: [] for name in case.methods}
-        self.alike: dict[str, tuple[int, int]] = {}  # of the rows without an adapter those with the tokens of BASE, and all
+        self.seconds, self.steps, self.rss_mib, self.alike = (defaultdict[str, list](list) for _ in range(4))
 
     def time(self, servers: Mapping[str, Server], inputs: Inputs) -> None:
         """One start: an untimed call of every method, whose tokens are compared, then one pass in each order.
 
         The first pass has calls of half the length too.
         """
-        tokens = {name: server.generate(self.case, inputs, self.new)["tokens"] for name, server in servers.items()}
+        tokens = {name: server.generate(self.case, inputs, self.new)[1] for name, server in servers.items()}
         for name in servers:
             plain = [i for i, adapter in enumerate(self.case.rows(name)) if adapter is None]
-            alike = sum(tokens[name][i] == tokens[BASE][i] for i in plain)
-            before = self.alike.get(name, (0, 0))
-            self.alike[name] = before[0] + alike, before[1] + len(plain)
-            if alike < len(plain) and METHODS[name].own:
-                what = f"{len(plain) - alike} of {len(plain)} rows without an adapter have other tokens than without LoRA"
+            alike = [tokens[name][i] == tokens[BASE][i] for i in plain]
+            self.alike[name] += alike
+            if METHODS[name].kernels and not all(alike):
+                what = f"{alike.count(False)} of {len(plain)} rows without an adapter have other tokens than without LoRA"
                 raise VerificationError(f"{self.case.name}, {name}: {what}")
-        for first, order in ((True, list(servers)), (False, list(servers)[::-1])):
-            for name in order:
-                half = servers[name].generate(self.case, inputs, self.new // 2) if first else None
-                whole = servers[name].generate(self.case, inputs, self.new)
-                self.seconds[name].append(whole["seconds"])
-                self.rss_mib[name].append(whole["rss_mib"])
-                if half is not None:
-                    self.steps[name].append((whole["seconds"] - half["seconds"]) / (self.new - self.new // 2))
+        for name in servers:
+            half, whole = (self._timed(servers[name], inputs, new) for new in (self.new // 2, self.new))
+            self.steps[name].append((whole - half) / (self.new - self.new // 2))
+            self.seconds[name].append(whole)
+        for name in reversed(servers):
+            self.seconds[name].append(self._timed(servers[name], inputs, self.new))
+
+    def _timed(self, server: Server, inputs: Inputs, new: int) -> float:
+        seconds, _, rss_mib = server.generate(self.case, inputs, new)
+        self.rss_mib[server.name].append(rss_mib)
+        return seconds
 
     def records(self, context: Context, skipped: Mapping[str, str], inputs: Inputs) -> Iterator[Record]:
         """The row, and what else is known of each method."""
-        timings = {name: _timing(seconds) for name, seconds in self.seconds.items() if name not in skipped}
+        seconds = {name: self.seconds[name] for name in self.case.methods if name not in skipped}
+        timings = {name: Timing.of([1e6 * one for one in of]) for name, of in seconds.items()}
         shape = {"model": "SmolLM2-135M", "dtype": "bfloat16", "requests": self.case.requests}
         shape |= {"adapters": len({i for i in self.case.rows(OURS) if i is not None}), "prompt": inputs.prompts.shape[1]}
         shape |= {"new": self.new, "modules": "q,v", "rank": inputs.rank, "slots": len(inputs.folders)}
@@ -300,18 +281,13 @@ class Measured:
         error = self.errors[OURS]
         yield row(context, self.case.name, "serving", shape, timings, error, skipped=skipped, target=target)
         for name in timings:
-            alike, plain = self.alike[name]
             yield record(
                 "arm",
                 case=self.case.name,
                 arm=name,
                 step_us=round(1e6 * statistics.median(self.steps[name]), 1),
                 rss_mib=round(max(self.rss_mib[name]), 1),
-                plain_rows=plain,
-                plain_rows_alike=alike,
+                plain_rows=len(self.alike[name]),
+                plain_rows_alike=sum(self.alike[name]),
                 error=self.errors[name]._asdict(),
             )
-
-
-def _timing(seconds: Sequence[float]) -> Timing:
-    return Timing.of([1e6 * one for one in seconds])

@@ -12,7 +12,7 @@ from bench.serving_methods import EIGHT, FULL, HALF, MERGED, METHODS, NONE, STOC
 from bench.suites import serving, serving_life
 from bench.suites.serving import Measured
 
-CASES = {case.name: case for some in FULL.cases.values() for case in some}
+CASES = {case.name: case for load in FULL for case in load.cases}
 #: Seconds a token of a row, by method.
 SECONDS = dict.fromkeys(METHODS, 0.02) | {BASE: 0.0095, OURS: 0.01, OURS_ALL: 0.012, STOCK_QV: 0.016, STOCK: 0.04}
 
@@ -28,7 +28,7 @@ class Served:
         last = [i for i in rows if i is not None][-1:] if self.wrong else []
         self.asked.append(new)
         tokens = [[row if row is not None else last[0] if last else -1] * new for row in rows]
-        return {"seconds": SECONDS[self.name] * new * case.requests, "tokens": tokens, "rss_mib": 2000.0}
+        return SECONDS[self.name] * new * case.requests, tokens, 2000.0
 
 
 class Inputs:
@@ -41,7 +41,7 @@ def context():
 
 
 def measured(case, wrong=()):
-    one = Measured(case, FULL.new)
+    one = Measured(case, FULL[0].tokens)
     one.errors = dict.fromkeys(case.methods, Error(0.01, 0.02))
     servers = {name: Served(name, name in wrong) for name in case.methods}
     one.time(servers, Inputs)
