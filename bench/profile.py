@@ -20,14 +20,7 @@ from bench.source import ROOT
 from bench.suites import apply, generate
 from bench.timing import Call
 
-SECTIONS = (
-    "SpeedOfLight",
-    "MemoryWorkloadAnalysis",
-    "ComputeWorkloadAnalysis",
-    "WarpStateStats",
-    "LaunchStats",
-    "Occupancy",
-)
+SECTIONS = "SpeedOfLight MemoryWorkloadAnalysis ComputeWorkloadAnalysis WarpStateStats LaunchStats Occupancy".split()
 KERNELS = "regex:^(lora_grad|lora|trunk|head)_kernel$"
 OPTIONS = (
     *("--config-file", "off", "--target-processes", "all", "--profile-from-start", "off"),

@@ -13,13 +13,10 @@ import torch
 from bench import cases
 from bench.cases import Case, Group, Layer, Operands, even, rows
 from bench.harness import OURS, Context, verify
-from bench.icl import first
 from bench.records import BASE
 from bench.suites import apply, generate, train
 from t2l_engine import ops
-from t2l_engine.ops import reference
-from t2l_engine.testing import numerics
-from t2l_engine.testing.cases import HYPER_CASES, LORA_CASES
+from t2l_engine.testing.cases import LORA_CASES
 from tests.networks import SHAPES, VARIANTS
 
 LORA = [
@@ -29,7 +26,6 @@ LORA = [
 ]
 PACKED = Case(Layer("phi3 qkv", (Group.packed(3072, q=3072, k_=3072, v=3072),)), rows(*range(8)))
 BACKWARD = [Case(Layer.linear(n), even(512, 8), dtype=torch.float32, label=f"8x64_{n}") for n in (576, 2048)]
-HYPER = [c for c in HYPER_CASES if c.name.startswith("smollm2")]
 TINY = Context.of("tiny", torch.get_num_threads())
 NATIVE = pytest.mark.skipif(not ops.NATIVE, reason="no native library")
 CPU = torch.device("cpu")
@@ -69,28 +65,6 @@ def test_lora_delta_backward(benchmark, case, way):
     benchmark(apply.step(apply.DELTAS[way], *apply.backward_operands(case, seed=0)))
 
 
-@of(HYPER)
-@ways([OURS, "reference"])
-def test_hypernet_ops(benchmark, case, way):
-    benchmark.group = f"hypernet_trunk and hypernet_heads, {case.name}"
-    backend = ops if way == OURS else reference
-
-    def run(seed):
-        trunk, heads = case.make_trunk(seed), case.make_heads(seed)
-        return lambda: (backend.hypernet_trunk(**trunk), backend.hypernet_heads(**heads))
-
-    latent, made = run(1)()
-    oracle = reference.hypernet_trunk(**case.make_trunk(1, dtype=torch.float64))
-    plain = reference.hypernet_trunk(**case.make_trunk(1))
-    assert numerics.relative_frobenius(latent, oracle) <= numerics.trunk_bound(oracle, plain, case.dtype)
-    exact = reference.hypernet_heads(**case.make_heads(1, dtype=torch.float64))
-    if backend is ops:  # all A, all B; of the reference A and B of one module after the other
-        exact, made = exact[::2] + exact[1::2], made[0] + made[1]
-    for got, right in zip(made, exact, strict=True):
-        assert numerics.relative_frobenius(got, right) <= numerics.PARITY_FROBENIUS
-    benchmark(run(0))
-
-
 @functools.cache
 def generators(variant, dtype, count):
     """Verified calls of every way to generate ``count`` adapters."""
@@ -121,20 +95,3 @@ def test_training_step(benchmark, case, way):
         verified(case.name, way, None, train.step_errors(made, frozen, single, stack, case))
     timed = train.Batch.of(frozen, train.SAMPLES, case.tokens, seed=0)
     benchmark(train.step(made[way], None if way == BASE else stack, timed))
-
-
-@functools.cache
-def questions():
-    """Calls of every way at the paper's lengths, and their errors."""
-    served = first.Served(Context.of("full", torch.get_num_threads()), torch.bfloat16)
-    calls = served.calls()
-    return calls, first.errors(served, calls)
-
-
-@pytest.mark.parametrize("way", [OURS, *first.RIVALS], ids=lambda way: "T2L, new task" if way == OURS else way)
-def test_first_question(benchmark, way):
-    benchmark.group = "first question of a new task, SmolLM2-135M, bfloat16, the paper's lengths"
-    with torch.inference_mode():
-        calls, errors = questions()
-        verified(way, way, calls[way], errors)
-        benchmark(calls[way])

@@ -65,16 +65,15 @@ class VllmServer:
 
     def chat(self, model: str, content: str, tokens: int = 8, **fields: Any) -> tuple[int, Any]:
         """(Status, body of the answer) of a chat at temperature 0."""
-        body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": tokens, "temperature": 0}
-        status, text = self.request("POST", "/v1/chat/completions", body | fields)
+        status, text = self.request("POST", "/v1/chat/completions", _chat(model, content, tokens) | fields)
         return status, json.loads(text)
 
     def first_token(self, model: str, content: str) -> float:
         """Seconds from a request to the first piece of its answer, which vLLM sends with the first token."""
-        body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 4, "temperature": 0}
+        body = _chat(model, content, 4) | {"stream": True}
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)) as connection:
             start = time.perf_counter()
-            connection.request("POST", "/v1/chat/completions", json.dumps(body | {"stream": True}), self.headers)
+            connection.request("POST", "/v1/chat/completions", json.dumps(body), self.headers)
             answer = connection.getresponse()
             for line in answer:
                 if line.startswith(b"data: {"):
@@ -103,3 +102,8 @@ class VllmServer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+
+def _chat(model: str, content: str, tokens: int) -> dict[str, Any]:
+    messages = [{"role": "user", "content": content}]
+    return {"model": model, "messages": messages, "max_tokens": tokens, "temperature": 0}

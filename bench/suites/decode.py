@@ -21,8 +21,8 @@ ROWS, CACHED = 8, 64
 #: Name of a set of adapters -> its target.
 TARGETS = {"q,v": Target(1.05, of=BASE), "all linears": Target(1.15, of=BASE)}
 PHASES = {"decode": models.decode, "prefill": models.prefill}
-#: Ways that give every row adapter 0.
-SINGLE = ("PEFT single", "merged")
+#: The way that gives every row adapter 0.
+MERGED = "merged"
 
 #: On a card, of a 7B-shaped model: (modules, rows, adapters) in order of worth; rank; tokens that a row has when the step
 #: ends: few, so that the base step is short and the adapters' share large.
@@ -67,7 +67,7 @@ def steps(context: Context, dtype: torch.dtype) -> Iterator[Record]:
             functions, verified, errors = {}, {}, {}
             for of, (ways, skipped) in chosen.items():
                 ways = ways | {BASE: model}
-                right = {way: exact[BASE if way == BASE else (of, way in SINGLE)][phase] for way in ways}
+                right = {way: exact[BASE if way == BASE else (of, way == MERGED)][phase] for way in ways}
                 got = {way: make(forward, fresh) for way, forward in ways.items()}
                 errors[of] = {way: logits_error(step(), *right[way]) for way, step in got.items()}
                 calls = {way: make(forward, timed) for way, forward in ways.items()}
@@ -95,13 +95,12 @@ def _exact(
 
 
 def _ways(context: Context, model: nn.Module, stack: t2l.AdapterStack) -> tuple[dict[str, Forward], dict[str, str]]:
-    """Ways to run ``stack``, row i with adapter i, but for those of SINGLE; and what is skipped."""
-    ways: dict[str, Forward] = {OURS: models.ours(model, stack, range(ROWS)), "merged": models.merged(model, stack, 0)}
+    """Ways to run ``stack``, row i with adapter i, but for MERGED; and what is skipped."""
+    ways: dict[str, Forward] = {OURS: models.ours(model, stack, range(ROWS)), MERGED: models.merged(model, stack, 0)}
     if why := PEFT_ABSENT or (None if context.full else "left out at this size"):
-        return ways, dict.fromkeys(("PEFT mixed", "PEFT single"), why)
-    peft = models.peft_model(model, stack)
-    names = [str(i) for i in range(ROWS)]
-    return ways | {"PEFT mixed": functools.partial(peft, adapter_names=names), "PEFT single": peft}, {}
+        return ways, {"PEFT mixed": why}
+    mixed = functools.partial(models.peft_model(model, stack), adapter_names=[str(i) for i in range(ROWS)])
+    return ways | {"PEFT mixed": mixed}, {}
 
 
 def sweep(context: Context, dtype: torch.dtype) -> Iterator[Record]:

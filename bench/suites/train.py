@@ -22,7 +22,6 @@ from transformers import AutoTokenizer
 
 import t2l_engine as t2l
 from bench import models
-from bench.baselines import PEFT_ABSENT
 from bench.ceilings import peak_memory, reset_peak, resident_bytes
 from bench.harness import BenchError, Context, Error, Record, Target, Task, record, row, verify, worst
 from bench.models import MODULES, linears, shared
@@ -31,7 +30,7 @@ from bench.source import ROOT
 from t2l_engine.testing import numerics
 from t2l_engine.text import packaged
 
-HOOKS_PEFT, BMM, SEPARATE = f"{HOOKS}, PEFT base", "plain bmm", "one task at a time"
+BMM, SEPARATE = "plain bmm", "one task at a time"
 TARGET = Target(1.12, of=BASE)
 #: Peak memory of hooks over that of ours, at least.
 MEMORY_TARGET = Target(1.25, of=HOOKS)
@@ -203,17 +202,9 @@ def batched(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor
     return torch.bmm(torch.bmm(x, lora_A.mT) * scaling, lora_B.mT)
 
 
-def hooked(model: nn.Module, stack: t2l.AdapterStack, delta: Delta = repeated, peft_base: bool = False) -> Way:
-    """A forward hook on every adapted linear adds ``delta(x, A, B, scaling)``; row i has adapter i, all have one scaling.
-
-    ``peft_base``: around a base that PEFT has wrapped in a LoRA with B = 0, as SakanaAI's training keeps it.
-    """
+def hooked(model: nn.Module, stack: t2l.AdapterStack, delta: Delta = repeated) -> Way:
+    """A forward hook on every adapted linear adds ``delta(x, A, B, scaling)``; row i has adapter i, all have one scaling."""
     model = shared(model)
-    if peft_base:
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=sorted(stack.lora_A))
-        get_peft_model(model, config, autocast_adapter_dtype=False).requires_grad_(False).eval()  # in place
     dtype, adapted = next(model.parameters()).dtype, {n: [layer for _, layer in linears(model, n)] for n in stack.lora_A}
     current: dict[nn.Module, tuple[Tensor, Tensor, float]] = {}
 
@@ -241,11 +232,9 @@ BUILDERS: dict[str, Callable[[nn.Module, t2l.AdapterStack], Way]] = {
     BASE: base,
     OURS: ours,
     HOOKS: hooked,
-    HOOKS_PEFT: functools.partial(hooked, peft_base=True),
     BMM: functools.partial(hooked, delta=batched),
 }
-SKIPPED = {HOOKS_PEFT: PEFT_ABSENT} if PEFT_ABSENT else {}
-WAYS = [name for name in BUILDERS if name not in SKIPPED]
+WAYS = list(BUILDERS)
 
 
 def adapters(model: nn.Module, case: Case, count: int = SAMPLES) -> t2l.AdapterStack:
@@ -288,7 +277,7 @@ def applied(context: Context, case: Case) -> Iterator[Record]:
     functions, wrong = verify(case.name, calls, found)
     timings = context.time(unadapted | functions, factor=FACTOR)
     shape = case.shape(frozen.name, samples=SAMPLES)
-    yield row(context, case.name, "train", shape, timings, found[OURS], skipped=SKIPPED | wrong, target=TARGET)
+    yield row(context, case.name, "train", shape, timings, found[OURS], skipped=wrong, target=TARGET)
 
 
 #: The allocator's settings, equal for all ways: what is freed goes back to the system, so that resident is what is held.
@@ -299,7 +288,7 @@ def memory(context: Context, case: Case, of: Sequence[str]) -> Iterator[Record]:
     """The peak of a step by each of the ways ``of``, each in a process of its own."""
     found = {way: peak(context, case, way) for way in of}
     target = MEMORY_TARGET._asdict() if context.full else None
-    yield record("train_memory", case=case.name, ways=found, skipped=SKIPPED, target=target)
+    yield record("train_memory", case=case.name, ways=found, skipped={}, target=target)
 
 
 def peak(context: Context, case: Case, way: str) -> dict[str, float]:
@@ -311,8 +300,6 @@ def peak(context: Context, case: Case, way: str) -> dict[str, float]:
 
 def held(size: str, threads: int, case: Case, way: str) -> dict[str, float]:
     """What :func:`peak` says, of this process, which should have done nothing else."""
-    if not SKIPPED:
-        import peft  # noqa: F401 - before, so that no way is charged for it
     torch.set_num_threads(threads)
     frozen = load(Context.of(size, threads), case.dtype)
     for tensor in frozen.model.state_dict().values():  # what was mapped from a file is read

@@ -8,7 +8,7 @@ import torch
 from bench.harness import Context, VerificationError, verify
 from bench.records import BASE, HOOKS, OURS
 from bench.suites import train
-from bench.suites.train import BMM, HOOKS_PEFT, SAMPLES, Batch, Case
+from bench.suites.train import BMM, SAMPLES, Batch, Case
 from bench.timing import threads
 
 TINY = dataclasses.replace(Context.of("tiny", 1), rounds=(2, 2), seconds=0.0)
@@ -72,20 +72,6 @@ def test_hooks_leave_no_adapter_behind():
     assert not torch.equal(adapted, train.loss_of(frozen.model, batch))
     with pytest.raises(KeyError):
         train.loss_of(way.model, batch)
-
-
-@pytest.mark.skipif(HOOKS_PEFT in train.SKIPPED, reason="peft is not installed")
-def test_peft_base_multiplies_zeros():
-    from peft.tuners.lora import Linear
-
-    frozen = train.load(TINY, "bfloat16")
-    stack = train.adapters(frozen.model, train.cases(TINY)[0])
-    way = train.hooked(frozen.model, stack, peft_base=True)
-    found = [layer for layer in way.model.modules() if isinstance(layer, Linear)]
-    assert len(found) == sum(a.shape[1] for a in stack.lora_A.values())
-    assert all(layer.lora_A["default"].weight.any() and not layer.lora_B["default"].weight.any() for layer in found)
-    assert not any(p.requires_grad for p in way.model.parameters())
-    assert not any(isinstance(layer, Linear) for layer in frozen.model.modules())
 
 
 @pytest.mark.slow
