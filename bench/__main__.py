@@ -6,7 +6,7 @@ import functools
 import importlib
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -64,13 +64,7 @@ def measure(
     plan = importlib.import_module(PLANS[name]).plan  # modules of the other suites, and what they need, stay unread
     if name == "icl":
         plan = functools.partial(plan, folder=tasks)
-    given = {
-        "only": only,
-        "out": out,
-        "resume": resume,
-        "budget": budget,
-        "progress": bar,
-    }
+    given = {"only": only, "out": out, "resume": resume, "budget": budget, "progress": bar}
     CONSOLE.print(shown(harness.run(name, plan, context, command=spelled(ctx), **given)))
 
 
@@ -118,13 +112,6 @@ def shown(records: Sequence[Record]) -> Table:
     return made
 
 
-def write(ctx: typer.Context, out: Path | None, threads: int, records: Iterable[Record]) -> None:
-    """A file of records that are no rows of times."""
-    context = Context.of("full", threads)
-    made = [harness.head(ctx.info_name, context, spelled(ctx)), *records]
-    harness.Log(out or RESULTS / f"{stem(ctx.info_name, harness.machine(context))}.jsonl").add(*made)
-
-
 @app.command()
 def specs(
     ctx: typer.Context,
@@ -146,7 +133,8 @@ def specs(
     for name in runs.split(",") if runs else plan.RUNS:
         training.train(name, work)
     if not runs:
-        write(ctx, out, threads, judge.records(work))
+        head = harness.head("specs", Context.of("full", threads), spelled(ctx))
+        harness.Log(out or RESULTS / "specs.jsonl").add(head, *judge.records(work))
 
 
 @app.command()

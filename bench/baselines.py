@@ -229,17 +229,6 @@ def gather_bmm_delta(arguments: dict[str, Any]) -> Callable[[], Tensor]:
 PEFT_ABSENT = None if importlib.util.find_spec("peft") else "peft is not installed"
 
 
-def peft_model(model: nn.Module, names: list[str], rank: int, scalings: Sequence[float]) -> nn.Module:
-    """PEFT's model around the linears ``names`` of ``model``, in place: adapter i under the name ``str(i)``; 0 is active."""
-    from peft import LoraConfig, PeftModel
-
-    configs = [LoraConfig(r=rank, lora_alpha=s * rank, target_modules=names, init_lora_weights=False) for s in scalings]
-    wrapped = PeftModel(model, configs[0], adapter_name="0", autocast_adapter_dtype=False)
-    for i, config in enumerate(configs[1:], 1):
-        wrapped.add_adapter(str(i), config, autocast_adapter_dtype=False)
-    return wrapped.eval()
-
-
 COPY = "copy"
 
 

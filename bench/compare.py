@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import statistics
@@ -17,10 +18,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench import worker
 from bench.harness import BenchError
-from bench.process import Process
 from bench.source import ROOT
 
 #: What the native libraries are built from: a revision that differs in none of it runs with those of this tree.
@@ -100,6 +101,38 @@ def _run(command: Sequence[str], folder: Path, why: str) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise BenchError(f"{why}:\n{(done.stdout + done.stderr)[-2000:]}")
+
+
+class Process:
+    """Runs ``command`` in ``folder``, which answers a line of JSON with a line; ``name``: what an error calls it."""
+
+    def __init__(self, name: str, command: Sequence[str], folder: Path, environment: Mapping[str, str]):
+        self.name = name
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._process = subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def answer(self) -> Any:
+        """The next line that it writes; BenchError where it ended."""
+        line = self._process.stdout.readline()
+        if not line:
+            raise BenchError(f"{self.name}: its worker ended with status {self._process.wait()}; its error is above")
+        return json.loads(line)
+
+    def ask(self, question: Any) -> Any:
+        with contextlib.suppress(BrokenPipeError):  # it ended, which the answer says
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
 
 
 class Worker(Process):

@@ -214,16 +214,15 @@ def row(
 
 
 class Task(NamedTuple):
-    """A share of a suite, whose records are written together.  ``needs``: seconds without which it is not begun."""
+    """A share of a suite, whose records are written together."""
 
     name: str
     run: Callable[[], Iterable[Record]]
-    needs: float = 0.0
 
     @staticmethod
-    def of(name: str, function: Callable[..., Iterable[Record]], *arguments: Any, needs: float = 0.0) -> Task:
+    def of(name: str, function: Callable[..., Iterable[Record]], *arguments: Any) -> Task:
         """The task that calls ``function`` with ``arguments``."""
-        return Task(name, functools.partial(function, *arguments), needs)
+        return Task(name, functools.partial(function, *arguments))
 
 
 class Log:
@@ -293,7 +292,7 @@ def run(
         sizes = [256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, context.rotated]
         context.ceilings.survey(sizes, context.thread_counts)
         for task in progress(log.left(tasks)):
-            if end - time.monotonic() > task.needs:
+            if time.monotonic() < end:
                 made = _attempt(context, task)
                 log.add(*context.ceilings.records("before", known), *made)
                 known = set(context.ceilings.rates)

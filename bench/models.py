@@ -15,7 +15,6 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaCon
 from transformers.cache_utils import Cache, DynamicLayer
 
 import t2l_engine as t2l
-from bench import baselines
 from bench.harness import Context, Error, worst
 from t2l_engine.lora.layer import LoRALinear
 from t2l_engine.ops import reference
@@ -135,13 +134,17 @@ def merged(model: nn.Module, stack: t2l.AdapterStack, index: int) -> nn.Module:
 
 def peft_model(model: nn.Module, stack: t2l.AdapterStack) -> nn.Module:
     """PEFT's model around the same weights, adapter i under the name ``str(i)``; adapter 0 is active."""
-    from peft import set_peft_model_state_dict
+    from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 
     (rank,) = {lora_A.shape[2] for lora_A in stack.lora_A.values()}
-    wrapped = baselines.peft_model(shared(model), sorted(stack.lora_A), rank, stack.scaling.tolist())
-    for i in range(len(stack)):
+    of = {"r": rank, "target_modules": sorted(stack.lora_A), "init_lora_weights": False}
+    configs = [LoraConfig(lora_alpha=scaling * rank, **of) for scaling in stack.scaling.tolist()]
+    wrapped = PeftModel(shared(model), configs[0], adapter_name="0", autocast_adapter_dtype=False)
+    for i, config in enumerate(configs):
+        if i:
+            wrapped.add_adapter(str(i), config, autocast_adapter_dtype=False)
         set_peft_model_state_dict(wrapped, stack.state_dict_peft(i), adapter_name=str(i))
-    return wrapped.requires_grad_()  # PEFT froze the base, whose parameters are everybody's: see load
+    return wrapped.eval().requires_grad_()  # PEFT froze the base, whose parameters are everybody's: see load
 
 
 def ours(model: nn.Module, stack: t2l.AdapterStack, ids: Sequence[int]) -> Forward:

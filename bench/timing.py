@@ -238,10 +238,8 @@ class Dry(Cpu):
 
     def samples(self, passes: Mapping[Name, Pass], seconds: float, rounds: tuple[int, int]) -> tuple[int, dict[Name, int]]:
         """A pass that would exceed its share of ``seconds`` gets fewer samples, spread over all rounds."""
-        share, wanted = seconds * 1e6 / max(1, len(passes)), {}
-        for name, one in passes.items():
-            cost = 2 * one.us if one.us < self.covered_us else one.us
-            wanted[name] = max(self.least_replays, min(self.replays, int(share / cost)))
+        costs = {name: 2 * one.us if one.us < self.covered_us else one.us for name, one in passes.items()}
+        wanted = filling(costs, seconds, (self.least_replays, self.replays))
         return max(wanted.values(), default=0), wanted
 
     def capture(self, run: Call) -> Call:

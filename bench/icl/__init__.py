@@ -7,7 +7,6 @@ measured at given lengths (:mod:`bench.icl.first`), and a small one answering th
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
 def plan(context: Context, folder: Path | None = None) -> list[Task]:
     """``folder``: of tasks, with splits train (for the examples) and test; required at size full on a CPU.
 
-    At size tiny the tasks are those of the demo, with a question each.  On a card the first question
-    alone.
+    At size tiny the tasks are those of the demo, with a question each.  On a card the first question alone.
     """
     import torch  # here: tables and figures read names of this package without it
 
@@ -27,14 +25,10 @@ def plan(context: Context, folder: Path | None = None) -> list[Task]:
     from bench.icl import costs, first, questions
 
     dtypes = (torch.float32, torch.bfloat16) if context.on_cpu else (torch.bfloat16,)
-    made = {dtype: functools.cache(functools.partial(first.Served, context, dtype)) for dtype in dtypes}
-    tasks = []
-    for dtype, make in made.items():
-        name = f"first question {dtype}".replace("torch.", "")
-        tasks.append(Task(name, functools.partial(first.first, context, make), needs=60.0))
-    if context.on_cpu:
-        if folder is None and context.full:
-            raise BenchError("tasks: expected a task folder (--tasks DIR) at size full, got none")
-        counted = [Task("costs", costs.entries), Task("paper", costs.paper)]
-        return [*counted, *tasks, Task("questions", functools.partial(questions.entries, context, folder))]
-    return tasks
+    tasks = [Task.of(f"first question {dtype}".replace("torch.", ""), first.first, context, dtype) for dtype in dtypes]
+    if not context.on_cpu:
+        return tasks
+    if folder is None and context.full:
+        raise BenchError("tasks: expected a task folder (--tasks DIR) at size full, got none")
+    counted = [Task("costs", costs.entries), Task("paper", costs.paper)]
+    return [*counted, *tasks, Task.of("questions", questions.entries, context, folder)]

@@ -190,10 +190,10 @@ def exact_logits(model: nn.Module, tokens: Tensor, stack: t2l.AdapterStack | Non
 
 
 @torch.inference_mode()
-def first(context: Context, make: Callable[[], Served]) -> Iterator[Record]:
+def first(context: Context, dtype: torch.dtype) -> Iterator[Record]:
     """The row that carries the claim, and its parts."""
-    served = make()
-    load, dtype = served.load, str(served.model.dtype).removeprefix("torch.")
+    served = Served(context, dtype)
+    load, dtype = served.load, str(dtype).removeprefix("torch.")
     calls, requests = served.calls(), served.requests()
     found = errors(served, calls)
     case = f"first question of a new task, {load.question} against {load.question + load.prefix} tokens, {dtype}"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,14 +25,7 @@ from t2l_engine.research.training.settings import LoRASettings, Settings, differ
 from t2l_engine.text.llm_encoder import LLMEncoder
 
 
-@dataclasses.dataclass(frozen=True)
-class Specifications:
-    """Those of the study by what they are for; ``more``: trained on, too, by the runs that have them."""
-
-    trained: Sequence[suite.Placed]
-    development: Sequence[suite.Placed]
-    more: Sequence[suite.Placed]
-    held_out: Sequence[suite.Placed]
+Specifications = Mapping[str, Sequence[suite.Placed]]  # by part
 
 
 def specifications() -> Specifications:
@@ -50,12 +42,11 @@ def specifications() -> Specifications:
     tuned = [siblings.pop(name) for name in ordered(siblings, "adapted")[: PLAN["adapted"]["siblings"]]]
     for seed in PLAN["adapted"]["novel_seeds"]:
         tuned += suite.more_out_of_family([*found, *second, *tuned], seed)
-    return Specifications(
-        trained=[placed for name, placed in known.items() if name not in development],
-        development=[known[name] for name in sorted(development)],
-        more=suite.more_trained(later, second, 0),
-        held_out=held_out_set("third", siblings.values(), [*found, *second, *tuned]),
-    )
+    trained = [placed for name, placed in known.items() if name not in development]
+    held_out = held_out_set("third", siblings.values(), [*found, *second, *tuned])
+    parts = {part: [placed for placed in held_out if placed.task_split == split] for part, split in HELD_OUT.items()}
+    parts |= {TRAINED: trained, DEVELOPMENT: [known[name] for name in sorted(development)]}
+    return parts | {MORE: [*trained, *suite.more_trained(later, second, 0)]}
 
 
 def held_out_set(name: str, of: Iterable[suite.Placed], known: Sequence[suite.Placed]) -> list[suite.Placed]:
@@ -71,13 +62,11 @@ def folder_of(work: Path, part: str) -> Path:
     return work / "tasks" / part
 
 
-def tasks(work: Path, found: Specifications) -> None:
+def tasks(work: Path, parts: Specifications) -> None:
     """Write the task folders of all parts.
 
     Raises BenchError if a held-out description is trained on, ConfigError if ``work`` holds other tasks already.
     """
-    parts = {part: [placed for placed in found.held_out if placed.task_split == split] for part, split in HELD_OUT.items()}
-    parts |= {TRAINED: found.trained, DEVELOPMENT: found.development, MORE: [*found.trained, *found.more]}
     made = {part: [suite.task(placed.spec, suite.EXAMPLES, 0) for placed in of] for part, of in parts.items()}
     made[FURTHER] = [suite.task(placed.spec, suite.EXAMPLES, 0, PLAN["further"]) for placed in parts[MORE]]
     splits = [("train", task) for part in (MORE, FURTHER) for task in made[part]]

@@ -70,7 +70,7 @@ def _cuda_plan(context: Context) -> list[Task]:
         ("decode", decode_cases(full), ["cold", "warm"]),
         ("prefill", prefill_cases(full), ["cold"]),
     ):
-        tasks += [Task.of(f"{group} {c.name}", lora, context, c, group, caches, 1, needs=5.0) for c in chosen]
+        tasks += [Task.of(f"{group} {c.name}", lora, context, c, group, caches, 1) for c in chosen]
     return tasks
 
 

@@ -35,9 +35,7 @@ RANK, CONTEXT = 8, 128
 def plan(context: Context) -> list[Task]:
     if not context.on_cpu:
         chosen = CUDA_FULL if context.full else CUDA_TINY
-        return [
-            Task.of(step_name(modules, rows), cuda, context, modules, rows, n, needs=15.0) for modules, rows, n in chosen
-        ]
+        return [Task.of(step_name(modules, rows), cuda, context, modules, rows, n) for modules, rows, n in chosen]
     both = itertools.product(("float32", "bfloat16"), {"model": steps, "model sweep": sweep}.items())
     return [Task.of(f"{name} {dtype}", run, context, getattr(torch, dtype)) for dtype, (name, run) in both]
 

@@ -80,7 +80,7 @@ def plan(context: Context) -> list[Task]:
         return tasks
     counts = (1, 8, 64) if context.full else (1, 2)
     for name, dtype in CUDA_FULL if context.full else (("tiny", "float32"), ("tiny", "bfloat16")):
-        tasks.append(Task.of(f"{name} L {dtype}", cuda, context, name, dtype, counts, needs=10.0))
+        tasks.append(Task.of(f"{name} L {dtype}", cuda, context, name, dtype, counts))
     return tasks
 
 

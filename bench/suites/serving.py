@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import t2l_engine as t2l
 from bench import models
 from bench.ceilings import resident_bytes
+from bench.compare import Process
 from bench.harness import (
     OURS,
     BenchError,
@@ -41,7 +42,6 @@ from bench.harness import (
     row,
     verify,
 )
-from bench.process import Process
 from bench.records import BASE
 from bench.serving_methods import FULL, METHODS, TINY, Case, Load
 from bench.source import ROOT

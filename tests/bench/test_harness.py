@@ -103,7 +103,7 @@ def plan_of(*names, fails=(), seen=None):
             if name in fails:
                 raise RuntimeError("why\nmore")
 
-        return Task(name, made, needs=0.0)
+        return Task(name, made)
 
     return lambda context: [task(name) for name in names]
 

@@ -103,7 +103,7 @@ def test_a_request_makes_the_adapter_that_it_uses(served):
 def test_every_way_is_verified(context, device):
     if device == "cpu":
         context = dataclasses.replace(Context.of("tiny", 1), rounds=(2, 2), seconds=0.0)
-    row, *more = first.first(context, lambda: first.Served(context, torch.float32))
+    row, *more = first.first(context, torch.float32)
     assert row["skipped"] == {} and set(row["times"]) == {OURS, *first.RIVALS}
     assert row["error"]["value"] <= row["error"]["bound"] and row["roofline"]["flops"] > 0
     kinds = [entry["record"] for entry in more]
@@ -119,12 +119,12 @@ def test_what_is_wrong_is_not_timed(context, monkeypatch, broken):
     }
     monkeypatch.setattr(*changes[broken])
     with pytest.raises(VerificationError):
-        list(first.first(context, lambda: first.Served(context, torch.bfloat16)))
+        list(first.first(context, torch.bfloat16))
 
 
 def test_a_wrong_rival_is_skipped(context, monkeypatch):
     monkeypatch.setattr(Step, "follow", lambda self, other: None)  # random keys and values instead
-    row, *_ = first.first(context, lambda: first.Served(context, torch.bfloat16))
+    row, *_ = first.first(context, torch.bfloat16)
     assert row["skipped"][names.WARM].startswith("wrong: error") and names.WARM not in row["times"]
 
 

@@ -46,14 +46,13 @@ def test_parts_are_apart(small, tmp_path):
     earlier = [placed for placed in made[:150] if placed.task_split != "train"]  # which have had their evaluations
     earlier = {placed.spec.name for placed in [*earlier, *runs.held_out_set("second", made[150:], made)]}
     for part, split in plan.HELD_OUT.items():
-        assert parts[part] == {p.spec.name for p in found.held_out if p.task_split == split} and not parts[part] & earlier
-        assert parts[part]
+        assert {placed.task_split for placed in found[part]} == {split} and not parts[part] & earlier
 
 
 def test_held_out_descriptions_are_not_trained_on(tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "leaks", lambda splits: ["a leak"])
     with pytest.raises(BenchError, match="expected no held-out description among those trained on, got a leak"):
-        runs.tasks(tmp_path, runs.Specifications([], [], [], []))
+        runs.tasks(tmp_path, dict.fromkeys((*plan.PARTS, plan.MORE), []))
 
 
 def test_tasks_of_another_study_are_refused(tmp_path):
@@ -172,8 +171,8 @@ def test_records_of_an_evaluation():
 def test_the_demo_says_what_its_sentences_are():
     found = runs.specifications()
     texts = lambda of, *more: [suite.task(placed.spec, 1, 0, *more).descriptions for placed in of]  # noqa: E731
-    known = {normalise(text) for of in texts((*found.trained, *found.more), plan.PLAN["further"]) for text in of}
-    apart = {text for of in texts(found.development) for text in of[-suite.HELD_OUT :]}
+    known = {normalise(text) for of in texts(found[plan.MORE], plan.PLAN["further"]) for text in of}
+    apart = {text for of in texts(found[plan.DEVELOPMENT]) for text in of[-suite.HELD_OUT :]}
     splits = {text: split for text, (split, _) in demo.TASKS.items()}
     assert not {normalise(text) for text in splits} & known
     assert {text for text, split in splits.items() if split == demo.IN_FAMILY} <= apart
