@@ -24,7 +24,6 @@ from t2l_engine.research.training import runs as lora_runs
 from t2l_engine.research.training.settings import LoRASettings, Settings, differences
 from t2l_engine.text.llm_encoder import LLMEncoder
 
-
 Specifications = Mapping[str, Sequence[suite.Placed]]  # by part
 
 

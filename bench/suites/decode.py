@@ -45,6 +45,7 @@ def _tokens(model: nn.Module, rows: int, count: int, seed: int) -> Tensor:
     return torch.randint(model.config.vocab_size, (rows, count), generator=generator)
 
 
+@torch.inference_mode()
 def steps(context: Context, dtype: torch.dtype) -> Iterator[Record]:
     """Both phases for eight rows with eight adapters: of q and v, and of all linears."""
     (name, model), (_, wide) = models.load(context, dtype), models.load(context, torch.float64)
@@ -53,31 +54,18 @@ def steps(context: Context, dtype: torch.dtype) -> Iterator[Record]:
         "all linears": models.random_adapters(wide, LINEARS, ROWS, 16).to(dtype=dtype),
     }
     fresh, timed = (_tokens(model, ROWS, CACHED + 1, seed) for seed in (1, 0))
-    chosen = {of: _ways(context, model, stack) for of, stack in sets.items()}
-    with torch.inference_mode():
-        exact = {BASE: _exact(wide, model, None, fresh, range(ROWS))}
-        for of, stack in sets.items():
-            exact |= {
-                (of, one): _exact(wide, model, stack, fresh, [0] * ROWS if one else range(ROWS)) for one in (True, False)
-            }
-        del wide
+    for of, stack in sets.items():
+        ways, skipped = _ways(context, model, stack)
+        exact = {BASE: _exact(wide, model, None, fresh, range(ROWS)), MERGED: _exact(wide, model, stack, fresh, [0] * ROWS)}
+        each = _exact(wide, model, stack, fresh, range(ROWS))
         for phase, make in PHASES.items():
-            functions, verified, errors = {}, {}, {}
-            for of, (ways, skipped) in chosen.items():
-                ways = ways | {BASE: model}
-                right = {way: exact[BASE if way == BASE else (of, way == MERGED)][phase] for way in ways}
-                got = {way: make(forward, fresh) for way, forward in ways.items()}
-                errors[of] = {way: logits_error(step(), *right[way]) for way, step in got.items()}
-                calls = {way: make(forward, timed) for way, forward in ways.items()}
-                calls, wrong = verify(f"{phase} {of} {dtype}", calls, errors[of])
-                verified[of] = list(calls), skipped | wrong
-                functions |= {(BASE if way == BASE else (of, way)): call for way, call in calls.items()}
-            timings = context.time(functions, factor=20)
-            for of, (ways, skipped) in verified.items():
-                mine = {way: timings[BASE if way == BASE else (of, way)] for way in ways}
-                shape = {"model": name, "phase": phase, "rows": ROWS, "modules": of, "rank": _rank(sets[of])}
-                given = {"skipped": skipped, "target": TARGETS[of]}
-                yield _row(context, f"{phase} {ROWS} rows, {of}", shape, dtype, mine, errors[of][OURS], **given)
+            case = f"{phase} {ROWS} rows, {of}"
+            got = {way: make(forward, fresh)() for way, forward in ways.items()}
+            errors = {way: logits_error(logits, *exact.get(way, each)[phase]) for way, logits in got.items()}
+            calls, wrong = verify(case, {way: make(forward, timed) for way, forward in ways.items()}, errors)
+            shape = {"model": name, "phase": phase, "rows": ROWS, "modules": of, "rank": _rank(stack)}
+            given = {"skipped": skipped | wrong, "target": TARGETS[of]}
+            yield _row(context, case, shape, dtype, context.time(calls, factor=10), errors[OURS], **given)
 
 
 def _rank(stack: t2l.AdapterStack) -> int:
@@ -93,8 +81,9 @@ def _exact(
 
 
 def _ways(context: Context, model: nn.Module, stack: t2l.AdapterStack) -> tuple[dict[str, Forward], dict[str, str]]:
-    """Ways to run ``stack``, row i with adapter i, but for MERGED; and what is skipped."""
+    """Ways to run ``stack``, row i with adapter i, but for MERGED and BASE; and what is skipped."""
     ways: dict[str, Forward] = {OURS: models.ours(model, stack, range(ROWS)), MERGED: models.merged(model, stack, 0)}
+    ways[BASE] = model
     if why := PEFT_ABSENT or (None if context.full else "left out at this size"):
         return ways, {"PEFT mixed": why}
     mixed = functools.partial(models.peft_model(model, stack), adapter_names=[str(i) for i in range(ROWS)])
