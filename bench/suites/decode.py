@@ -45,7 +45,6 @@ def _tokens(model: nn.Module, rows: int, count: int, seed: int) -> Tensor:
     return torch.randint(model.config.vocab_size, (rows, count), generator=generator)
 
 
-@torch.inference_mode()
 def steps(context: Context, dtype: torch.dtype) -> Iterator[Record]:
     """Both phases for eight rows with eight adapters: of q and v, and of all linears."""
     (name, model), (_, wide) = models.load(context, dtype), models.load(context, torch.float64)
@@ -54,18 +53,21 @@ def steps(context: Context, dtype: torch.dtype) -> Iterator[Record]:
         "all linears": models.random_adapters(wide, LINEARS, ROWS, 16).to(dtype=dtype),
     }
     fresh, timed = (_tokens(model, ROWS, CACHED + 1, seed) for seed in (1, 0))
-    for of, stack in sets.items():
-        ways, skipped = _ways(context, model, stack)
-        exact = {BASE: _exact(wide, model, None, fresh, range(ROWS)), MERGED: _exact(wide, model, stack, fresh, [0] * ROWS)}
-        each = _exact(wide, model, stack, fresh, range(ROWS))
-        for phase, make in PHASES.items():
-            case = f"{phase} {ROWS} rows, {of}"
-            got = {way: make(forward, fresh)() for way, forward in ways.items()}
-            errors = {way: logits_error(logits, *exact.get(way, each)[phase]) for way, logits in got.items()}
-            calls, wrong = verify(case, {way: make(forward, timed) for way, forward in ways.items()}, errors)
-            shape = {"model": name, "phase": phase, "rows": ROWS, "modules": of, "rank": _rank(stack)}
-            given = {"skipped": skipped | wrong, "target": TARGETS[of]}
-            yield _row(context, case, shape, dtype, context.time(calls, factor=10), errors[OURS], **given)
+    chosen = {of: _ways(context, model, stack) for of, stack in sets.items()}
+    with torch.inference_mode():
+        base = _exact(wide, model, None, fresh, range(ROWS))
+        for of, (ways, skipped) in chosen.items():
+            stack = sets[of]
+            exact = {BASE: base, MERGED: _exact(wide, model, stack, fresh, [0] * ROWS)}
+            each = _exact(wide, model, stack, fresh, range(ROWS))
+            for phase, make in PHASES.items():
+                case = f"{phase} {ROWS} rows, {of}"
+                got = {way: make(forward, fresh)() for way, forward in ways.items()}
+                errors = {way: logits_error(logits, *exact.get(way, each)[phase]) for way, logits in got.items()}
+                calls, wrong = verify(case, {way: make(forward, timed) for way, forward in ways.items()}, errors)
+                shape = {"model": name, "phase": phase, "rows": ROWS, "modules": of, "rank": _rank(stack)}
+                given = {"skipped": skipped | wrong, "target": TARGETS[of]}
+                yield _row(context, case, shape, dtype, context.time(calls, factor=10), errors[OURS], **given)
 
 
 def _rank(stack: t2l.AdapterStack) -> int:

@@ -137,19 +137,24 @@ def put(context: Context, net: t2l.HyperNetwork, made: t2l.AdapterStack) -> Part
     sizes = list(zip(c.modules, c.in_features, c.out_features, strict=True))
     model = nn.ModuleList(nn.ModuleDict({name: nn.Linear(*of) for name, *of in sizes}) for _ in range(c.num_layers))
     stack = t2l.AdapterStack(made.lora_A, made.lora_B, made.scaling, made.ranks)
-    handle = t2l.attach(model, slots=len(stack), max_rank=c.rank)
+    handle = t2l.attach(model, stack)
 
     def run() -> None:
         for i in range(len(stack)):
             handle.put(i, stack[i])
 
-    run()
-    with handle.borrow_slots(0, stack) as slots:
+    with handle.borrow_slots(0, stack) as slots:  # views, which stay
         held, given = ([*of.lora_A.values(), *of.lora_B.values()] for of in (slots, stack))
-        error = Error(max(map(numerics.relative_frobenius, held, given)), numerics.lora_frobenius(stack.dtype))
+    for tensor in held:
+        tensor.fill_(float("nan"))
+    run()
+    errors = (
+        Error(numerics.relative_frobenius(*pair), numerics.lora_frobenius(stack.dtype))
+        for pair in zip(held, given, strict=True)
+    )
     num_bytes, ceilings, dtype = 2 * sum(t.nbytes for t in given), context.ceilings, str(net.dtype).removeprefix("torch.")
     rates = ceilings.gemm_at(dtype, context.threads), ceilings.copy_at(num_bytes, context.threads)
-    return Part({OURS: run}, {OURS: error}, roofline(0, num_bytes, *rates))
+    return Part({OURS: run}, {OURS: worst(errors)}, roofline(0, num_bytes, *rates))
 
 
 def applied(context: Context, net: t2l.HyperNetwork, count: int) -> Part:

@@ -124,11 +124,6 @@ class Batch(NamedTuple):
         embeds = frozen.model.get_input_embeddings()(ids).detach().requires_grad_(to_inputs)
         return Batch(embeds, torch.ones_like(ids), ids[:, -ANSWER:].flatten())
 
-    @staticmethod
-    def three(frozen: Frozen, single: Frozen, *size: int) -> Iterator[Batch]:
-        """What is timed, what is verified, and the latter for the model in float32; gradients end at the adapters."""
-        return (Batch.of(f, *size, seed, to_inputs=False) for f, seed in ((frozen, 0), (frozen, 1), (single, 1)))
-
     def cut(self, rows: slice) -> Batch:
         """Some of the samples."""
         return Batch(self.embeds[rows].detach(), self.mask[rows], self.labels.view(-1, ANSWER)[rows].flatten())
@@ -321,7 +316,10 @@ def library(context: Context, dtype: str) -> Iterator[Record]:
     case = Case("q,v", 48 if context.full else 12, dtype)
     for count in (1, 8) if context.full else (1, 2):
         stack = adapters(frozen.model, case, count)
-        timed, fresh, exact = Batch.three(frozen, single, count * SAMPLES, case.tokens)
+        size = count * SAMPLES, case.tokens
+        timed, fresh, exact = (
+            Batch.of(model, *size, seed, to_inputs=False) for model, seed in ((frozen, 0), (frozen, 1), (single, 1))
+        )
         other, right = (separately(f.model, stack)(batch) for f, batch in ((frozen, fresh), (single, exact)))
         # Gradients of the adapters one by one, as one stack has them.
         other, right = ([torch.cat(sides) for sides in zip(*grads, strict=True)] for grads in (other, right))
