@@ -84,24 +84,19 @@ def test_a_closed_pipe_is_quiet():
     assert done.returncode == 1 and done.stderr == b""
 
 
-def test_downloads_are_not_replaced_by_what_is_made_of_them(expect_error, tmp_path):
-    file = tmp_path / "boolq.jsonl"
-    file.write_text(json.dumps(BOOLQ))
+def test_files_that_importers_keep(run, expect_error, tmp_path):
+    """Downloads, and without --force a file of a task's name."""
+    downloads, out = tmp_path / "downloads", tmp_path / "out"
+    for folder, text in ((downloads, json.dumps(BOOLQ)), (out, "mine")):
+        folder.mkdir()
+        (folder / "boolq.jsonl").write_text(text)
     for force in ((), ("--force",)):
-        message = f"--output: expected another folder than SOURCE, whose files it would replace, got {tmp_path}"
-        expect_error(message, "tasks", "import-benchmarks", tmp_path, "-o", tmp_path, *force)
-    assert json.loads(file.read_text()) == BOOLQ
-
-
-def test_a_file_of_a_tasks_name_is_kept(run, expect_error, tmp_path):
-    (tmp_path / "downloads").mkdir()
-    (tmp_path / "downloads" / "boolq.jsonl").write_text(json.dumps(BOOLQ))
-    file = tmp_path / "out" / "boolq.jsonl"
-    file.parent.mkdir()
-    file.write_text("mine")
-    command = ("tasks", "import-benchmarks", tmp_path / "downloads", "-o", tmp_path / "out")
+        message = f"--output: expected another folder than SOURCE, whose files it would replace, got {downloads}"
+        expect_error(message, "tasks", "import-benchmarks", downloads, "-o", downloads, *force)
+    assert json.loads((downloads / "boolq.jsonl").read_text()) == BOOLQ
+    command, file = ("tasks", "import-benchmarks", downloads, "-o", out), out / "boolq.jsonl"
     expect_error(f"{file}: exists; expected no file of a task's name, or overwrite=True (--force)", *command)
-    assert file.read_text() == "mine" and not (tmp_path / "out" / "descriptions.json").exists()
+    assert file.read_text() == "mine" and not (out / "descriptions.json").exists()
     assert run(*command, "--force")[0] == 0 and file.read_text() != "mine"
 
 

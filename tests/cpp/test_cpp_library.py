@@ -361,45 +361,6 @@ def test_options_that_are_refused(stand_in, tmp_path, options, message):
     assert status != 0 and message in text, text
 
 
-FAKE_CMAKE = f"""#!{sys.executable}
-import sys
-from pathlib import Path
-if "-B" in sys.argv:
-    folder = Path(sys.argv[sys.argv.index("-B") + 1])
-    folder.mkdir(parents=True, exist_ok=True)
-    Path(folder, "_C.so").touch()
-"""
-
-
-@pytest.mark.slow
-def test_setup_clears_the_build_folder_of_another_compiler_or_generator(stand_in, tmp_path):
-    programs, source = tmp_path / "bin", tmp_path / "source"
-    programs.mkdir()
-    source.mkdir()
-    (programs / "cmake").write_text(FAKE_CMAKE)
-    (programs / "cmake").chmod(0o755)
-    shutil.copy(ROOT / "setup.py", source)
-    without_ninja = [place for place in os.environ.get("PATH", "").split(os.pathsep) if not Path(place, "ninja").exists()]
-    env = os.environ | {"PATH": os.pathsep.join((str(programs), *without_ninja)), "CXX": "c++"}
-    marker = source / "build" / f"cmake-{sys.implementation.cache_tag}" / "marker"
-    command = (sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "lib")
-
-    def built(nvcc, **more):
-        """Whether a build went on in the folder of the last one."""
-        run(*command, cwd=source, env=env | {"CUDACXX": str(nvcc)} | more)
-        kept = marker.exists()
-        marker.touch()
-        return kept
-
-    nvcc = stand_in(RELEASE.format("12.4"))
-    assert [built(nvcc), built(nvcc)] == [False, True]
-    stand_in(RELEASE.format("12.5"))
-    assert [built(nvcc), built(nvcc)] == [False, True]
-    shutil.copy(programs / "cmake", programs / "ninja")  # another generator
-    assert [built(nvcc), built(nvcc)] == [False, True]
-    assert built(nvcc, T2L_CMAKE_ARGS="-DX=1") and len(list((source / "build").iterdir())) == 2  # other options: their own
-
-
 def find_t2l(folder, prefix, components="", program=False):
     """Configuring a C++ project that finds an installed library; its CUDA language is not enabled."""
     folder.mkdir()

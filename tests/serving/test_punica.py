@@ -54,6 +54,12 @@ def exact(made, x, slots, y):
     return y, bound
 
 
+def assert_exact(made, x, slots, before, got):
+    """``got`` is the layer's output in float64, to its bound, ``before`` being that without adapters."""
+    right, bound = exact(made, x, slots, before)
+    assert bool(((got.double() - right).abs() <= bound).all())
+
+
 #: Rows -> slots: mixed, all of one adapter, runs as in a prefill, a single row, all base.
 BATCHES = {
     "mixed": [0, -1, 2, 1, -1, 2, 0, 1],
@@ -99,8 +105,7 @@ def test_slots_are_filled_again():
     made.put(2, random_adapter("qkv", [0, 0, 2], 9))
     made.layer.reset_lora(0)
     made.adapters[0] = [None] * 3
-    right, bound = exact(made, x, slots, before)
-    assert bool(((made(x, slots).double() - right).abs() <= bound).all())
+    assert_exact(made, x, slots, before, made(x, slots))
 
 
 @pytest.mark.parametrize("rows", [3, 8, 12])
@@ -112,8 +117,7 @@ def test_rows_other_than_the_mapping(rows):
     made(inputs("o", len(slots)), slots)  # sets the mapping
     got, _ = made.layer(x)
     padded = (slots + [-1] * rows)[:rows]
-    right, bound = exact(made, x, padded, before)
-    assert bool(((got.double() - right).abs() <= bound).all())
+    assert_exact(made, x, padded, before, got)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 12])
@@ -122,11 +126,10 @@ def test_rows_of_the_head_other_than_samples(rows):
     made = adapted("logits", PunicaWrapperT2L)
     x, two = inputs("logits", rows), inputs("logits", 2)
     before = base_output(made, x)
-    right, bound = exact(made, x, [1] * rows, before)
     made(two, [1, 1])  # sets the mapping
     with torch.inference_mode():
         got = made.layer._get_logits(x, made.base)
-    assert bool(((got.double() - right).abs() <= bound).all())
+    assert_exact(made, x, [1] * rows, before, got)
     made(two, [1, 0])
     with torch.inference_mode(), pytest.raises(RuntimeError, match=f"expected 2 rows, one a sample, got {rows}"):
         made.layer._get_logits(x, made.base)
@@ -160,5 +163,4 @@ def test_layers_without_add_layer():
     other = PunicaWrapperT2L(64, 8, torch.device("cpu"))
     made.layer.set_mapping(other)
     made.wrapper = other
-    right, bound = exact(made, x, slots, before)
-    assert bool(((made(x, slots).double() - right).abs() <= bound).all())
+    assert_exact(made, x, slots, before, made(x, slots))
