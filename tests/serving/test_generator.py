@@ -19,6 +19,7 @@ from t2l_engine.serving.checkpoints import Checkpoint
 from t2l_engine.serving.store import Unavailable
 from t2l_engine.serving.vllm import generator as module
 from t2l_engine.serving.vllm.generator import Generator
+from tests.networks import HyperShape
 
 TEXTS = [f"Return element {i} of the list." for i in range(10)]
 
@@ -195,11 +196,8 @@ def test_wrong_requests(settings, loaded):
 
 
 def test_task_names_of_a_one_hot_checkpoint(settings, monkeypatch, tmp_path):
-    config = t2l.HyperNetworkConfig(
-        variant="L", modules=("q_proj",), in_features=(12,), out_features=(20,), num_layers=2, rank=4, embed_dim=2,
-        latent_size=16, head_in_size=10, lora_alpha=8.0,
-    )  # fmt: skip
-    engine = t2l.TextToLoRA(t2l.OneHotEncoder(t2l.OneHotConfig(("antonyms", "sentiment"))), t2l.HyperNetwork(config).eval())
+    net = HyperShape("tiny", 2, 12, 20, 20, embed_dim=2, latent_size=16, head_in_size=10).make()
+    engine = t2l.TextToLoRA(t2l.OneHotEncoder(t2l.OneHotConfig(("antonyms", "sentiment"))), net)
     monkeypatch.setattr(Checkpoint, "load", lambda name, source: Checkpoint.of(engine, name))
     known, unknown = gather(Generator(settings()), ["sentiment", "Name the capital."])
     assert known.is_dir() and isinstance(unknown, ValueError)

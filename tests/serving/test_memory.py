@@ -13,6 +13,7 @@ from t2l_engine.hypernetwork.folder import BUNDLED
 from t2l_engine.serving import checkpoints
 from t2l_engine.serving.vllm import memory
 from t2l_engine.serving.vllm.generator import Generator
+from tests.networks import HyperShape
 
 TEXTS = ["Return the last element of the list.", "Name the antonym of the word.", "Repeat the word twice."]
 
@@ -73,12 +74,8 @@ def test_each_call_gives_new_tensors(settings, loaded, worker):
 
 def test_an_adapter_has_the_same_bits_with_any_number_of_threads():
     """In float32, where no rounding hides a difference of the task encoder, whose product depends on threads."""
-    config = t2l.HyperNetworkConfig(
-        variant="L", modules=("q_proj",), in_features=(64,), out_features=(64,), num_layers=2, rank=4, embed_dim=384,
-        latent_size=128, head_in_size=32, lora_alpha=8.0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    net, task_emb = t2l.HyperNetwork(config).eval(), torch.randn(16, 384)
+    shape = HyperShape("tiny", 2, 64, 64, 64, embed_dim=384, latent_size=128, head_in_size=32, rank=4)
+    net, task_emb = shape.make(), shape.task_embeddings(16)
     threads = torch.get_num_threads()
     encoded, made = [], []
     try:
