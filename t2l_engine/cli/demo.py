@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import timeit
 from collections.abc import Iterable
@@ -164,6 +165,14 @@ def show_times(model, engine) -> None:
     )
 
 
+def working(on: str) -> contextlib.AbstractContextManager[object]:
+    """A spinner on a terminal, a line elsewhere."""
+    if console.is_terminal:
+        return console.status(on)
+    console.print(f"{on} ...")
+    return contextlib.nullcontext()
+
+
 def main(svg: str | None = None, text: str = "") -> None:
     """Run the demo; all printed numbers are measured in this run.
 
@@ -171,9 +180,9 @@ def main(svg: str | None = None, text: str = "") -> None:
     """
     logging.disable_progress_bar()
     console.print(f"[bold]t2l_engine {t2l.__version__}[/bold], native kernels: {'on' if ops.NATIVE else 'off'}\n")
-    with console.status("SmolLM2-135M-Instruct (the first time its weights are unpacked)"):
+    with working("SmolLM2-135M-Instruct (the first time its weights are unpacked)"):
         model, tokenizer = packaged.load()
-    with console.status("text encoder and hypernetwork, four sentences to adapters"):
+    with working("text encoder and hypernetwork, four sentences to adapters"):
         engine = t2l.TextToLoRA.from_pretrained(CHECKPOINT)
         stack = engine.generate([*TASKS])
     if text.strip():
