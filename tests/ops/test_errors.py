@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from t2l_engine import ops
 from t2l_engine.ops import reference
@@ -292,3 +293,13 @@ def test_outputs_of_two_dtypes(side, module):
     with pytest.raises(RuntimeError, match=rf"_out_: lora_{'AB'[side]}\[{module}\]: expected float32, got bfloat16"):
         ops.hypernet_heads_out_(*slots, **heads)
     assert all(t.isnan().all() for tensors in slots for t in tensors)
+
+
+@pytest.mark.skipif(TorchVersion(torch.__version__) < "2.13", reason="this torch does not say what failed in it")
+def test_errors_of_torch_keep_their_reason():
+    needs_native("the reference is torch itself")
+    rows = 2**20
+    x, A, B = torch.zeros(1, 1).expand(rows, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1).expand(1, 2**30, 1)
+    segments = torch.tensor([0, rows], **INT32), torch.zeros(1, **INT32)
+    with pytest.raises(RuntimeError, match="memory.*API call failed"):
+        ops.lora_delta(x, A, B, torch.ones(1), *segments, rows)

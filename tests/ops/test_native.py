@@ -1,6 +1,7 @@
 """Which kernels run: those of the backend, under every instruction set of this CPU."""
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -91,3 +92,35 @@ print(before)
     run = under("mmx", probe)
     expected = "T2L_ISA: expected generic, avx2, avx512, avx512_bf16, avx512_bf16_wide, amx, amx_model, neon or"
     assert run.returncode == 0 and expected in run.stdout and "got 'mmx'" in run.stdout, run.stderr
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or sys.platform != "linux", reason="tiles are x86's, and Linux grants them"
+)
+def test_another_instruction_set_does_not_ask_for_tiles(backend):
+    """Nor does the import of the ops, beyond what torch and numpy do.  What Linux grants, a process keeps; bit 18 of
+    ARCH_GET_XCOMP_PERM says whether it was asked."""
+    needs_cpu_kernels(backend)
+    if "amx" not in ISAS["available"]:
+        pytest.skip("this CPU has no tiles to be asked for")
+    probe = """
+import ctypes
+import numpy, torch
+
+def granted():
+    found = ctypes.c_ulong(0)
+    ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(found))
+    return found.value >> 18 & 1
+
+start = granted()
+from t2l_engine import ops
+from t2l_engine.testing.cases import LORA_CASES
+imported = granted()
+case = LORA_CASES[4].make()
+before = granted()
+ops.lora_add_(**case)
+print(start, imported, before, granted())
+"""
+    start, imported, before, after = under("generic", probe).stdout.split()
+    assert start == imported and before == after
+    assert under("amx", probe).stdout.split()[3] == "1"

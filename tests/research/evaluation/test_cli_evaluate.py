@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file, save_file
 
+from t2l_engine.cli import evaluate as command
 from t2l_engine.research.evaluation import run as evaluation
 from t2l_engine.research.evaluation.answers import Answerer
 from t2l_engine.research.tasks import manifest
@@ -190,6 +191,26 @@ def test_kept_answers_are_of_the_weights_and_the_scaling(evaluate, base_model, t
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     evaluate(*options)
     assert kept.read_bytes().count(b"\n") == 2 * lines + 1
+
+
+def test_the_result_is_written_before_the_table(run, checkpoint, tasks, tmp_path, monkeypatch):
+    """A pipe that is closed ends the command: ``t2l evaluate ... | head``."""
+    monkeypatch.setattr(command, "console", lambda: pytest.fail("closed", pytrace=False))
+    options = (
+        "--methods",
+        "base",
+        "--repeats",
+        1,
+        "--max-items",
+        1,
+        "--max-new-tokens",
+        1,
+        "--json",
+        tmp_path / "result.json",
+    )
+    with pytest.raises(pytest.fail.Exception):
+        run("evaluate", "--checkpoint", checkpoint, "--tasks", tasks, *options)
+    assert json.loads((tmp_path / "result.json").read_text())["summary"]["all"]["mean"].keys() == {"base"}
 
 
 def test_the_split_that_is_asked(evaluate):

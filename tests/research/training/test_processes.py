@@ -89,3 +89,6 @@ def test_two_processes_do_what_one_does(base_model, tasks, tmp_path):
     reconstruction.train(kinds["reconstruction"], tmp_path / "library", one / "reconstruction")
     close(one / "reconstruction", out / "reconstruction")
     close_checkpoints(one / "reconstruction", out / "reconstruction")
+
+    changed = [json.loads((tmp_path / f"changed-{rank}.json").read_text()) for rank in (0, 1)]
+    assert len(changed[0]) > 20 and changed[1] == []  # the main process alone writes
