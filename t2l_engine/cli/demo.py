@@ -22,7 +22,7 @@ from t2l_engine.text import packaged
 from t2l_engine.text.prompts import raw_prompt
 
 CHECKPOINT = FREE_TEXT_CHECKPOINT
-IN_FAMILY, OUT_OF_FAMILY = "unseen sentence of a trained family", "family that was not trained"
+IN_FAMILY, OUT_OF_FAMILY = "in-family", "out-of-family"
 
 #: Description -> (its split, (input, correct answer) of each row).  The checkpoint was not trained on these sentences.
 TASKS = {
@@ -76,11 +76,11 @@ def answer(model, tokenizer, prompts: list[str], max_new_tokens: int = 14) -> li
 
 
 def show(title: str, columns: str, rows: Iterable[Iterable[str]], note: str = "") -> None:
-    """Print a table with ``note`` below it; a row that ends in a split begins a section."""
+    """Print a table with ``note`` below it; a row of one cell begins a section."""
     table = Table(*columns.split(", "), title=escape(title))
     for row in rows:
         cells = [escape(cell[:120]) for cell in row]
-        if cells[-1] in (IN_FAMILY, OUT_OF_FAMILY):
+        if len(cells) == 1:
             table.add_section()
         table.add_row(*cells)
     console.print(table)
@@ -90,7 +90,7 @@ def show(title: str, columns: str, rows: Iterable[Iterable[str]], note: str = ""
 def show_tasks(model, tokenizer, engine, lora) -> None:
     rows, score = [], {"base": 0, "adapted": 0}
     for i, (description, (split, pairs)) in enumerate(TASKS.items()):
-        rows.append((description, split))
+        rows.append((f"{description} ({split})",))
         base = answer(model, tokenizer, [raw_prompt(description, x) for x, _ in pairs])
         with lora.use(i):
             adapted = answer(model, tokenizer, [engine.prompt(tokenizer, x) for x, _ in pairs])
@@ -104,8 +104,9 @@ def show_tasks(model, tokenizer, engine, lora) -> None:
         "input, base model, right?, adapted model, right?",
         rows,
         f"Right, to the letter: base model {score['base']} of {total} (it reads the description in its prompt), "
-        f"adapted {score['adapted']} of {total} (it reads the input alone). The first three sentences are among those that "
-        "work best; docs/results/quality.md has the means over hundreds of sentences.\n",
+        f"adapted {score['adapted']} of {total} (it reads the input alone). In-family: training had this kind of task, with "
+        "other values. The first three sentences are among those that work best; docs/results/quality.md has the means "
+        "over hundreds.\n",
     )
 
 
