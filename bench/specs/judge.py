@@ -19,8 +19,8 @@ from bench.specs.plan import EVEN, LIBRARY, METHODS, PARTS, PLAN, RIVAL, RUNS, S
 from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_texts
 from t2l_engine.hypernetwork.folder import WEIGHTS_NAME
 from t2l_engine.research.tasks.folder import read_descriptions
-from t2l_engine.research.tasks.specs import suite
 from t2l_engine.research.training import lora
+from t2l_specs import suite
 
 
 def records(work: Path) -> Iterator[Record]:

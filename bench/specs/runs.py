@@ -18,11 +18,11 @@ from t2l_engine.files.yaml import read_yaml
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.folder import CONFIG_NAME, WEIGHTS_NAME
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task, load_tasks, read_descriptions, write_tasks
-from t2l_engine.research.tasks.specs import suite
 from t2l_engine.research.training import log, loop
 from t2l_engine.research.training import runs as lora_runs
 from t2l_engine.research.training.settings import LoRASettings, Settings, differences
 from t2l_engine.text.llm_encoder import LLMEncoder
+from t2l_specs import suite
 
 Specifications = Mapping[str, Sequence[suite.Placed]]  # by part
 

@@ -126,7 +126,7 @@ def synthetic(
 ) -> None:
     """Write generated tasks: twelve small ones on lists, letters and words, or the suite of specifications."""
     from t2l_engine.research.tasks import synthetic as words
-    from t2l_engine.research.tasks.specs import suite as specs
+    from t2l_specs import suite as specs
 
     if suite is Suite.words:
         if specifications is not None or task_split or further_descriptions:

@@ -99,7 +99,7 @@ def _check_address(host: str, port: int) -> None:
 
 def landmarks(count: int) -> list[tuple[str, str]]:
     """(family, description) of ``count`` of the synthetic task families, evenly spread."""
-    from t2l_engine.research.tasks.specs import suite
+    from t2l_specs import suite
 
     placed = list(itertools.islice(suite.stream(0), len(suite.FAMILIES)))
     chosen = [placed[i * len(placed) // count] for i in range(count)]

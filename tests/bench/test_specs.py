@@ -12,8 +12,8 @@ from t2l_engine.cli import demo
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Example, Task, load_tasks, read_descriptions, write_tasks
-from t2l_engine.research.tasks.specs import suite
 from t2l_engine.research.training.settings import to_yaml
+from t2l_specs import suite
 
 
 def task(name, answers="b", split="train"):

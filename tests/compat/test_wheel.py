@@ -63,9 +63,9 @@ def test_its_name_promises_what_it_holds(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert [name for name in names if name.endswith(".so")] == ["t2l_engine/_C.so"]
     data = {"checkpoints/smollm2-135m/check.json", "research/costs/known.json"}
-    data |= {f"research/tasks/{name}" for name in ("manifests/skills.json", "manifests/specs.json", "specs/words.json")}
-    data |= {"research/tasks/specs/families.txt", "research/training/presets/mini-sft.yaml"}
-    assert {f"t2l_engine/{name}" for name in data} <= set(names)
+    data |= {"research/tasks/manifests/skills.json", "research/tasks/manifests/specs.json"}
+    data |= {"research/training/presets/mini-sft.yaml", "../t2l_specs/words.json", "../t2l_specs/families.txt"}
+    assert {os.path.normpath(f"t2l_engine/{name}") for name in data} <= set(names)
 
 
 def test_the_source_distribution_has_what_a_build_needs():
@@ -74,7 +74,7 @@ def test_the_source_distribution_has_what_a_build_needs():
     held = {name.partition("/")[2] for name in run.stdout.splitlines()}
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         pytest.skip("not a clone: which files belong to it is not known")
-    command = ["git", "ls-files", "csrc", "cmake", "t2l_engine"]
+    command = ["git", "ls-files", "csrc", "cmake", "t2l_engine", "t2l_specs"]
     tracked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert len(tracked.stdout.split()) > 100
     assert not set(tracked.stdout.split()) - held

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import yaml
 
-from t2l_engine.research.tasks.specs import fixed
-from t2l_engine.research.tasks.specs.suite import FAMILIES
+from t2l_specs import fixed
+from t2l_specs.suite import FAMILIES
 from tests.hostile.folders import FILES, Case, Workshop
 
 TEXT, LIST, SURROGATE = "x" * 10_000, [[1]] * 2000, "\ud800"

@@ -4,7 +4,7 @@ A manifest is JSON: ``{"format", "about", "tasks": {name: {"skill", "task_split"
 "splits": {split: base64}}}}``.  (Earlier files say "tier" for "task_split", "sibling" for "in-family" and "novel" for
 "out-of-family".)  The base64 of a split holds the first 5 bytes of the SHA-256 of each example, sorted and
 concatenated.  Applied to tasks from the same sources, it reproduces examples and splits.  The manifest of the suite of
-specifications is smaller: its examples are made again from a seed, see :mod:`.specs.fixed`.
+specifications is smaller: its examples are made again from a seed, see :mod:`t2l_specs.fixed`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from t2l_engine.files.errors import MAX_NAME, ConfigError, short_repr
 from t2l_engine.files.text import from_json, is_unicode, read_texts
 from t2l_engine.research.tasks.examples import example_digest, input_digest, pool
 from t2l_engine.research.tasks.folder import Task, check_name, load_tasks
-from t2l_engine.research.tasks.specs import fixed
+from t2l_specs import fixed
 
 FORMAT = "t2l_engine.tasks.v1"
 PACKAGED = Path(__file__).parent / "manifests"

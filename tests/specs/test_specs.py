@@ -15,9 +15,9 @@ from t2l_engine.files.text import read_rows
 from t2l_engine.research.tasks import manifest as manifests
 from t2l_engine.research.tasks.examples import normalise, shared_inputs
 from t2l_engine.research.tasks.folder import Task, load_tasks, write_tasks
-from t2l_engine.research.tasks.specs import english, fixed, suite
-from t2l_engine.research.tasks.specs.family import Specification
-from t2l_engine.research.tasks.specs.suite import FAMILIES, HELD_OUT, digest, leaks, task
+from t2l_specs import english, fixed, suite
+from t2l_specs.family import Specification
+from t2l_specs.suite import FAMILIES, HELD_OUT, digest, leaks, task
 
 #: What each family should answer, written by hand.
 CASES = {row["family"]: row for _, row in read_rows(Path(__file__).parent / "spec_cases.jsonl")}

@@ -1,6 +1,6 @@
 """Rules of the families that read lists of words or of numbers."""
 
-from t2l_engine.research.tasks.specs.english import (
+from t2l_specs.english import (
     KIND_NAMES,
     KIND_OF,
     KINDS,
@@ -10,8 +10,8 @@ from t2l_engine.research.tasks.specs.english import (
     nouns_like,
     plural,
 )
-from t2l_engine.research.tasks.specs.family import Rule
-from t2l_engine.research.tasks.specs.inputs import (
+from t2l_specs.family import Rule
+from t2l_specs.inputs import (
     NONE,
     at,
     first_or_last,

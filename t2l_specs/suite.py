@@ -14,10 +14,10 @@ from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.research.tasks.draw import Draw
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Task
-from t2l_engine.research.tasks.specs import lists, records, texts, words
-from t2l_engine.research.tasks.specs.family import Family, Specification, read_families
-from t2l_engine.research.tasks.specs.wordings import FRAMES, HELD_FRAMES, wordings
-from t2l_engine.research.tasks.specs.wordings import further as further_wordings
+from t2l_specs import lists, records, texts, words
+from t2l_specs.family import Family, Specification, read_families
+from t2l_specs.wordings import FRAMES, HELD_FRAMES, wordings
+from t2l_specs.wordings import further as further_wordings
 
 FAMILIES: dict[str, Family] = read_families(lists.RULES | words.RULES | records.RULES | texts.RULES)
 #: Version of families, phrases, words and rules: another one makes another suite.

@@ -2,7 +2,7 @@
 
 import re
 
-from t2l_engine.research.tasks.specs.english import (
+from t2l_specs.english import (
     ADJECTIVE_WORDS,
     BAD,
     DAYS,
@@ -20,9 +20,9 @@ from t2l_engine.research.tasks.specs.english import (
     third_person,
     with_article,
 )
-from t2l_engine.research.tasks.specs.family import Rule
-from t2l_engine.research.tasks.specs.inputs import NONE, at, capital, fill, mention, mentioned, sentence, tokens
-from t2l_engine.research.tasks.specs.lists import PLACES
+from t2l_specs.family import Rule
+from t2l_specs.inputs import NONE, at, capital, fill, mention, mentioned, sentence, tokens
+from t2l_specs.lists import PLACES
 
 _NAME = rf"\b({'|'.join(NAMES)})\b"
 _PATTERNS = {

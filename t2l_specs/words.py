@@ -2,7 +2,7 @@
 
 import re
 
-from t2l_engine.research.tasks.specs.english import (
+from t2l_specs.english import (
     ADJECTIVE_WORDS,
     KIND_NAMES,
     KIND_OF,
@@ -23,9 +23,9 @@ from t2l_engine.research.tasks.specs.english import (
     third_person,
     with_article,
 )
-from t2l_engine.research.tasks.specs.family import Rule
-from t2l_engine.research.tasks.specs.inputs import NONE, at, capital, first_or_last, number, one_number, one_word, word
-from t2l_engine.research.tasks.specs.lists import PLACES, beside
+from t2l_specs.family import Rule
+from t2l_specs.inputs import NONE, at, capital, first_or_last, number, one_number, one_word, word
+from t2l_specs.lists import PLACES, beside
 
 _BOTH_WAYS = OPPOSITES | {b: a for a, b in OPPOSITES.items()}
 _OF_OPPOSITES = list(_BOTH_WAYS)

@@ -2,9 +2,9 @@
 
 import datetime
 
-from t2l_engine.research.tasks.specs.english import MAPS, MONTHS
-from t2l_engine.research.tasks.specs.family import Rule
-from t2l_engine.research.tasks.specs.inputs import (
+from t2l_specs.english import MAPS, MONTHS
+from t2l_specs.family import Rule
+from t2l_specs.inputs import (
     NONE,
     date,
     file,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from t2l_engine.research.tasks.draw import Draw
-from t2l_engine.research.tasks.specs.english import (
+from t2l_specs.english import (
     DAYS,
     KIND_NAMES,
     KINDS,

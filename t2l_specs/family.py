@@ -18,7 +18,7 @@ from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.tasks.draw import Draw
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Example
-from t2l_engine.research.tasks.specs.english import (
+from t2l_specs.english import (
     KIND_NAMES,
     KINDS,
     MAPS,
@@ -30,7 +30,7 @@ from t2l_engine.research.tasks.specs.english import (
     TOPICS,
     UNITS,
 )
-from t2l_engine.research.tasks.specs.inputs import FIELDS
+from t2l_specs.inputs import FIELDS
 
 #: Families with their phrases, and phrases of further descriptions.
 FAMILIES, FURTHER = "families.txt", "further.txt"

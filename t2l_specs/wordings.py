@@ -21,8 +21,8 @@ from typing import Any
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.tasks.draw import Draw
 from t2l_engine.research.tasks.examples import normalise
-from t2l_engine.research.tasks.specs.english import number_word, plural, with_article
-from t2l_engine.research.tasks.specs.family import FAMILIES, FURTHER, Specification, sections
+from t2l_specs.english import number_word, plural, with_article
+from t2l_specs.family import FAMILIES, FURTHER, Specification, sections
 
 FRAMES, HELD_FRAMES, EXAMPLES = (sections(FAMILIES)["frames"][key] for key in ("frame", "held_frame", "example"))
 #: What a family reads -> how a description may call it.

@@ -8,7 +8,7 @@ from typing import Any
 
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.research.tasks.folder import Task
-from t2l_engine.research.tasks.specs.suite import EXAMPLES, SPECIFICATIONS, VERSION, Placed, digest, stream, suite, task
+from t2l_specs.suite import EXAMPLES, SPECIFICATIONS, VERSION, Placed, digest, stream, suite, task
 
 FORMAT = "t2l_engine.specs.v1"
 #: Task splits by their names in files.
