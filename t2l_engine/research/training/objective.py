@@ -99,48 +99,38 @@ def token_weights(kind: str, groups: Sequence[Group], per_task: bool) -> Callabl
 class Objective:
     """Cross-entropy of answers given prompts, through the frozen causal LM ``model`` with an adapter per row.
 
-    Logits are computed at answer positions only, from the decoder's hidden states.  ``handle``: of the attached adapters.
-
-    Raises ConfigError if logits computed this way differ from the model's own.
+    ``handle``: of the attached adapters.  Raises ConfigError for a model whose logits depend on padding.
     """
 
     def __init__(self, model: nn.Module, handle: LoRAHandle):
         self.model, self.handle = model, handle
-        self._decoder = model.get_decoder()
-        self._positions = "position_ids" in inspect.signature(self._decoder.forward).parameters
-        self._check()
+        self._positions = "position_ids" in inspect.signature(model.forward).parameters
+        if not self._positions:
+            self._check_padding()
 
     @torch.no_grad()
-    def _check(self) -> None:
-        """Compare logits of a few tokens with the model's own; with left padding too if it takes no position_ids."""
-        device = next(self.model.parameters()).device
+    def _check_padding(self) -> None:
+        """Compare the logits of a few tokens with those behind padding."""
+        device, places = next(self.model.parameters()).device, torch.arange(8)
         ids = torch.arange(1, 9, device=device)[None] % self.model.config.get_text_config().vocab_size
         mask = torch.ones_like(ids)
-        own = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
-        checks = [(0, 2.0**-6, 1e-4, "makes logits in a way that training does not know")]
-        if not self._positions:
-            checks.append((3, 2.0**-3, 1e-3, "takes no position_ids and gives other logits behind padding"))
-        for padding, coarse, fine, fault in checks:
-            padded, seen = nn.functional.pad(ids, (padding, 0), value=1), nn.functional.pad(mask, (padding, 0))
-            try:
-                ours = self._logits(self._hidden(padded, seen)[0, padding:])
-            except (AttributeError, RuntimeError, TypeError):  # for example, get_decoder() returns another module
-                ours = own[:0]
-            bound = (coarse if own.dtype == torch.bfloat16 else fine) * own.float().abs().max()
-            if own.shape != ours.shape or bool(((own.float() - ours).abs() > bound).any()):
-                raise ConfigError(f"base_model: {type(self.model).__name__} {fault}")
+        padded, seen = nn.functional.pad(ids, (3, 0), value=1), nn.functional.pad(mask, (3, 0))
+        alone, behind = self._logits(ids, mask, places), self._logits(padded, seen, places + 3)
+        bound = (2.0**-3 if alone.dtype == torch.bfloat16 else 1e-3) * alone.abs().max()
+        if bool(((alone - behind).abs() > bound).any()):
+            raise ConfigError(
+                f"base_model: {type(self.model).__name__} takes no position_ids and gives other logits behind padding"
+            )
 
-    def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def _logits(self, ids: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+        """The model's logits ``[rows, places, vocabulary]``.
+
+        Indices gather hidden states as one matrix; of a slice, a product would copy the vocabulary's matrix for every row.
+        """
         positions = {"position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)} if self._positions else {}
-        return self._decoder(input_ids=ids, attention_mask=mask, use_cache=False, **positions).last_hidden_state
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits ``[n, vocabulary]`` of rows ``[n, hidden]`` (a 3-d product would copy the matrix per row)."""
-        logits = self.model.get_output_embeddings()(hidden).float()
-        config = self.model.config.get_text_config()
-        logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-        cap = getattr(config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return self.model(
+            input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=places.to(ids.device), **positions
+        ).logits
 
     def losses(
         self,
@@ -161,10 +151,11 @@ class Objective:
             self.handle.differentiable(stack, batch.adapters, dropout=lora_dropout),
             self._noise(batch, neftune_alpha) if neftune_alpha else contextlib.nullcontext(),
         ):
-            hidden = self._hidden(ids, mask)
+            logits = self._logits(ids, mask, torch.arange(-labels.shape[1] - 1, -1))
         chosen = labels != IGNORED
-        logits = self._logits(hidden[:, -labels.shape[1] - 1 : -1][chosen])
-        losses = nn.functional.cross_entropy(logits, labels[chosen], reduction="none", label_smoothing=label_smoothing)
+        losses = nn.functional.cross_entropy(
+            logits[chosen].float(), labels[chosen], reduction="none", label_smoothing=label_smoothing
+        )
         return torch.zeros(labels.shape, device=device).masked_scatter(chosen, losses).sum(dim=1) * batch.weights.to(device)
 
     @contextlib.contextmanager
