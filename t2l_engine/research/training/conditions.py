@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
-import os
 import random
-import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import to_json
-from t2l_engine.files.weights import write_text
+from t2l_engine.files.weights import replacing
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Task
-from t2l_engine.research.training import discriminant
 from t2l_engine.research.training.sampling import Group, seeded, trained_descriptions
 from t2l_engine.research.training.settings import BASE_MODEL, ReconstructionSettings, SFTSettings
 from t2l_engine.text.config import SAKANA_MAX_LENGTH, EncoderConfig, LLMEncoderConfig, OneHotConfig
 from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder
 from t2l_engine.text.llm_encoder import AttentionPooling, LLMEncoder, condition_text, pad_states
 
-#: Folder in that of a run, until the run is complete, and what is in it for each process.
-STATES, STATES_FILE, INDEX = "states", "states.bin", "index.json"
 #: One example set in this many has no description.
 _WITHOUT_DESCRIPTION = 8
-#: Tasks that are read together, between two saved indices, and the most texts of a batch.
+#: Tasks of a file of hidden states, and the most texts of a batch.
 CHUNK, BATCH = 16, 48
+#: Of linear discriminants: what is added to the within-task variance along every axis, which few descriptions underestimate,
+#: per mean square of embeddings; least variance of an axis before scaling, in units of the within-task variance.
+WORDING_VARIANCE, MIN_VARIANCE = 0.1, 0.01
 
 
 class Conditions(ABC):
@@ -66,12 +63,11 @@ class Conditions(ABC):
         """As :meth:`clean`, with the settings' augmentation, drawn from a seed by each group's key."""
 
     @abstractmethod
-    def initialise(self, linear: nn.Linear, pooling: AttentionPooling | None) -> None:
-        """With ``task_init`` "discriminant", initialise the task encoder's ``linear`` by the training descriptions."""
+    def start(self, linear: nn.Linear) -> AttentionPooling | None:
+        """A new pooling with random parameters, on the CPU; None where conditions are ``task_emb`` themselves.
 
-    def pooling(self) -> AttentionPooling | None:
-        """A new pooling with random parameters, on the CPU; None where conditions are ``task_emb`` themselves."""
-        return None
+        With ``task_init`` "discriminant", initialises the task encoder's ``linear`` by the training descriptions.
+        """
 
 
 class TaskEmbeddings(Conditions):
@@ -94,10 +90,10 @@ class TaskEmbeddings(Conditions):
         # On the CPU, where mixes and noise are drawn.
         self._rows = [] if by_input else [encoder.encode(list(task.descriptions)).cpu() for task in tasks]
 
-    def initialise(self, linear: nn.Linear, pooling: AttentionPooling | None = None) -> None:
+    def start(self, linear: nn.Linear) -> None:
         if self._settings.task_init == "discriminant":
             classes = [rows[: len(of)] for rows, of in zip(self._rows, self.train, strict=True)]
-            discriminant.initialise(linear, classes, self._settings.seed)
+            initialise_discriminant(linear, classes, self._settings.seed)
 
     def clean(self, groups: Sequence[Group]) -> Tensor:
         return self._read(groups).to(self._device)
@@ -140,11 +136,10 @@ class HiddenStates(Conditions):
     """Hidden states of what adapters are generated from: of each task, its descriptions and some *example sets*.
 
     An example set is one of the task's training descriptions, or none, with 1 to ``max_examples`` of its training examples.
-    All are read once, at the start, into a file, which a resumed run reads.  Batches are formed in the tasks' order, so
+    All are read once, at the start, into files, which a resumed run reads.  Batches are formed in the tasks' order, so
     states do not depend on the order of training.
 
-    ``tasks``: with the examples that sets are drawn from, if any (a reconstruction has no sets); ``folder``: of the file,
-    which :func:`remove_states` removes.
+    ``tasks``: with the examples that sets are drawn from, if any (a reconstruction has no sets); ``folder``: of the files.
 
     Raises ConfigError if all descriptions of a task are held out, or if encoder and base model do not fit together.
     """
@@ -158,22 +153,18 @@ class HiddenStates(Conditions):
         folder: Path,
     ):
         super().__init__(settings, tasks, device)
-        self._example_share, self._token_dropout = 0.0, 0.0
-        if isinstance(settings, SFTSettings):
-            self._example_share, self._token_dropout = settings.example_share, settings.token_dropout
+        self._example_share = getattr(settings, "example_share", 0.0)
+        self._token_dropout = getattr(settings, "token_dropout", 0.0)
         if settings.llm_descriptions:
             self.train = [self._sampled(task, of) for task, of in zip(tasks, self.train, strict=True)]
         if not settings.held_out_descriptions:
             self.val = self.train
-        read = self.val if settings.validate_every else self.train
-        #: Of each task, number of each description that is read in the order of its texts; example sets follow.
-        self._numbers = [
-            {i: n for n, i in enumerate(dict.fromkeys([*t, *v]))} for t, v in zip(self.train, read, strict=True)
-        ]
         self._sets = [self._example_sets(task, of) for task, of in zip(tasks, self.train, strict=True)]
+        #: Of each task, the texts that are read, by number: descriptions by their index, example set i as ~i.
         texts = [
-            [condition_text(task.descriptions[i]) for i in numbers] + [text for text, _ in sets]
-            for task, numbers, sets in zip(tasks, self._numbers, self._sets, strict=True)
+            {i: condition_text(task.descriptions[i]) for i in ([*own, *val] if settings.validate_every else own)}
+            | {~i: text for i, (text, _) in enumerate(sets)}
+            for task, own, val, sets in zip(tasks, self.train, self.val, self._sets, strict=True)
         ]
         self.encoder_config = LLMEncoderConfig(
             base_model.rstrip("/"), settings.llm_layers, settings.llm_queries, settings.llm_width,
@@ -189,21 +180,18 @@ class HiddenStates(Conditions):
                 raise ConfigError(str(error).replace("encoder.layers", "llm_layers")) from error
         self._hidden_size = encoder.model.config.get_text_config().hidden_size
         self.embed_dim = self.encoder_config.embed_dim
-        self._states, self._places = read_states(encoder, texts, folder)
-
-    def pooling(self) -> AttentionPooling:
-        return AttentionPooling(self.encoder_config, self._hidden_size)
+        self._states = read_states(encoder, texts, folder)
 
     @torch.no_grad()
-    def initialise(self, linear: nn.Linear, pooling: AttentionPooling | None) -> None:
-        """By LDA of what ``pooling`` makes of the descriptions: with untrained queries most of that is common to all."""
-        if self._settings.task_init == "random" or pooling is None:
-            return
-        read = [[(task, self._numbers[task][i]) for i in indices] for task, indices in enumerate(self.train)]
-        classes = [pooling(*self._states_of(chosen)) for chosen in read]
-        centre = torch.stack([rows.mean(dim=0) for rows in classes]).mean(dim=0)
-        scale = torch.cat([rows - centre for rows in classes]).square().mean().sqrt()
-        discriminant.initialise(linear, classes, self._settings.seed, float(scale))
+    def start(self, linear: nn.Linear) -> AttentionPooling:
+        """LDA is of what the pooling makes of the descriptions: with untrained queries most of that is common to all."""
+        pooling = AttentionPooling(self.encoder_config, self._hidden_size)
+        if self._settings.task_init == "discriminant":
+            classes = [pooling(*self._padded([(task, i) for i in of])) for task, of in enumerate(self.train)]
+            centre = torch.stack([rows.mean(dim=0) for rows in classes]).mean(dim=0)
+            scale = torch.cat([rows - centre for rows in classes]).square().mean().sqrt()
+            initialise_discriminant(linear, classes, self._settings.seed, float(scale))
+        return pooling
 
     def _sampled(self, task: Task, descriptions: Sequence[int]) -> Sequence[int]:
         """``llm_descriptions`` of a task's training descriptions."""
@@ -214,9 +202,7 @@ class HiddenStates(Conditions):
     def _example_sets(self, task: Task, descriptions: Sequence[int]) -> list[tuple[str, frozenset[str]]]:
         """Text and normalised inputs of each example set."""
         s, sets = self._settings, []
-        if not isinstance(s, SFTSettings) or not s.example_share:
-            return sets
-        for i in range(s.example_sets):
+        for i in range(s.example_sets if self._example_share else 0):
             draw = random.Random(seeded(s.seed, "example set", task.name, i))
             chosen = draw.sample(task.examples, min(draw.randint(1, s.max_examples), len(task.examples)))
             about = task.descriptions[draw.choice(descriptions)]
@@ -228,74 +214,86 @@ class HiddenStates(Conditions):
 
     def clean(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
         """States and mask of the groups' descriptions."""
-        return self._gathered([(g.task, self._numbers[g.task][g.description]) for g in groups])
+        states, mask = self._padded([(g.task, g.description) for g in groups])
+        return states.to(self._device), mask.to(self._device)
 
     def augmented(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
         """As :meth:`clean`; ``example_share`` of groups read an example set, ``token_dropout`` of tokens are masked."""
-        states, mask = self._gathered([(g.task, self._drawn(g)) for g in groups])
+        states, mask = self._padded([(g.task, self._drawn(g)) for g in groups])
         if self._token_dropout:
             generators = [torch.Generator().manual_seed(seeded("token dropout", g.key)) for g in groups]
-            kept = torch.stack([torch.rand(mask.shape[1], generator=of) >= self._token_dropout for of in generators])
-            mask = mask & kept.to(mask.device)
-        return states, mask
+            mask &= torch.stack([torch.rand(mask.shape[1], generator=of) >= self._token_dropout for of in generators])
+        return states.to(self._device), mask.to(self._device)
 
     def _drawn(self, group: Group) -> int:
         """Number of the text that ``group`` reads: an example set never has an example that the group learns from."""
-        draw, numbers = random.Random(seeded("condition", group.key)), self._numbers[group.task]
+        draw = random.Random(seeded("condition", group.key))
         learnt = {normalise(sample.input) for sample in group.samples}
-        sets = [i for i, (_, inputs) in enumerate(self._sets[group.task]) if not inputs & learnt]
-        if not sets or draw.random() >= self._example_share:
-            return numbers[group.description]
-        return len(numbers) + draw.choice(sets)
+        sets = [~i for i, (_, inputs) in enumerate(self._sets[group.task]) if not inputs & learnt]
+        return draw.choice(sets) if sets and draw.random() < self._example_share else group.description
 
-    def _states_of(self, chosen: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    def _padded(self, chosen: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """Padded states and mask of texts (task, number), on the CPU."""
-        places = [self._places[task][number] for task, number in chosen]
-        return pad_states([self._states[start:end] for start, end in places])
-
-    def _gathered(self, chosen: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        states, mask = self._states_of(chosen)
-        return states.to(self._device), mask.to(self._device)
+        return pad_states([self._states[of] for of in chosen])
 
 
-def remove_states(folder: Path) -> None:
-    """Remove the file of hidden states in ``folder`` and, with the last process's, the folder around it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):  # no such folder, or another process has not finished
-        folder.parent.rmdir()
+def read_states(encoder: LLMEncoder, texts: Sequence[Mapping[int, str]], folder: Path) -> dict[tuple[int, int], Tensor]:
+    """Hidden states ``[tokens, width]`` of the texts of each task, by (task, number), mapped from files in ``folder``.
+
+    What an interrupted run left there is not read again.
+    """
+    digest = hashlib.sha256(json.dumps([to_json(encoder.config), CHUNK, BATCH, texts]).encode()).hexdigest()[:16]
+    found = {}
+    for start in tqdm(range(0, len(texts), CHUNK), desc="reading", unit=f"{CHUNK} tasks"):
+        path = folder / f"{digest}-{start}.safetensors"
+        if not path.is_file():
+            chunk = {
+                f"{task} {number}": text
+                for task, of in enumerate(texts[start : start + CHUNK], start)
+                for number, text in of.items()
+            }
+            lengths = dict(zip(chunk, encoder.lengths([*chunk.values()]), strict=True))
+            pending, states = sorted(chunk, key=lengths.__getitem__), {}
+            for at in range(0, len(pending), BATCH):
+                keys = pending[at : at + BATCH]
+                read = encoder.states([chunk[key] for key in keys])
+                states |= {key: of.to("cpu", copy=True) for key, of in zip(keys, read, strict=True)}
+            with replacing(folder, path.name) as temporary:
+                save_file(states, temporary / path.name)
+        for key, of in load_file(path).items():
+            task, number = map(int, key.split())
+            found[task, number] = of
+    return found
 
 
-def read_states(
-    encoder: LLMEncoder, texts: Sequence[Sequence[str]], folder: Path
-) -> tuple[Tensor, list[list[tuple[int, int]]]]:
-    """States ``[tokens, width]`` of the texts of each task, mapped from a file in ``folder``, and the rows of each text."""
-    places, end = [], 0
-    for of_task in texts:
-        ends = list(itertools.accumulate(encoder.lengths(of_task), initial=end))
-        places.append(list(itertools.pairwise(ends)))
-        end = ends[-1]
-    width = encoder.pooling.project.in_features
-    folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(json.dumps([to_json(encoder.config), CHUNK, BATCH, texts]).encode()).hexdigest()
-    index: dict[str, Any] = {"sha256": digest, "tasks": 0}
-    if (folder / STATES_FILE).is_file() and (folder / INDEX).is_file():
-        found = json.loads((folder / INDEX).read_text())
-        index = found if found.get("sha256") == digest else index
-    if not index["tasks"]:  # an old index must not describe states that are overwritten from here on
-        (folder / INDEX).unlink(missing_ok=True)
-    states = torch.from_file(str(folder / STATES_FILE), shared=True, size=end * width, dtype=torch.bfloat16).view(end, width)
-    with tqdm(total=len(texts), initial=index["tasks"], desc="reading", unit="task") as bar:
-        while index["tasks"] < len(texts):
-            chunk = slice(index["tasks"], index["tasks"] + CHUNK)
-            pending = [pair for pairs in map(zip, texts[chunk], places[chunk]) for pair in pairs]
-            pending.sort(key=lambda pair: pair[1][1] - pair[1][0])
-            for start in range(0, len(pending), BATCH):
-                batch = pending[start : start + BATCH]
-                for read, (_, (first, last)) in zip(encoder.states([text for text, _ in batch]), batch, strict=True):
-                    states[first:last] = read.cpu()
-            index["tasks"] = min(chunk.stop, len(texts))
-            with (folder / STATES_FILE).open("rb+") as file:  # before the index names them
-                os.fsync(file.fileno())
-            write_text(folder / INDEX, json.dumps(index))
-            bar.update(index["tasks"] - bar.n)
-    return states, places
+@torch.no_grad()
+def initialise_discriminant(linear: nn.Linear, classes: Sequence[Tensor], seed: int, scale: float = 1.0) -> None:
+    """Initialise ``linear`` with the axes along which tasks differ most, compared with the wordings of a task (Fisher 1936).
+
+    Embeddings are centred at the mean over tasks, whitened by the within-task covariance and projected onto the axes of
+    largest total variance, each divided by the fourth root of its variance; a random rotation by ``seed`` follows.  With a
+    random start most of the encoder's output is wording or common to all texts, and the first steps learn to suppress it.
+
+    Args:
+        classes: of each task, embeddings ``[descriptions, embed_dim]``.
+        scale: root mean square of the embeddings, as far as texts differ in them.
+    """
+    embed_dim = linear.in_features
+    classes = [rows.double() / scale for rows in classes]
+    means = torch.stack([rows.mean(dim=0) for rows in classes])
+    # Every task counts alike, whatever its number of descriptions.
+    residuals = [(rows - mean) / len(rows) ** 0.5 for rows, mean in zip(classes, means, strict=True)]
+    within = torch.cat(residuals)
+    within = within.T @ within / len(classes)
+    centre = means.mean(dim=0)
+    between = (means - centre).T @ (means - centre) / len(means)
+    values, axes = torch.linalg.eigh(within + WORDING_VARIANCE * torch.eye(embed_dim, dtype=torch.float64))
+    whiten = axes / values.sqrt() @ axes.T
+    values, axes = torch.linalg.eigh(whiten @ (within + between) @ whiten)
+    kept = min(linear.out_features, embed_dim)
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randn(linear.out_features, kept, dtype=torch.float64, generator=generator)
+    rotation, scales = torch.linalg.qr(random)[0], values[-kept:].clamp_min(MIN_VARIANCE) ** -0.25
+    weight = rotation @ (axes[:, -kept:] * scales).T @ whiten / scale
+    linear.weight.copy_(weight)
+    linear.bias.copy_(-weight @ centre * scale)

@@ -72,9 +72,7 @@ class HyperNetworkJob(loop.Job):
             net = HyperNetwork(config)
             if hyperinit:
                 net.bias_hyperinit(torch.Generator().manual_seed(seed))
-            pooling = self._conditions.pooling()
-            self._conditions.initialise(net.task_encoder.linear, pooling)
-        return net, pooling
+            return net, self._conditions.start(net.task_encoder.linear)
 
     def _train(self, net: HyperNetwork, pooling: AttentionPooling | None) -> None:
         """Let this job train ``net`` and ``pooling``."""

@@ -24,7 +24,6 @@ from t2l_engine.hypernetwork.modules import STD_EPS
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task, read_descriptions
 from t2l_engine.research.training import loop
-from t2l_engine.research.training.conditions import STATES, remove_states
 from t2l_engine.research.training.context import Modules
 from t2l_engine.research.training.hypernetwork import HyperNetworkJob
 from t2l_engine.research.training.runs import prompt_of_run
@@ -154,7 +153,7 @@ class Reconstruction(HyperNetworkJob):
     settings: ReconstructionSettings
 
     def __init__(
-        self, settings: ReconstructionSettings, library: Library, device: torch.device, folder: Path = Path(STATES)
+        self, settings: ReconstructionSettings, library: Library, device: torch.device, folder: Path = Path(loop.STATES)
     ):
         if settings.target == "z-score" and len(library.names) < 2:
             raise ConfigError("target: z-score needs at least two adapters, since one has no standard deviation; got one")
@@ -267,7 +266,5 @@ def train(
     """
     loop.check_output(Path(output))  # before everything is read
     accelerator = accelerator or loop.accelerator("cpu")
-    library, states = Library(Path(adapters_folder), names), Path(output) / STATES / str(accelerator.process_index)
-    loop.run(Reconstruction(settings, library, accelerator.device, states), Path(output), accelerator)
-    remove_states(states)
-    return Path(output)
+    library, states = Library(Path(adapters_folder), names), Path(output) / loop.STATES / str(accelerator.process_index)
+    return loop.run(Reconstruction(settings, library, accelerator.device, states), Path(output), accelerator)

@@ -7,6 +7,7 @@ adapter is generated from its input instead of the description.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,6 @@ from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.hypernetwork.network import HyperNetwork, build, build_pooling
 from t2l_engine.research.training import loop
-from t2l_engine.research.training.conditions import STATES, remove_states
 from t2l_engine.research.training.context import TrainingContext
 from t2l_engine.research.training.hypernetwork import HyperNetworkJob
 from t2l_engine.research.training.objective import Batch, generated_l2
@@ -38,7 +38,7 @@ class SFT(HyperNetworkJob):
 
     settings: SFTSettings
 
-    def __init__(self, settings: SFTSettings, context: TrainingContext, folder: Path = Path(STATES)):
+    def __init__(self, settings: SFTSettings, context: TrainingContext, folder: Path = Path(loop.STATES)):
         self._context, self._by_input = context, settings.condition == "input"
         if self._by_input:
             _check_inputs(context.train)
@@ -147,11 +147,6 @@ def train(
     """
     loop.check_output(Path(output))  # before everything is read
     accelerator = accelerator or loop.accelerator("cpu")
-    context = TrainingContext(settings, Path(tasks_folder), accelerator.device, names)
-    states = Path(output) / STATES / str(accelerator.process_index)
-    try:
-        loop.run(SFT(settings, context, states), Path(output), accelerator)
-    finally:
-        context.close()
-    remove_states(states)
-    return Path(output)
+    states = Path(output) / loop.STATES / str(accelerator.process_index)
+    with contextlib.closing(TrainingContext(settings, Path(tasks_folder), accelerator.device, names)) as context:
+        return loop.run(SFT(settings, context, states), Path(output), accelerator)

@@ -9,7 +9,7 @@ import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.research.tasks.folder import load_tasks
-from t2l_engine.research.training import conditions, lora, reconstruction, sft
+from t2l_engine.research.training import conditions, loop, lora, reconstruction, sft
 from t2l_engine.research.training.context import TrainingContext
 from t2l_engine.research.training.sampling import Shard
 from t2l_engine.research.training.settings import SFTSettings
@@ -69,7 +69,7 @@ def test_trains_and_the_checkpoint_reads_examples(base_model, tasks, tmp_path):
         assert abs(found[task.name] - torch.stack(losses).mean()) <= LOSS_ATOL, task.name
     both = engine.generate(["Say the first word."] * 2, [None, [("red cat", "red")]])
     assert not torch.equal(both.lora_B["q_proj"][0], both.lora_B["q_proj"][1])
-    assert not (out / conditions.STATES / "0").exists()
+    assert not (out / loop.STATES).exists()
 
 
 # --- what is read ----------------------------------------------------------------------------------------------------
@@ -99,17 +99,16 @@ def test_a_group_never_learns_from_an_example_that_it_reads(made):
     job = made(example_share=1.0, samples_per_task=2)
     reads, read = job._conditions, []
     for group in groups_of(job, 40):
-        number = reads._drawn(group) - len(reads._numbers[group.task])
-        if number >= 0:
-            assert not reads._sets[group.task][number][1] & {s.input for s in group.samples}
-            read.append(number)
+        if (number := reads._drawn(group)) < 0:
+            assert not reads._sets[group.task][~number][1] & {s.input for s in group.samples}
+            read.append(~number)
     assert set(read) == {0, 1, 2} and len(read) > 120  # all sets; few groups have an example of each
 
 
 @pytest.mark.parametrize("share, low, high", [(0.0, 0, 0), (0.5, 50, 110)])
 def test_share_of_example_sets(made, share, low, high):
     reads = (job := made(example_share=share))._conditions
-    found = sum(reads._drawn(g) >= len(reads._numbers[g.task]) for g in groups_of(job, 40))
+    found = sum(reads._drawn(g) < 0 for g in groups_of(job, 40))
     assert low <= found <= high
     assert reads.encoder_config.max_examples == (2 if share else 0)
 
@@ -132,12 +131,11 @@ def test_states_are_those_of_the_checkpoints_encoder(made, base_model, tasks):
     job = made(held_out_descriptions=1)
     model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
     reads = job._conditions
-    encoder = LLMEncoder(model.get_decoder(), tokenizer, reads.encoder_config, reads.pooling())
+    encoder = LLMEncoder(model.get_decoder(), tokenizer, reads.encoder_config, job.model.pooling)
     for group in groups_of(job, 5):
         states, mask = reads.augmented([group])
-        number = reads._drawn(group) - len(reads._numbers[group.task])
-        task = job._context.tasks[group.task]
-        text = reads._sets[group.task][number][0] if number >= 0 else condition_text(task.descriptions[group.description])
+        number, task = reads._drawn(group), job._context.tasks[group.task]
+        text = reads._sets[group.task][~number][0] if number < 0 else condition_text(task.descriptions[group.description])
         assert group.description == 0
         (expected,) = encoder.states([text])
         assert mask.all() and (states[0].float() - expected.float()).abs().max() <= 2**-5
@@ -162,7 +160,7 @@ def test_reading_goes_on_where_it_stopped(base_model, tasks, tmp_path, monkeypat
         patch.setattr(LLMEncoder, "states", small_runs.failing(LLMEncoder.states, 2))
         with pytest.raises(OSError, match="for the test"):
             sft.train(settings, tasks, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / conditions.STATES / "0" / conditions.INDEX).read_text())["tasks"] == 1
+    assert len([*(tmp_path / "out" / loop.STATES / "0").glob("*.safetensors")]) == 1  # of the first task
     calls = []
     plain_states = LLMEncoder.states
     monkeypatch.setattr(LLMEncoder, "states", lambda self, texts: calls.append(texts) or plain_states(self, texts))
@@ -275,7 +273,7 @@ def test_reconstruction_reads_and_is_a_start(base_model, tasks, library, tmp_pat
     out = reconstruction.train(settings, library, tmp_path / "reconstruction")
     losses = [row["loss"] for row in small_runs.rows(out) if "loss" in row]
     assert sum(losses[-4:]) < 0.5 * sum(losses[:4])
-    assert not (out / conditions.STATES).exists()
+    assert not (out / loop.STATES).exists()
     engine = t2l.TextToLoRA.from_pretrained(out)
     assert isinstance(engine.encoder, LLMEncoder) and engine.encoder.config.max_examples == 0
     known = load_tasks(tasks, "train")
@@ -309,10 +307,7 @@ def test_texts_differ_from_the_start(made):
         job = made(task_init=kind, example_share=0.0, latent_size=32)
         reads = job._conditions
         with torch.no_grad():
-            rows = [
-                torch.cat([job.model.pooling(*reads._gathered([(t, reads._numbers[t][i])])) for i in reads.train[t]])
-                for t in range(2)
-            ]
+            rows = [torch.cat([job.model.pooling(*reads._padded([(t, i)])) for i in reads.train[t]]) for t in range(2)]
             z = torch.stack([job._net.task_encoder.linear(of_task) for of_task in rows])  # [tasks, descriptions, t]
         apart = (z.mean(dim=1) - z.mean(dim=(0, 1))).square().mean()
         shares.append(float(apart / z.square().mean()))

@@ -14,7 +14,7 @@ from torch import nn
 
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.tasks.folder import Example, Task
-from t2l_engine.research.training import conditions, context, discriminant, sft
+from t2l_engine.research.training import conditions, context, sft
 from t2l_engine.research.training.conditions import TaskEmbeddings
 from t2l_engine.research.training.sampling import Examples, Group, Sample, Shard, Stream, divide, permuted, seeded
 from t2l_engine.research.training.settings import SFTSettings
@@ -290,13 +290,13 @@ def test_discriminants_tell_tasks_apart(encoder, width):
     """Against the generalised eigenproblem by Cholesky: along the axes kept, variance is the root of its eigenvalues."""
     made = TaskEmbeddings(settings(held_out_descriptions=1, task_init="discriminant"), TASKS, torch.device("cpu"))
     linear = nn.Linear(16, width)
-    made.initialise(linear)
+    made.start(linear)
     rows = [encoder.encode(task.descriptions[:-1]).double() for task in TASKS]
     means = torch.stack([of.mean(dim=0) for of in rows])
     within = sum(((of - mean).T @ (of - mean)) / len(of) for of, mean in zip(rows, means, strict=True)) / 2
     centred = means - means.mean(dim=0)
     total = within + centred.T @ centred / 2
-    lower = torch.linalg.cholesky(within + discriminant.WORDING_VARIANCE * torch.eye(16, dtype=torch.float64))
+    lower = torch.linalg.cholesky(within + conditions.WORDING_VARIANCE * torch.eye(16, dtype=torch.float64))
     half = torch.linalg.solve_triangular(lower, total, upper=False)
     expected = torch.linalg.eigvalsh(torch.linalg.solve_triangular(lower, half.mT, upper=False))
     with torch.no_grad():
@@ -305,10 +305,10 @@ def test_discriminants_tell_tasks_apart(encoder, width):
         assert linear(means.mean(dim=0, keepdim=True).float()).abs().max() <= EMBEDDING_FROBENIUS * weight.norm() * 4
     kept = min(width, 16)
     expected = expected[-kept:]
-    expected = torch.cat([torch.zeros(width - kept), expected / expected.clamp_min(discriminant.MIN_VARIANCE).sqrt()])
+    expected = torch.cat([torch.zeros(width - kept), expected / expected.clamp_min(conditions.MIN_VARIANCE).sqrt()])
     assert (found - expected).abs().max() <= EMBEDDING_FROBENIUS * expected.max()
     again = nn.Linear(16, width)
-    made.initialise(again)
+    made.start(again)
     assert torch.equal(again.weight, linear.weight) and torch.equal(again.bias, linear.bias)
 
 
