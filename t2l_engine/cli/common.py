@@ -172,9 +172,9 @@ class EngineOptions:
     encoder: Encoder = ""
     trust_remote_code: TrustRemoteCode = False
 
-    def load(self) -> tuple[TextToLoRA, Path]:
+    def load(self, device: str = "cpu") -> tuple[TextToLoRA, Path]:
         """As :func:`load_engine`."""
-        return load_engine(self.checkpoint, self.scaling, self.encoder, self.trust_remote_code, self.base_model)
+        return load_engine(self.checkpoint, self.scaling, self.encoder, self.trust_remote_code, self.base_model, device)
 
 
 def expect_descriptions(folder: Path) -> None:

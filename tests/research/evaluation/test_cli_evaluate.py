@@ -196,18 +196,7 @@ def test_kept_answers_are_of_the_weights_and_the_scaling(evaluate, base_model, t
 def test_the_result_is_written_before_the_table(run, checkpoint, tasks, tmp_path, monkeypatch):
     """A pipe that is closed ends the command: ``t2l evaluate ... | head``."""
     monkeypatch.setattr(command, "console", lambda: pytest.fail("closed", pytrace=False))
-    options = (
-        "--methods",
-        "base",
-        "--repeats",
-        1,
-        "--max-items",
-        1,
-        "--max-new-tokens",
-        1,
-        "--json",
-        tmp_path / "result.json",
-    )
+    options = ("--methods", "base", *QUICK, "--json", tmp_path / "result.json")
     with pytest.raises(pytest.fail.Exception):
         run("evaluate", "--checkpoint", checkpoint, "--tasks", tasks, *options)
     assert json.loads((tmp_path / "result.json").read_text())["summary"]["all"]["mean"].keys() == {"base"}
@@ -273,6 +262,13 @@ def test_methods_that_there_are_not(refuse, one_hot, tmp_path):
     assert refuse("--names", "again", checkpoint=one_hot).startswith(f"{one_hot}: ")
 
 
+def test_code_is_run_where_that_is_asked(refuse, tmp_path):
+    code = [replace(e, metric="pass", tests="assert last('a b') == 'b'") for e in all_tasks()[0].examples]
+    write_tasks(tmp_path / "tasks", [replace(all_tasks()[0], examples=tuple(code))])
+    told = refuse("--methods", "base", tasks=tmp_path / "tasks")
+    assert told == "--run-code: expected to be set, since some answers are code that has to be run to be judged"
+
+
 def test_adapters_of_another_base_model_are_told(evaluate, adapters, tmp_path):
     _, _, quiet = evaluate("--oracle", adapters, "--methods", "oracle")
     others = tmp_path / "others"
@@ -316,8 +312,9 @@ def test_a_tokenizer_without_chat_template(run, base_model, tasks, tmp_path):
     (("--device", "tpu"), "--device: expected 'cpu' or 'cuda', got 'tpu'"),
     (("--plot", "{folder}/means.pgn"), "--plot: expected a name that ends in .png, .svg, .pdf, got "),
     (("--resume", "{folder}/notes.txt"), "{folder}/notes.txt:1: "), (("--tasks", "{folder}"), "descriptions.json"),
-    *(((option, "{folder}/none/file.png"), f"{option}: {{folder}}/none: ") for option in ("--json", "--plot", "--resume")),
-    *(((option, "{folder}"), f"{option}: {{folder}}: ") for option in ("--json", "--plot", "--resume")),
+    *(((option, f"{{folder}}{path}"), f"{option}: expected a file in a folder that exists, got {{folder}}{path}")
+      for option in ("--json", "--plot", "--resume") for path in ("", "/none/file.png")),
+    (("--verify", "--measure", "rouge_l"), "--measure: expected score with --verify, which generates no text, got rouge_l"),
 ])  # fmt: skip
 def test_options_that_cannot_be_met(refuse, checkpoint, adapters, tmp_path, options, message):
     """One line that names the option, before anything is asked."""
