@@ -8,38 +8,24 @@ import enum
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from t2l_engine.cli import export
-from t2l_engine.cli.common import (
-    EngineOptions,
-    Json,
-    base_model_of,
-    differ,
-    named,
-    print_json,
-    say,
-    standard_input,
-    stored_base,
-)
+from t2l_engine.adapters.stack import AdapterStack
+from t2l_engine.cli import common
+from t2l_engine.cli.common import EngineOptions, Json, named
+from t2l_engine.cli.export import GGUF, save_gguf
 from t2l_engine.cli.options import takes
-
-if TYPE_CHECKING:
-    from t2l_engine.adapters.stack import AdapterStack
-    from t2l_engine.engine import TextToLoRA
-    from t2l_engine.library import AdapterLibrary, Match
+from t2l_engine.engine import TextToLoRA
+from t2l_engine.files.weights import write_text
+from t2l_engine.hypernetwork.checkpoint import describe
+from t2l_engine.library import AdapterLibrary, Match
+from t2l_engine.text import packaged
 
 BATCH_SIZE = 64  # bounds the adapters in memory; a mixture is as large as those that it is made of
 INDEX_NAME = "index.json"
-
-
-class Format(str, enum.Enum):
-    """Formats of adapters."""
-
-    peft = "peft"
-    gguf = "gguf"
+Format = enum.Enum("Format", {"peft": "peft", "gguf": "gguf"}, type=str)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,19 +35,11 @@ class Options:
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the adapter; for several, of DIR/0, DIR/1, ... and index.json.")
     ]
-    descriptions: Annotated[list[str] | None, typer.Argument(help="Task descriptions, one adapter each.")] = None
-    file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="File of descriptions, one per line; -: standard input.")
-    ] = None
-    examples: Annotated[Path | None, typer.Option(help="JSON Lines of worked examples (input, output) for the encoder.")] = (
-        None
-    )
-    form: Annotated[
-        Format, typer.Option("--format", help="peft: folders; gguf: DIR/adapter.gguf or DIR/0.gguf, ..., for llama.cpp.")
-    ] = Format.peft
-    library: Annotated[
-        Path | None, typer.Option(help="Folder of stored adapters with descriptions.json: take the nearest one from there.")
-    ] = None
+    descriptions: Annotated[list[str], typer.Argument(help="Task descriptions, one adapter each.")] = ()
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="A description per line; -: standard input.")] = None
+    examples: Annotated[Path | None, typer.Option(help="JSON Lines of worked examples for the encoder.")] = None
+    form: Annotated[Format, typer.Option("--format", help="gguf: DIR/adapter.gguf, or DIR/0.gguf, ...")] = Format.peft
+    library: Annotated[Path | None, typer.Option(help="Folder of stored adapters: take the nearest one from there.")] = None
     top_k: Annotated[int, typer.Option(min=1, help="With --library: mix the nearest ones, weighted by nearness.")] = 1
     min_similarity: Annotated[
         float, typer.Option(min=-1, max=1, help="With --library: generate where the nearest has a lower cosine.")
@@ -71,25 +49,14 @@ class Options:
     @property
     def several(self) -> bool:
         """Whether adapters are DIR/0, DIR/1, ... with an index."""
-        return self.file is not None or len(self.descriptions or ()) > 1
-
-    @property
-    def ending(self) -> str:
-        """Of the names of adapters."""
-        return "" if self.form is Format.peft else export.GGUF
+        return self.file is not None or len(self.descriptions) > 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Engine(EngineOptions):
     """``base_model`` is also the name that PEFT folders state."""
 
-    base_model: Annotated[
-        str,
-        typer.Option(
-            "--base-model",
-            help="Name or folder that the adapters state; default: the checkpoint's base model.  For GGUF a local folder.",
-        ),
-    ] = ""
+    base_model: Annotated[str, typer.Option(help="What adapters state; default: as the checkpoint; GGUF: a folder.")] = ""
 
 
 @takes(Options, Engine)
@@ -101,104 +68,87 @@ def generate(options: Options, engine_options: Engine) -> None:
     modules and parameters; with --library, also the stored adapters that were used, with similarity and weight.
     --examples needs a checkpoint whose encoder reads examples.
     """
-    from t2l_engine.hypernetwork import checkpoint
-    from t2l_engine.text import packaged
     from t2l_engine.text.base_model import config_of
     from t2l_engine.text.examples import read_examples
 
     _check(options, engine_options)
-    given = enumerate(options.descriptions or (), start=1)
+    given = enumerate(options.descriptions, start=1)
     lines = {f"description {i}": text for i, text in given} if options.file is None else _read(options.file)
     shots = None if options.examples is None else read_examples(options.examples)
     engine, folder = engine_options.load()
     for line, text in lines.items():  # an error names file and line
         with named({"texts[0]": line, "examples[0]": "--examples", "examples": "--examples"}):
             engine.encoder.prepare([text], None if shots is None else [shots])
-    name, config = engine_options.base_model or checkpoint.describe(folder).get("base_model"), None
+    name, config, ending = engine_options.base_model or describe(folder).get("base_model"), None, ""
     base = name and packaged.hub_name(name)
     if options.form is Format.gguf:
         with named({"base_model": "--base-model"}):
-            config = config_of(base_model_of(folder, engine_options.base_model))
+            config, ending = config_of(common.base_model_of(folder, engine_options.base_model)), GGUF
     library = None if options.library is None else _open_library(options.library, base, options.top_k)
-    texts, results = list(lines.values()), []
-    adapters = _adapters(engine, texts, shots, library, options.top_k, options.min_similarity)
-    with _index(options, texts) as names:
-        for name, text, (stack, i, matches) in zip(names, texts, adapters, strict=True):
-            path = options.output / name
-            if config is None:
-                stack.save_pretrained(path, adapter=i, base_model_name_or_path=base)
-            else:
-                export.save_gguf(stack, i, path, config, description=text, engine=engine)
-            results.append(_about(text, path, options.form, stack, i, matches))
-            if not options.as_json:
-                typer.echo(_line(results[-1], path))
+    texts, index, results = list(lines.values()), options.output / INDEX_NAME, []
+    names = [f"{i}{ending}" for i in range(len(texts))] if options.several else [ending and f"adapter{ending}"]
+    if options.several:  # there is no index while adapters are written
+        index.unlink(missing_ok=True)
+    adapters = _adapters(options, engine, texts, shots, library)
+    for name, text, (stack, i, matches) in zip(names, texts, adapters, strict=True):
+        path = options.output / name
+        if config is None:
+            stack.save_pretrained(path, adapter=i, base_model_name_or_path=base)
+        else:
+            save_gguf(stack, i, path, config, description=text, engine=engine)
+        results.append(_about(text, path, options.form, stack, i, matches))
+        if not options.as_json:
+            typer.echo(_line(results[-1], path))
+    if options.several:
+        write_text(index, json.dumps(dict(zip(names, texts, strict=True)), indent=1, ensure_ascii=False) + "\n")
     if options.as_json:
-        print_json(results)
+        common.print_json(results)
 
 
 def _check(options: Options, engine: Engine) -> None:
     """Errors for options that do not go together, and for an output that is not to be replaced."""
-    output, library = options.output, options.library
+    output, index, generates = options.output, options.output / INDEX_NAME, options.min_similarity != -1
     if bool(options.descriptions) == (options.file is not None):
         raise typer.BadParameter("expected descriptions as arguments, or --file; not both")
-    if library is None and (options.top_k != 1 or options.min_similarity != -1):
+    if options.library is None and (options.top_k != 1 or generates):
         raise typer.BadParameter("--top-k and --min-similarity: expected --library too")
-    if library is not None and options.examples is not None:
+    if options.library is not None and options.examples is not None:
         raise ValueError("--examples: expected none with --library, whose adapters are found by their descriptions")
     for option, value in (("--scaling", engine.scaling), ("--encoder", engine.encoder)):
-        if value and library is not None and options.min_similarity == -1:
+        if value and options.library is not None and not generates:
             raise ValueError(f"{option}: expected none with --library, unless --min-similarity lets adapters be generated")
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"--output: {output}: expected a folder, got a file")
-    if output.suffix.lower() == export.GGUF and not output.exists():
-        raise ValueError(
-            f"--output: expected a folder, got {output}; t2l export DESCRIPTION -o FILE{export.GGUF} writes a file"
-        )
-    index = output / INDEX_NAME
+    if output.suffix.lower() == GGUF and not output.exists():
+        raise ValueError(f"--output: expected a folder, got {output}; t2l export DESCRIPTION -o FILE{GGUF} writes a file")
     if options.several and index.exists() and not _is_index(index):
-        raise FileExistsError(
-            f"--output: {index}: expected an index of adapters, or none, got another file; choose another folder"
-        )
-
-
-@contextlib.contextmanager
-def _index(options: Options, texts: list[str]) -> Iterator[list[str]]:
-    """Names of the adapters in the output; index.json is gone while several are written, and complete afterwards."""
-    from t2l_engine.files.weights import write_text
-
-    if not options.several:  # a PEFT adapter is the output itself
-        yield [options.ending and f"adapter{options.ending}"]
-        return
-    index, names = options.output / INDEX_NAME, [f"{i}{options.ending}" for i in range(len(texts))]
-    index.unlink(missing_ok=True)
-    yield names
-    write_text(index, json.dumps(dict(zip(names, texts, strict=True)), indent=1, ensure_ascii=False) + "\n")
+        expected = "expected an index of adapters, or none, got another file; choose another folder"
+        raise FileExistsError(f"--output: {index}: {expected}")
 
 
 def _open_library(folder: Path, base: str | None, top_k: int) -> AdapterLibrary:
     """The library in ``folder``, with a warning if its adapters are of another base model than ``base``."""
-    from t2l_engine.library import AdapterLibrary
-
-    library, theirs = AdapterLibrary.open(folder), stored_base(folder)
-    if differ(base, theirs):
-        say(f"warning: the adapters in {folder} are of {theirs}, and are written as of {base}; --base-model names another")
+    library, theirs = AdapterLibrary.open(folder), common.stored_base(folder)
+    if common.differ(base, theirs):
+        stated = f"the adapters in {folder} are of {theirs}, and are written as of {base}"
+        common.say(f"warning: {stated}; --base-model names another")
     if top_k > len(library):
         raise ValueError(f"--top-k: expected at most the {len(library)} adapters of the library, got {top_k}")
     return library
 
 
 def _adapters(
-    engine: TextToLoRA, texts: list[str], shots: Any, library: AdapterLibrary | None, top_k: int, min_similarity: float
+    options: Options, engine: TextToLoRA, texts: list[str], shots: Any, library: AdapterLibrary | None
 ) -> Iterator[tuple[AdapterStack, int, list[Match] | None]]:
     """(stack, index in it, stored adapters that were used) of the adapter of each text, made in batches."""
-    size = max(1, BATCH_SIZE // top_k)
-    task_emb = engine.encoder.encode(texts, examples=shots and [shots] * len(texts)) if library is None else None
+    size = max(1, BATCH_SIZE // options.top_k)
     for start in range(0, len(texts), size):
+        some = texts[start : start + size]
         if library is None:
-            stack, matches = engine.hypernetwork.generate(task_emb[start : start + size]), [None] * size
+            stack, matches = engine.generate(some, shots and [shots] * len(some)), [None] * len(some)
         else:
-            stack, matches = engine.retrieve(texts[start : start + size], library, top_k, min_similarity)
-        yield from ((stack, i, matches[i]) for i in range(len(stack)))
+            stack, matches = engine.retrieve(some, library, options.top_k, options.min_similarity)
+        yield from ((stack, i, of) for i, of in enumerate(matches))
 
 
 def _about(text: str, path: Path, form: Format, stack: AdapterStack, i: int, matches: list[Match] | None) -> dict[str, Any]:
@@ -223,18 +173,17 @@ def _line(about: dict[str, Any], path: Path) -> str:
 
 def _is_index(file: Path) -> bool:
     """Whether ``file`` is what this command writes, which may be replaced."""
-    try:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         found = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and all(name.removesuffix(export.GGUF).isdecimal() for name in found)
+        return isinstance(found, dict) and all(name.removesuffix(GGUF).isdecimal() for name in found)
+    return False
 
 
 def _read(file: Path) -> dict[str, str]:
     """The descriptions in ``file`` ("-": standard input), one per line, by "FILE:LINE"; blank lines are skipped."""
     source = "standard input" if str(file) == "-" else file
     try:
-        text = standard_input().read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        text = common.standard_input().read() if str(file) == "-" else file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"--file: {file}: expected UTF-8 text: {error}") from None
     except OSError as error:
