@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from t2l_engine.cli.common import Json, console, named, print_json, say, split_names
+from t2l_engine.files.errors import short_repr
 
 if TYPE_CHECKING:
     from t2l_engine.research.tasks.folder import Task
@@ -23,37 +24,22 @@ Manifest = Annotated[str, typer.Option(help="Packaged manifest, or a file of one
 Force = Annotated[bool, typer.Option("--force", help="Replace the tasks of a folder, including those of other names.")]
 
 
-class Suite(str, enum.Enum):
-    """Suites of generated tasks."""
-
-    words = "words"
-    specs = "specs"
-
-
-class TaskSplit(str, enum.Enum):
-    """Task splits of a manifest."""
-
-    train = "train"
-    in_family = "in-family"
-    out_of_family = "out-of-family"
+Suite = enum.Enum("Suite", {"words": "words", "specs": "specs"}, type=str)
+#: Task splits of a manifest.
+TaskSplit = enum.Enum("TaskSplit", {name: name for name in ("train", "in-family", "out-of-family")}, type=str)
 
 
 @app.command("import-sni")
 def import_sni(
     source: Annotated[Path, typer.Argument(help="Folder of Super-NaturalInstructions files (task*.json), or one file.")],
     output: Output,
-    descriptions: Annotated[
-        Path | None, typer.Option(help="JSON {task name or number: [description, ...]}, added to the definitions.")
-    ] = None,
+    descriptions: Annotated[Path | None, typer.Option(help="JSON {task name or number: [description, ...]}.")] = None,
     tasks: Annotated[str, typer.Option(help="Comma-separated names or numbers of tasks; default: all.")] = "",
     licence: Annotated[
-        list[str] | None,
-        typer.Option(help="Allowed licence, such as 'CC BY'; may be repeated; default: any or none."),
-    ] = None,
-    category: Annotated[list[str] | None, typer.Option(help="Category to import; may be repeated; default: all.")] = None,
-    max_instances: Annotated[
-        int | None, typer.Option(min=1, help="Examples per task, chosen by hash; default: 200, or the manifest's.")
-    ] = None,
+        list[str], typer.Option(help="Allowed, such as 'CC BY'; may be repeated; default: any or none.")
+    ] = (),
+    category: Annotated[list[str], typer.Option(help="Category to import; may be repeated; default: all.")] = (),
+    max_instances: Annotated[int | None, typer.Option(min=1, help="Examples per task, by hash; default: 200.")] = None,
     manifest: Manifest = "",
     force: Force = False,
 ) -> None:
@@ -71,8 +57,8 @@ def import_sni(
         descriptions=sni.further_descriptions(descriptions) if descriptions else None,
         max_instances=max_instances or MAX_EXAMPLES,
         manifest=manifests.read(manifest) if manifest else None,
-        licences=licence or (),
-        categories=category or (),
+        licences=licence,
+        categories=category,
     )
     for name, reason in imported.left_out.items():
         say(f"left out: {name}: {reason}")
@@ -81,8 +67,6 @@ def import_sni(
     if not imported.tasks:
         raise ValueError(f"{source}: no task to write, {len(imported.left_out)} left out")
     _write(output, imported.tasks, force)
-    if imported.left_out:
-        say(f"{len(imported.left_out)} tasks left out")
 
 
 @app.command("import-benchmarks")
@@ -111,17 +95,11 @@ def import_benchmarks(
 def synthetic(
     output: Output,
     suite: Annotated[Suite, typer.Option(help="Twelve small tasks, or thousands of specifications.")] = Suite.words,
-    examples: Annotated[
-        int | None, typer.Option(help="Examples per task; words: 20 to 120, default 120; specs: default 60.")
-    ] = None,
+    examples: Annotated[int | None, typer.Option(help="Examples per task; words: 20 to 120; specs: default 60.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed; the packaged manifest specs fixes seed 0.")] = 0,
     specifications: Annotated[int | None, typer.Option(help="Number of tasks of specs; default: the manifest's.")] = None,
-    task_split: Annotated[
-        list[TaskSplit] | None, typer.Option(help="Task split of specs to write; may be repeated; default: all.")
-    ] = None,
-    further_descriptions: Annotated[
-        int, typer.Option(min=0, help="Number of further descriptions per task; needs --task-split train.")
-    ] = 0,
+    task_split: Annotated[list[TaskSplit], typer.Option(help="Of specs; may be repeated; default: all.")] = (),
+    further_descriptions: Annotated[int, typer.Option(min=0, help="Further ones per task; needs --task-split train.")] = 0,
     force: Force = False,
 ) -> None:
     """Write generated tasks: twelve small ones on lists, letters and words, or the suite of specifications."""
@@ -130,9 +108,7 @@ def synthetic(
 
     if suite is Suite.words:
         if specifications is not None or task_split or further_descriptions:
-            raise ValueError(
-                "--specifications, --task-split and --further-descriptions: expected none without --suite specs"
-            )
+            raise ValueError("--specifications, --task-split, --further-descriptions: expected none without --suite specs")
         made = words.suite(words.MAX_EXAMPLES if examples is None else examples, seed)
     else:
         wanted = {split.value for split in task_split or TaskSplit}
@@ -175,43 +151,30 @@ def check(
 ) -> None:
     """Check a folder; exit status 1 if a file is invalid, if splits of a task share an input, or with --manifest if tasks,
     examples or splits differ from it."""
+    from t2l_engine.research.tasks import manifest as manifests
+    from t2l_engine.research.tasks.examples import SHARES, check_splits
+    from t2l_engine.research.tasks.folder import load_tasks
+
     if manifest:
-        names = _as_in_manifest(folder, manifest, task_split.value if task_split else None, examples, as_json)
+        listed, split = manifests.read(manifest, examples), task_split and task_split.value
+        names, differences = listed.names(split), manifests.check(folder, listed, split)
+        for difference in () if as_json else differences:
+            typer.echo(str(difference))
+        if differences:
+            raise ValueError(f"{folder}: differs from manifest {manifest} {len(differences)} times, first: {differences[0]}")
         about = f"{folder}: {len(names)} tasks as in manifest {manifest}"
     elif task_split is not None or examples is not None:
         raise ValueError("--task-split, --examples: expected --manifest beside them")
     else:
-        from t2l_engine.research.tasks.examples import SHARES, check_splits
-        from t2l_engine.research.tasks.folder import load_tasks
-
         tasks = load_tasks(folder, None)
         check_splits(tasks, str(folder))
         if others := {example.split for task in tasks for example in task.examples} - SHARES.keys():
             say(f"training reads no splits other than {', '.join(SHARES)}: {', '.join(map(_plain, sorted(others)))}")
         names, about = [task.name for task in tasks], _summary(folder, tasks)
     if as_json:
-        print_json({"manifest": manifest or None, "tasks": names, "differences": []})
+        print_json({"manifest": manifest or None, "tasks": names})
     else:
         typer.echo(about)
-
-
-def _as_in_manifest(folder: Path, manifest: str, task_split: str | None, examples: int | None, quiet: bool) -> list[str]:
-    """The tasks that the manifest has in ``task_split``; ConfigError, after a table unless ``quiet``, if any differs."""
-    from rich.table import Table
-
-    from t2l_engine.files.errors import ConfigError
-    from t2l_engine.research.tasks import manifest as manifests
-
-    wanted = manifests.read(manifest, examples)
-    differences = manifests.check(folder, wanted, task_split)
-    if not differences:
-        return wanted.names(task_split)
-    if not quiet:
-        table = Table("task", "split", "examples", "difference")
-        for row in differences:
-            table.add_row(row.task, _plain(row.split or "all"), str(row.count), row.kind)
-        console().print(table)
-    raise ConfigError(f"{folder}: differs from manifest {manifest} {len(differences)} times, first: {differences[0]}")
 
 
 @app.command()
@@ -274,6 +237,4 @@ def _summary(folder: Path, tasks: Sequence[Task]) -> str:
 
 def _plain(text: str) -> str:
     """``text`` from a file, escaped and bounded for a terminal."""
-    from t2l_engine.files.errors import short_repr
-
     return text if text.isprintable() and len(text) <= 40 else short_repr(text)

@@ -42,15 +42,12 @@ class Run:
 
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an interrupted run in it is resumed.")]
     config: Annotated[Path | None, typer.Option(help='YAML file of settings, or packaged ones ("mini-sft").')] = None
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="name=value, overrides the file; may be repeated.")
-    ] = None
+    overrides: Annotated[list[str], typer.Option("--set", help="name=value, overrides the file; may be repeated.")] = ()
     names: Annotated[str, typer.Option(help="Comma-separated tasks to train on; default: all.")] = ""
     device: Annotated[str, typer.Option(help="cpu or cuda; for several processes use accelerate launch.")] = "cpu"
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's default.")] = 0
     fields: Annotated[
-        bool,
-        typer.Option("--fields", help="List the fields of the settings and exit.", callback=_show_fields, is_eager=True),
+        bool, typer.Option("--fields", help="List the fields of the settings.", callback=_show_fields, is_eager=True)
     ] = False
 
 
@@ -59,31 +56,28 @@ class Tasks:
     """What a run on tasks reads."""
 
     tasks: Annotated[Path, typer.Option(help='Task folder with splits "train" and "val".')]
-    manifest: Annotated[
-        str, typer.Option(help='Packaged manifest ("skills", "specs"), or a file, that the examples must match.')
-    ] = ""
+    manifest: Annotated[str, typer.Option(help="Packaged manifest, or a file of one, that the examples must match.")] = ""
     task_split: Annotated[str, typer.Option(help="Task split of the manifest to train on; default: train.")] = ""
 
     def chosen(self, names: str) -> list[str] | None:
         """Names of the tasks to train on (None: all); ConfigError if their examples differ from the manifest's."""
-        wanted = split_names(names)
+        wanted, split = split_names(names), self.task_split or "train"
         if not self.manifest:
             if self.task_split:
                 raise ValueError("--task-split: expected --manifest beside it, whose tasks it selects")
             return wanted or None
-        from t2l_engine.files.errors import ConfigError
         from t2l_engine.research.tasks import manifest as manifests
         from t2l_engine.research.tasks.folder import read_descriptions
 
-        task_split, listed = self.task_split or "train", manifests.read(self.manifest)
-        chosen = manifests.select(read_descriptions(self.tasks, wanted or None), listed, task_split)
+        listed = manifests.read(self.manifest)
+        chosen = manifests.select(read_descriptions(self.tasks, wanted or None), listed, split)
         if others := sorted(set(wanted) - set(chosen)):
-            raise ConfigError(f"--names: expected tasks that {self.manifest} lists as {task_split!r}, got {others[0]!r}")
+            raise ValueError(f"--names: expected tasks that {self.manifest} lists as {split!r}, got {others[0]!r}")
         if not chosen:
-            raise ConfigError(f"--task-split: {self.tasks} has no task that {self.manifest} lists as {task_split!r}")
-        if found := [d for d in manifests.check(self.tasks, listed, task_split) if d.task in chosen]:
-            expected = f"{self.tasks}: expected the examples of {self.manifest}"
-            raise ConfigError(f"{expected}, got {len(found)} differences: {found[0]}")
+            raise ValueError(f"--task-split: {self.tasks} has no task that {self.manifest} lists as {split!r}")
+        if found := [d for d in manifests.check(self.tasks, listed, split) if d.task in chosen]:
+            got = f"got {len(found)} differences: {found[0]}"
+            raise ValueError(f"{self.tasks}: expected the examples of {self.manifest}, {got}")
         return chosen
 
 
@@ -141,7 +135,7 @@ def _train(kind: str, run: Run, source: Path, names: list[str] | None) -> None:
     from t2l_engine.research.training.runs import WAVES
 
     logging.disable_progress_bar()
-    chosen = settings.read(getattr(settings, KINDS[kind]), run.config, run.overrides or [])
+    chosen = settings.read(getattr(settings, KINDS[kind]), run.config, run.overrides)
     accelerator = loop.accelerator(run.device)
     if run.threads:
         torch.set_num_threads(run.threads)
