@@ -6,9 +6,9 @@ import contextlib
 import dataclasses
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,9 +17,6 @@ from t2l_engine.cli.desk import Desk, open_desk
 from t2l_engine.cli.options import takes
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.text import is_unicode
-
-if TYPE_CHECKING:
-    from t2l_engine.serving.side_by_side import Row
 
 HELP = """\
 Every line is an input; its answer goes to standard output.  Lines are independent: adapters are trained on single inputs.
@@ -37,8 +34,8 @@ Begin a line with // for an input that begins with /."""
 COMMANDS = list(dict.fromkeys(re.findall(r"^  (/\w+)", HELP, re.MULTILINE)))
 #: Adapters in memory: the most tasks of a session.
 SLOTS = 8
-#: The key of the task without a name, and how it and the base model are called.
-UNNAMED, TASK, BASE = "", "task", "base"
+#: The task without a name of its own, and the base model.
+TASK, BASE = "task", "base"
 #: /task NAME: TEXT.  Names are lower case, since sentences begin with a capital letter.
 _NAMED = re.compile(r"([a-z0-9_-]{1,16}):\s+(\S.*)")
 _LINE_BREAKS = str.maketrans(dict.fromkeys("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", " "))
@@ -53,18 +50,21 @@ class Chat:
 
     def __init__(self, desk: Desk, *, task: str, interactive: bool, options: dict[str, Any]):
         self.desk, self.interactive, self.options = desk, interactive, options
-        self.tasks: dict[str, str] = {}
-        self.add(UNNAMED, task)
+        self.tasks: dict[str, str] = {}  # name -> description
+        self.use(TASK, task)
         self.history: list[tuple[str, str, str]] = []  # input, name of who answered, answer
         self.last: str | None = None
 
-    def answer(self, text: str, rows: Mapping[str, Row]) -> None:
-        """Print the answers of ``rows``, by name; one answer alone is streamed.
+    def answer(self, text: str, *names: str) -> None:
+        """Print the answers of tasks, or of the base model; one answer alone is streamed.
 
         Raises ValueError for an input that is too long for the model's context.
         """
+        from t2l_engine.serving.side_by_side import Row
+
+        rows = [Row() if name == BASE else Row(self.tasks[name], adapted=True) for name in names]
         printed, last = "", None
-        with contextlib.closing(self.desk.side_by_side.answers(text, list(rows.values()), **self.options)) as answers:
+        with contextlib.closing(self.desk.side_by_side.answers(text, rows, **self.options)) as answers:
             for last in answers:
                 if len(rows) == 1:  # without the last word, which the next token may continue
                     words = last.texts[0].rpartition(" ")[0]
@@ -72,7 +72,7 @@ class Chat:
                     printed = max(printed, words, key=len)
         if last is None:
             return
-        for name, answer in zip(rows, last.texts, strict=True):
+        for name, answer in zip(names, last.texts, strict=True):
             self._print((f"{name}: " if len(rows) > 1 and self.interactive else "") + answer[len(printed) :], end=True)
             self.history.append((text, name, answer))
         if self.interactive:
@@ -83,23 +83,18 @@ class Chat:
 
     def line(self, line: str) -> bool:
         """Execute ``line``, an input or a command; False for /quit.  Raises ValueError for an invalid command."""
-        from t2l_engine.serving.side_by_side import Row
-
         if not is_unicode(line):
             raise ValueError(f"input: expected UTF-8 text, got {short_repr(line)}")
         command, rest = (line.split(maxsplit=1) + [""])[:2]
         if not line.startswith("/") or line.startswith("//"):
             self.last = line.removeprefix("/")
-            self.answer(self.last, {self.current or TASK: Row(self.tasks[self.current], adapted=True)})
+            self.answer(self.last, self.current)
         elif command == "/task":
-            with named({"texts[0]": "/task"}):
-                self.use(rest)
+            self.change(rest)
         elif command in ("/base", "/both"):
             if self.last is None:
                 raise ValueError(f"{command}: expected an input before it, got none")
-            tasks = self.tasks if command == "/both" else {}
-            adapted = {name or TASK: Row(description, adapted=True) for name, description in tasks.items()}
-            self.answer(self.last, {BASE: Row(), **adapted})
+            self.answer(self.last, BASE, *(self.tasks if command == "/both" else ()))
         elif command == "/save":
             if not rest:
                 raise ValueError("/save: expected a folder or FILE.gguf after it, got none")
@@ -108,25 +103,18 @@ class Chat:
             say(f"wrote {path}")
         elif command == "/tasks":
             for name, description in self.tasks.items():
-                say(f"{'*' if name == self.current else ' '} {name or TASK}: {description}")
+                say(f"{'*' if name == self.current else ' '} {name}: {description}")
         elif command == "/history":
             for text, name, answer in self.history:
                 say(f"{text} -> {name}: {answer}")
         elif command == "/help":
             typer.echo(HELP, err=True)
-        elif command == "/quit":
-            return False
-        else:
+        elif command != "/quit":
             raise ValueError(f"{command[:40]}: expected one of {', '.join(COMMANDS)}; // begins an input that begins with /")
-        return True
+        return command != "/quit"
 
-    def add(self, name: str, description: str) -> None:
-        """Use ``description`` as the task ``name``, and make its adapter.
-
-        Raises ValueError for a reserved name, one task too many, or a description that the encoder refuses.
-        """
-        if name in (TASK, BASE):
-            raise ValueError(f"/task: expected another name than {TASK} and {BASE}, got {name}")
+    def use(self, name: str, description: str) -> None:
+        """Use ``description`` as the task ``name``, and make its adapter; ValueError if the encoder refuses it."""
         if name not in self.tasks and len(self.tasks) == SLOTS:
             raise ValueError(f"/task: expected at most {SLOTS} tasks, got one more; give it the name of another")
         made = self.desk.side_by_side.hold([description])
@@ -134,19 +122,21 @@ class Chat:
         if self.interactive:
             say(f"the adapter is that of: {description} ({made.times})")
 
-    def use(self, text: str) -> None:
+    def change(self, text: str) -> None:
         """``/task``: a description, one with a name, or a name alone."""
+        name, description = TASK, text
         if not text:
             raise ValueError("/task: expected a description after it, got none")
         if text == BASE:
             raise ValueError(f"/task: expected a description or the name of a task, got {BASE}; /base asks the base model")
-        name = UNNAMED if text == TASK else text
-        if name in self.tasks:
-            self.add(name, self.tasks[name])
+        if text in self.tasks:
+            name, description = text, self.tasks[text]
         elif match := _NAMED.fullmatch(text):
-            self.add(*match.groups())
-        else:
-            self.add(UNNAMED, text)
+            name, description = match.groups()
+            if name in (TASK, BASE):
+                raise ValueError(f"/task: expected another name than {TASK} and {BASE}, got {name}")
+        with named({"texts[0]": "/task"}):
+            self.use(name, description)
 
 
 def _lines(interactive: bool) -> Iterator[str]:
