@@ -15,6 +15,7 @@ import typer
 from t2l_engine.cli.common import FREE_TEXT_CHECKPOINT, BaseDType, Checkpoint, DType, EngineOptions, keep_freed_memory, say
 from t2l_engine.cli.desk import open_desk
 from t2l_engine.cli.options import takes
+from t2l_engine.text.encoder import OneHotEncoder
 
 #: Limits of the landmarks on the map: bytes of their adapters, and their number.
 MAP_BYTES, LANDMARKS = 1 << 27, 44
@@ -27,9 +28,7 @@ INPUT = "On Monday Clara talked about the recipe."
 class Options:
     """Where the page is served, and limits of adapters and answers."""
 
-    host: Annotated[str, typer.Option(help="Bind address; anything but loopback is exposed without authentication.")] = (
-        "127.0.0.1"
-    )
+    host: Annotated[str, typer.Option(help="Bind address; beyond loopback, anybody may come in.")] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 7860
     adapters: Annotated[int, typer.Option(min=1, max=64, help="Adapters held; the least recently used is replaced.")] = 8
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256
@@ -54,19 +53,17 @@ def ui(options: Options, engine: Engine) -> None:
         from t2l_engine.serving.page import Page
     except ModuleNotFoundError as error:
         raise FileNotFoundError(f'{error.name} is not installed; run: pip install "t2l_engine[ui]"') from None
-    from t2l_engine.text.encoder import OneHotEncoder
-
     keep_freed_memory()
     _check_address(options.host, options.port)
     desk = open_desk(engine, slots=options.adapters, max_new_tokens=options.max_new_tokens, dtype=options.dtype)
-    if isinstance(desk.side_by_side.engine.encoder, OneHotEncoder):
+    made, config = desk.side_by_side.engine, desk.side_by_side.engine.hypernetwork.config
+    if isinstance(made.encoder, OneHotEncoder):
         raise ValueError(
-            f"--checkpoint: expected one for sentences, got {engine.checkpoint}, whose encoder knows names of tasks alone"
+            f"--checkpoint: expected one for sentences, got {engine.checkpoint}, which knows names of tasks alone"
         )
     first = DESCRIPTIONS[: options.adapters]
     desk.side_by_side.hold(first)  # raises now if adapters do not fit the base model
-    config = desk.side_by_side.engine.hypernetwork.config
-    size = 4 * config.num_layers * config.rank * (sum(config.in_features) + sum(config.out_features))
+    size = 4 * made.hypernetwork.meta_stack(1).num_parameters
     page = Page(
         desk.side_by_side,
         desk.save,
@@ -87,14 +84,12 @@ def ui(options: Options, engine: Engine) -> None:
 
 def _check_address(host: str, port: int) -> None:
     """Errors before the models are loaded; Gradio checks the port later, and at 127.0.0.1 alone."""
-    if ":" in host:
-        raise ValueError(f"--host: expected a name or an IPv4 address, got {host!r}")
     try:
         with socket.create_server((host, port)) as free:
             if not ipaddress.ip_address(free.getsockname()[0]).is_loopback:
                 say(f"warning: --host {host}: the page is exposed without authentication")
     except OSError as error:
-        raise OSError(f"--host, --port: {host}:{port}: {error.strerror}") from None
+        raise OSError(f"--host, --port: expected a free IPv4 address, got {host}:{port}: {error.strerror}") from None
 
 
 def landmarks(count: int) -> list[tuple[str, str]]:

@@ -81,7 +81,9 @@ def test_the_command(run, port):
         assert url == f"http://127.0.0.1:{port}" and "Text-to-LoRA" in urllib.request.urlopen(url).read().decode()
         code, _, err = run("ui", "--port", port)
         assert code == 1 and err.count("\n") == 1
-        assert err.startswith(f"t2l: --host, --port: 127.0.0.1:{port}: Address already"), err
+        assert err.startswith(f"t2l: --host, --port: expected a free IPv4 address, got 127.0.0.1:{port}: Address already"), (
+            err
+        )
         process.terminate()
         assert process.wait(60) == 0
     finally:
@@ -92,7 +94,7 @@ def test_the_command(run, port):
     "arguments, said",
     [
         (("-c", "nothing"), "t2l: checkpoint"),
-        (("--host", "::1"), "t2l: --host: expected a name or an IPv4 address, got '::1'"),
+        (("--host", "::1"), "t2l: --host, --port: expected a free IPv4 address, got ::1:"),
         (("--base-model", "nowhere"), "t2l: --base-model: expected 'smollm2-135m' or a local transformers folder"),
         (("--max-new-tokens", 9000), "t2l: --max-new-tokens: expected fewer than the model's 8192 positions, got 9000"),
     ],
