@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
 import timeit
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,40 +25,28 @@ IN_FAMILY, OUT_OF_FAMILY = "in-family", "out-of-family"
 
 #: Description -> (its split, (input, correct answer) of each row).  The checkpoint was not trained on these sentences.
 TASKS = {
-    'Spot the vehicle and insert it where "Draw the ___ in blue." has its blank.': (
-        IN_FAMILY,
-        [
-            ("Nobody mentioned the tractor until Sunday.", "Draw the tractor in blue."),
-            ("What do you know about the ambulance?", "Draw the ambulance in blue."),
-            ("Do you enjoy the tram?", "Draw the tram in blue."),
-        ],
-    ),
-    "File the sentence under computers, cooking or law.": (
-        IN_FAMILY,
-        [
-            ("Did Nora mention the download?", "computers"),
-            ("Did Felix mention the prosecutor?", "law"),
-            ("On Monday it was all about the recipe.", "cooking"),
-        ],
-    ),
-    'Combine the two words so that "magic" is before the other.': (
-        IN_FAMILY,
-        [('"doctor"', "magic doctor"), ('"sister"', "magic sister"), ("the word pudding", "magic pudding")],
-    ),
-    "Write the letters of the word from last to first.": (
-        OUT_OF_FAMILY,
-        [('"doctor"', "rotcod"), ("the word pan", "nap"), ("the word tube", "ebut")],
-    ),
-}
+    'Spot the vehicle and insert it where "Draw the ___ in blue." has its blank.': (IN_FAMILY, [
+        ("Nobody mentioned the tractor until Sunday.", "Draw the tractor in blue."),
+        ("What do you know about the ambulance?", "Draw the ambulance in blue."),
+        ("Do you enjoy the tram?", "Draw the tram in blue."),
+    ]),
+    "File the sentence under computers, cooking or law.": (IN_FAMILY, [
+        ("Did Nora mention the download?", "computers"),
+        ("Did Felix mention the prosecutor?", "law"),
+        ("On Monday it was all about the recipe.", "cooking"),
+    ]),
+    'Combine the two words so that "magic" is before the other.': (IN_FAMILY, [
+        ('"doctor"', "magic doctor"), ('"sister"', "magic sister"), ("the word pudding", "magic pudding"),
+    ]),
+    "Write the letters of the word from last to first.": (OUT_OF_FAMILY, [
+        ('"doctor"', "rotcod"), ("the word pan", "nap"), ("the word tube", "ebut"),
+    ]),
+}  # fmt: skip
 #: Inputs of several kinds for the user's own sentence.
 INPUTS = (
-    "paper, cold, forest, seven, moon",
-    "lantern",
-    "Anna Schmidt",
-    "2024-03-07",
-    "The cat sleeps on the red sofa.",
+    "paper, cold, forest, seven, moon", "lantern", "Anna Schmidt", "2024-03-07", "The cat sleeps on the red sofa.",
     "name: Omar; city: Lima; age: 31",
-)
+)  # fmt: skip
 #: An input for the first two descriptions.
 SAME_INPUT = "The report says a lot about the recipe in the van."
 
@@ -75,6 +62,14 @@ def answer(model, tokenizer, prompts: list[str], max_new_tokens: int = 14) -> li
     return [text.strip().split("\n")[0] for text in texts]
 
 
+def ask(model, tokenizer, engine, lora, i: int, description: str, inputs: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """Every input, and what the base model (which reads the description) and the model with adapter ``i`` answer."""
+    base = answer(model, tokenizer, [raw_prompt(description, x) for x in inputs])
+    with lora.use(i):
+        adapted = answer(model, tokenizer, [engine.prompt(tokenizer, x) for x in inputs])
+    return ((x, b[:48], a[:48]) for x, b, a in zip(inputs, base, adapted, strict=True))
+
+
 def show(title: str, columns: str, rows: Iterable[Iterable[str]], note: str = "") -> None:
     """Print a table with ``note`` below it; a row of one cell begins a section."""
     table = Table(*columns.split(", "), title=escape(title))
@@ -84,20 +79,18 @@ def show(title: str, columns: str, rows: Iterable[Iterable[str]], note: str = ""
             table.add_section()
         table.add_row(*cells)
     console.print(table)
-    console.print(note)
+    console.print(f"{note}\n" if note else "")
 
 
 def show_tasks(model, tokenizer, engine, lora) -> None:
-    rows, score = [], {"base": 0, "adapted": 0}
+    rows, score, said = [], {"base": 0, "adapted": 0}, {True: "yes", False: "no"}
     for i, (description, (split, pairs)) in enumerate(TASKS.items()):
         rows.append((f"{description} ({split})",))
-        base = answer(model, tokenizer, [raw_prompt(description, x) for x, _ in pairs])
-        with lora.use(i):
-            adapted = answer(model, tokenizer, [engine.prompt(tokenizer, x) for x, _ in pairs])
-        for (x, right), b, a in zip(pairs, base, adapted, strict=True):
-            score["base"] += b == right
-            score["adapted"] += a == right
-            rows.append((x, b[:48], "yes" if b == right else "no", a[:48], "yes" if a == right else "no"))
+        asked = ask(model, tokenizer, engine, lora, i, description, [x for x, _ in pairs])
+        for (x, base, adapted), (_, right) in zip(asked, pairs, strict=True):
+            score["base"] += base == right
+            score["adapted"] += adapted == right
+            rows.append((x, base, said[base == right], adapted, said[adapted == right]))
     total = sum(len(pairs) for _, pairs in TASKS.values())
     show(
         "1. Sentences that nothing was trained on",
@@ -106,23 +99,20 @@ def show_tasks(model, tokenizer, engine, lora) -> None:
         f"Right, to the letter: base model {score['base']} of {total} (it reads the description in its prompt), "
         f"adapted {score['adapted']} of {total} (it reads the input alone). In-family: training had this kind of task, with "
         "other values. The first three sentences are among those that work best; docs/results/quality.md has the means "
-        "over hundreds.\n",
+        "over hundreds.",
     )
 
 
 def show_own(model, tokenizer, engine, text: str) -> None:
-    base = answer(model, tokenizer, [raw_prompt(text, x) for x in INPUTS])
     lora = t2l.attach(model, engine.generate([text]))
-    with lora.use(0):
-        adapted = answer(model, tokenizer, [engine.prompt(tokenizer, x) for x in INPUTS])
-    lora.detach()
     show(
         f"Your sentence: {text!r}",
         "input, base model, adapted model",
-        ((x, b[:48], a[:48]) for x, b, a in zip(INPUTS, base, adapted, strict=True)),
+        ask(model, tokenizer, engine, lora, 0, text, INPUTS),
         "Answers are not scored: the right ones are not known. The base model reads the sentence in its prompt, the adapted "
-        "model reads the input alone.\n",
+        "model reads the input alone.",
     )
+    lora.detach()
 
 
 def show_batches(model, tokenizer, engine, lora) -> None:
@@ -162,16 +152,8 @@ def show_times(model, engine) -> None:
         "step, time",
         ((name, f"{1e3 * min(timeit.repeat(step, number=1)):.1f} ms") for name, step in steps.items()),
         f"One adapter: rank {hypernetwork.config.rank}, {stack.num_parameters:,} values, {size:.2f} MB in {dtype}. "
-        "FLOPs beside few-shot prompts: t2l cost --model smollm2-135m.\n",
+        "FLOPs beside few-shot prompts: t2l cost --model smollm2-135m.",
     )
-
-
-def working(on: str) -> contextlib.AbstractContextManager[object]:
-    """A spinner on a terminal, a line elsewhere."""
-    if console.is_terminal:
-        return console.status(on)
-    console.print(f"{on} ...")
-    return contextlib.nullcontext()
 
 
 def main(svg: str | None = None, text: str = "") -> None:
@@ -181,14 +163,12 @@ def main(svg: str | None = None, text: str = "") -> None:
     """
     logging.disable_progress_bar()
     console.print(f"[bold]t2l_engine {t2l.__version__}[/bold], native kernels: {'on' if ops.NATIVE else 'off'}\n")
-    with working("SmolLM2-135M-Instruct (the first time its weights are unpacked)"):
-        model, tokenizer = packaged.load()
-    with working("text encoder and hypernetwork, four sentences to adapters"):
-        engine = t2l.TextToLoRA.from_pretrained(CHECKPOINT)
-        stack = engine.generate([*TASKS])
+    console.print("Loading SmolLM2-135M-Instruct (unpacked the first time), text encoder and hypernetwork ...")
+    model, tokenizer = packaged.load()
+    engine = t2l.TextToLoRA.from_pretrained(CHECKPOINT)
     if text.strip():
         show_own(model, tokenizer, engine, text.strip())
-    lora = t2l.attach(model, stack)
+    lora = t2l.attach(model, engine.generate([*TASKS]))
     console.record = svg is not None
     show_tasks(model, tokenizer, engine, lora)
     show_batches(model, tokenizer, engine, lora)
