@@ -269,11 +269,11 @@ def layer_error(step: Step, tokens: Tensor) -> Error:
         hook.remove()
     errors = []
     for layer, x, y in seen:
-        (member,) = layer.members
+        (module,) = layer.adapted_modules
         segments = layer._routing.segments(tokens.shape)
         exact = layer.base(x).double().flatten(0, 1)
-        operands = (x.double().flatten(0, 1), member.lora_A.double(), member.lora_B.double(), member.scaling.double())
-        routing = segments.seg_indptr, segments.seg_adapters, segments.max_seg_len, member.ranks
+        operands = (x.double().flatten(0, 1), module.lora_A.double(), module.lora_B.double(), module.scaling.double())
+        routing = segments.seg_indptr, segments.seg_adapters, segments.max_seg_len, module.ranks
         reference.lora_add_(exact, *operands, *routing)
         errors.append(Error(numerics.relative_frobenius(y.flatten(0, 1), exact), numerics.lora_frobenius(y.dtype)))
     return worst(errors)

@@ -120,9 +120,9 @@ def read(directory: Path, dtype: torch.dtype | None) -> PeftAdapter:
             raise AdapterError(f"{path}: expected a regular file")
     try:
         config = read_json(config_path)
+        partial = _check_config(config, config_path)
     except ConfigError as error:
         raise AdapterError(str(error)) from None
-    partial = _check_config(config, config_path)
     pairs = _read_pairs(weights_path)
     layers = _by_module(pairs, weights_path)  # first: it bounds the paths that patterns are matched with
     _check_chosen(config, config_path, pairs, weights_path)

@@ -34,8 +34,8 @@ def is_plain(base: Any, x: Tensor) -> bool:
 class AdaptedLinear(torch.autograd.Function):
     """``linear(x, weight, bias)`` plus the LoRA updates of ``inner``, with gradients of ``x``, ``inner`` and every A and B.
 
-    ``x``: contiguous.  ``inner``: ``x`` after dropout, None for ``x`` itself.  ``starts``: the first column of each member,
-    None for the whole linear (first in the list).  ``members``: A, B and ranks of each member in turn.  Other arguments as
+    ``x``: contiguous.  ``inner``: ``x`` after dropout, None for ``x`` itself.  ``starts``: the first column of each module,
+    None for the whole linear (first in the list).  ``modules``: A, B and ranks of each in turn.  Other arguments as
     in ``lora_add_``.  Updates are added to the product in place, and their gradients of ``x`` to that of the product.
     """
 
@@ -50,11 +50,11 @@ class AdaptedLinear(torch.autograd.Function):
         seg_adapters: Tensor,
         max_seg_len: int,
         starts: list[int | None],
-        *members: Tensor,
+        *modules: Tensor,
     ) -> Tensor:
         y, inner = nn.functional.linear(x, weight, bias), x if inner is None else inner
         segments = scaling, seg_indptr, seg_adapters, max_seg_len
-        lora_A, lora_B, ranks = (list(members[i::3]) for i in range(3))
+        lora_A, lora_B, ranks = (list(modules[i::3]) for i in range(3))
         if starts[0] is None:
             lora_add_op(y, inner, lora_A.pop(0), lora_B.pop(0), *segments, ranks.pop(0))
         if lora_A:
@@ -63,23 +63,23 @@ class AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, inner, weight, _, scaling, seg_indptr, seg_adapters, max_seg_len, starts, *members = inputs
+        x, inner, weight, _, scaling, seg_indptr, seg_adapters, max_seg_len, starts, *modules = inputs
         # A copy: LoRAHandle writes the ids of the next forward pass into the same tensor.
         segments = scaling, seg_indptr, seg_adapters.clone()
-        ctx.save_for_backward(x if inner is None else inner, weight, *segments, *members)
+        ctx.save_for_backward(x if inner is None else inner, weight, *segments, *modules)
         ctx.dropped, ctx.max_seg_len, ctx.starts = inner is not None, max_seg_len, starts
 
     @staticmethod
     @first_order("AdaptedLinear")
     def backward(ctx: Any, grad: Tensor) -> tuple:
         inner, weight, *segments = ctx.saved_tensors
-        segments, members = segments[:3], segments[3:]
+        segments, modules = segments[:3], segments[3:]
         grad, grad_x, grads = grad.contiguous(), None, []
         if ctx.needs_input_grad[0]:
             with without_autocast(grad.device):  # as the forward pass was, see is_plain
                 grad_x = (grad.view(-1, grad.shape[-1]) @ weight).view(inner.shape)
         grad_inner = torch.zeros_like(inner) if grad_x is None or ctx.dropped else grad_x
-        for start, A, B, ranks in zip(ctx.starts, members[::3], members[1::3], members[2::3], strict=True):
+        for start, A, B, ranks in zip(ctx.starts, modules[::3], modules[1::3], modules[2::3], strict=True):
             columns = grad if start is None else grad[..., start : start + B.shape[1]]
             grads += [*lora_backward_op(grad_inner, columns, inner, A, B, *segments, ctx.max_seg_len, ranks), None]
         return grad_x, grad_inner if ctx.dropped else None, *(None,) * 7, *grads

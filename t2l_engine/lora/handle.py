@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import short_repr
-from t2l_engine.lora.layer import LoRALinear, Member, ShardedLoRALinear, refuse_weights
+from t2l_engine.lora.layer import AdaptedModule, LoRALinear, ShardedLoRALinear, refuse_weights
 from t2l_engine.lora.locate import Packed, Target, check_stack, device_of, find_all, find_sharding, same_place
 from t2l_engine.lora.merge import check_mergeable, merged_weight, overwrite
 from t2l_engine.lora.routing import Ids, Routing
@@ -309,7 +309,7 @@ class LoRAHandle:
         slots = self._slots[key]
         device = slots.device(layer)
         assert device is not None  # the layer has a target
-        # Another member of a packed projection may have wrapped it already.
+        # Another module of a packed projection may have wrapped it already.
         wrapped = getattr(target.parent, target.attribute)
         if not isinstance(wrapped, LoRALinear):
             base, routing, how = target.linear, self._routings[device], slots.sharding
@@ -318,7 +318,7 @@ class LoRAHandle:
             self._wrapped.append((target, wrapped))
         start = None if target.columns is None else target.columns[0]
         A, B, ranks = slots.layer(layer)
-        wrapped.add_member(Member(key, layer, start, A, B, self._scalings[device], ranks))
+        wrapped.adapt(AdaptedModule(key, layer, start, A, B, self._scalings[device], ranks))
 
     def _match(self, stack: AdapterStack) -> Matched:
         """The modules of ``stack``; a key need not have slots yet."""

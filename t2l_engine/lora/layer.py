@@ -19,12 +19,13 @@ from t2l_engine.ops.registry import lora_add_group_op, lora_add_op, lora_delta_o
 # Not public in torch; if it is missing, recomputation is not checked.
 _graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
+Segments = tuple[Tensor, Tensor, int]  # as the ops take them
 
-class Member(NamedTuple):
-    """One adapted module of a linear.
 
-    ``key``: of its slots in the handle.  ``start``: its first output column in a packed projection, None if it is the whole
-    linear.
+class AdaptedModule(NamedTuple):
+    """A module that a linear computes, alone or as columns of a packed projection, and its adapters.
+
+    ``key``: of its slots in the handle.  ``start``: its first output column, None if it is the whole linear.
     ``lora_A [slots, r, in]``, ``lora_B [slots, out, r]``, ``scaling [slots]``, ``ranks [slots]``: views of the slots.
     """
 
@@ -37,20 +38,14 @@ class Member(NamedTuple):
     ranks: Tensor
 
 
-class _InPlaceOperands(NamedTuple):
-    """Operands of the in-place ops: of a ``lora_add_`` for each whole linear, of one ``lora_add_group_`` for all slices."""
-
-    whole: list[tuple[Tensor, Tensor, Tensor, Tensor]]
-    group: tuple[list[Tensor], list[Tensor], Tensor, list[Tensor], list[int]] | None
-
-    @staticmethod
-    def of(members: list[Member]) -> _InPlaceOperands:
-        whole = [(m.lora_A, m.lora_B, m.scaling, m.ranks) for m in members if m.start is None]
-        sliced = [m for m in members if m.start is not None]
-        if not sliced:
-            return _InPlaceOperands(whole, None)
-        _, _, starts, A, B, scalings, ranks = map(list, zip(*sliced, strict=True))
-        return _InPlaceOperands(whole, (A, B, scalings[0], ranks, starts))
+def _in_place_operands(modules: list[AdaptedModule]) -> tuple[list[tuple], tuple | None]:
+    """Of a ``lora_add_`` for each whole linear, and of one ``lora_add_group_`` for all columns of a packed projection."""
+    whole = [(m.lora_A, m.lora_B, m.scaling, m.ranks) for m in modules if m.start is None]
+    packed = [m for m in modules if m.start is not None]
+    if not packed:
+        return whole, None
+    _, _, starts, A, B, scalings, ranks = map(list, zip(*packed, strict=True))
+    return whole, (A, B, scalings[0], ranks, starts)
 
 
 class LoRALinear(nn.Module):
@@ -77,8 +72,8 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base
         self._routing = routing
-        self.members: list[Member] = []
-        self._operands = _InPlaceOperands([], None)  # of members
+        self.adapted_modules: list[AdaptedModule] = []
+        self._operands = _in_place_operands([])
         self._adapter_version: object | None = None  # in the last forward pass that a backward pass may recompute
         self._prefix = ""
         self.register_load_state_dict_post_hook(_own_names)
@@ -129,18 +124,18 @@ class LoRALinear(nn.Module):
         """Whether adapters are in use: ids are set, or an adapter is merged."""
         return self._routing.active or self._routing.merged
 
-    def add_member(self, member: Member) -> None:
-        """Adapt one more module; members are sorted by column."""
-        self.members.append(member)
-        self.members.sort(key=lambda m: -1 if m.start is None else m.start)
-        self._operands = _InPlaceOperands.of(self.members)
+    def adapt(self, module: AdaptedModule) -> None:
+        """Adapt one more module; they are sorted by column."""
+        self.adapted_modules.append(module)
+        self.adapted_modules.sort(key=lambda m: -1 if m.start is None else m.start)
+        self._operands = _in_place_operands(self.adapted_modules)
 
-    def _used_members(self) -> list[Member]:
-        """The members whose adapters are in use: of the slots, or of the stack that is differentiated."""
+    def _used_modules(self) -> list[AdaptedModule]:
+        """The modules with the adapters in use: those of the slots, or of the stack that is differentiated."""
         overrides = self._routing.overrides
         if overrides is None:
-            return self.members
-        return [m._replace(**overrides[m.key, m.layer]) for m in self.members if (m.key, m.layer) in overrides]
+            return self.adapted_modules
+        return [m._replace(**overrides[m.key, m.layer]) for m in self.adapted_modules if (m.key, m.layer) in overrides]
 
     def _check_recomputation(self) -> None:
         """RuntimeError if gradient checkpointing recomputes this layer with other adapters: gradients would be wrong."""
@@ -176,8 +171,8 @@ class LoRALinear(nn.Module):
         y = self._modules["base"](*args, **kwargs)  # pyright: ignore[reportOptionalCall]  # faster than self.base
         if routing.ids is None and routing.batch is None:
             return y
-        members = self.members if routing.overrides is None else self._used_members()
-        if not members:
+        modules = self.adapted_modules if routing.overrides is None else self._used_modules()
+        if not modules:
             return y
         if _forward_ad._current_level >= 0:  # torch.func.jvp would silently omit the adapter's derivative
             raise NotImplementedError("adapters have no forward-mode derivative; use backward-mode ones, or merge()")
@@ -193,11 +188,11 @@ class LoRALinear(nn.Module):
         longest = math.prod(tokens) if compiling and routing.batch is not None else batch.max_seg_len
         segments = (batch.seg_indptr, batch.seg_adapters, longest)
         if grad and (
-            y.requires_grad or x.requires_grad or any(m.lora_A.requires_grad or m.lora_B.requires_grad for m in members)
+            y.requires_grad or x.requires_grad or any(m.lora_A.requires_grad or m.lora_B.requires_grad for m in modules)
         ):
-            return self._sum_of_outputs(y, inner, members, segments)
+            return self._sum_of_outputs(y, inner, modules, segments)
         y = y.clone() if y is x else y.contiguous()  # an identity layer returns its input
-        whole, group = self._operands if routing.overrides is None else _InPlaceOperands.of(members)
+        whole, group = self._operands if routing.overrides is None else _in_place_operands(modules)
         for A, B, scaling, ranks in whole:
             lora_add_op(y, inner, A, B, scaling, *segments, ranks)
         if group is not None:
@@ -210,21 +205,21 @@ class LoRALinear(nn.Module):
         routing = self._routing
         if routing.ids is None and routing.batch is None or not is_plain(self.base, x) or _forward_ad._current_level >= 0:
             return None
-        members = self._used_members()
-        # With dropout every member has its own; that two are the whole linear is rare.
-        if not members or members[1:] and (routing.dropout or any(m.start is None for m in members[1:])):
+        modules = self._used_modules()
+        # With dropout every module has its own; that two are the whole linear is rare.
+        if not modules or modules[1:] and (routing.dropout or any(m.start is None for m in modules[1:])):
             return None
         batch, x = routing.segments(x.shape[:-1], False), x.contiguous()
         inner = nn.functional.dropout(x, routing.dropout) if routing.dropout else None
-        segments = members[0].scaling, batch.seg_indptr, batch.seg_adapters, batch.max_seg_len
-        tensors = [t for m in members for t in (m.lora_A, m.lora_B, m.ranks)]
+        segments = modules[0].scaling, batch.seg_indptr, batch.seg_adapters, batch.max_seg_len
+        tensors = [t for m in modules for t in (m.lora_A, m.lora_B, m.ranks)]
         return AdaptedLinear.apply(
-            x, inner, self.base.weight, self.base.bias, *segments, [m.start for m in members], *tensors
+            x, inner, self.base.weight, self.base.bias, *segments, [m.start for m in modules], *tensors
         )
 
-    def _sum_of_outputs(self, y: Tensor, x: Tensor, members: list[Member], segments: tuple[Tensor, Tensor, int]) -> Tensor:
-        """``y`` plus the outputs of all ``members``, for any base layer under autograd."""
-        for m in members:
+    def _sum_of_outputs(self, y: Tensor, x: Tensor, modules: list[AdaptedModule], segments: Segments) -> Tensor:
+        """``y`` plus the outputs of all ``modules``, for any base layer under autograd."""
+        for m in modules:
             dropped = nn.functional.dropout(x, self._routing.dropout) if self._routing.dropout else x
             delta = lora_delta_op(dropped, m.lora_A, m.lora_B, m.scaling, *segments, m.ranks)
             delta = delta.view(*y.shape[:-1], m.lora_B.shape[1])
@@ -234,7 +229,7 @@ class LoRALinear(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        return ", ".join(m.key.replace(LAYER, str(m.layer)) for m in self.members)
+        return ", ".join(m.key.replace(LAYER, str(m.layer)) for m in self.adapted_modules)
 
     # --- saving, loading and copying as the base model ---------------------------------------------------------------
 
@@ -275,14 +270,12 @@ class ShardedLoRALinear(LoRALinear):
         self._sharding = sharding
         self._identities: dict[str, tuple[Tensor, Tensor]] = {}  # by key: [slots, r, r], and scalings of 1
 
-    def add_member(self, member: Member) -> None:
+    def adapt(self, module: AdaptedModule) -> None:
         """Adapt one more module."""
-        super().add_member(member)
-        if self._sharding.group is None:
-            return  # nothing is added up
-        slots, r, _ = member.lora_A.shape
-        eye = torch.eye(r, dtype=member.lora_A.dtype, device=member.lora_A.device)
-        self._identities[member.key] = eye.expand(slots, -1, -1), torch.ones_like(member.scaling)
+        super().adapt(module)
+        slots, r, _ = module.lora_A.shape
+        eye = torch.eye(r, dtype=module.lora_A.dtype, device=module.lora_A.device)
+        self._identities[module.key] = eye.expand(slots, -1, -1), torch.ones_like(module.scaling)
 
     def forward(self, *args, **kwargs) -> Tensor:
         """As :meth:`LoRALinear.forward`; RuntimeError while gradients are recorded and adapters are in use."""
@@ -308,20 +301,20 @@ class ShardedLoRALinear(LoRALinear):
             y = self.base(*args, **kwargs)
             self._check("an output", y, (*x.shape[:-1], n_out))
             y, inner = y.contiguous(), x.to(y.dtype).contiguous()
-            for m in self.members:
+            for m in self.adapted_modules:
                 lora_add_op(y, inner, m.lora_A, m.lora_B, m.scaling, *segments, m.ranks)
             return y
-        sums = [self._sum(x, m, segments) for m in self.members]
+        sums = [self._sum(x, m, segments) for m in self.adapted_modules]
         y = self.base(*args, **kwargs)
         for _, work in sums:
             work.wait()
         self._check("an output", y, (*x.shape[:-1], n_out))
         y = y.contiguous()
-        for m, (total, _) in zip(self.members, sums, strict=True):
+        for m, (total, _) in zip(self.adapted_modules, sums, strict=True):
             lora_add_op(y, total.to(y.dtype), self._identities[m.key][0], m.lora_B, m.scaling, *segments, m.ranks)
         return y
 
-    def _sum(self, x: Tensor, m: Member, segments: tuple[Tensor, Tensor, int]) -> tuple[Tensor, Any]:
+    def _sum(self, x: Tensor, m: AdaptedModule, segments: Segments) -> tuple[Tensor, Any]:
         """``A x`` ``[..., r]`` in float32 or wider, once the work that is returned with it is done."""
         A, (eye, ones) = m.lora_A, self._identities[m.key]
         part = lora_delta_op(x.to(A.dtype).contiguous(), A, eye, ones, *segments, m.ranks)

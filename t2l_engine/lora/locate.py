@@ -27,12 +27,11 @@ _PACKED_IN = {
     "gate_up_proj": ("phi3", "phi4_multimodal", "glm", "glm4"),
 }
 
-# Modules that read the weights of their linears instead of calling them (TransformerEncoderLayer: in eval without grad).
-_NOT_CALLED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-# The same in transformers, by class name; None: all their linears.  State-space mixers pass the weights to fused kernels if
-# these are installed, and never call dt_proj.
-_NOT_CALLED_IN: dict[str, tuple[str, ...] | None] = {
-    "WavLMAttention": None,
+# Classes of torch and transformers that read the weights of these linears instead of calling them; None: of all.
+# TransformerEncoderLayer does in eval mode without gradients; state-space mixers pass the weights to fused kernels if these
+# are installed, and never call dt_proj.
+_NOT_CALLED: dict[str, tuple[str, ...] | None] = {
+    **dict.fromkeys(("MultiheadAttention", "TransformerEncoderLayer", "WavLMAttention")),
     "DisentangledSelfAttention": ("in_proj",),
     "JambaMambaMixer": ("dt_proj",),
     **dict.fromkeys(("MambaMixer", "FalconMambaMixer"), ("dt_proj", "x_proj", "out_proj")),
@@ -110,13 +109,13 @@ def find(model: nn.Module, name: str, path: str, packed: Packed | None = None) -
     """
     groups = _candidates(model, name, path)
     if not groups:
-        for host, members in packed_columns(model, packed).items():
-            if name in members:
+        for host, modules in packed_columns(model, packed).items():
+            if name in modules:
                 hosts = _candidates(model, host, path)
                 if hosts:
                     layers = _choose(model, hosts, host, f"{path.rpartition('.')[0]}.{host}")
-                    _check_columns(host, layers, members)
-                    return {i: dataclasses.replace(target, columns=members[name]) for i, target in layers.items()}
+                    _check_columns(host, layers, modules)
+                    return {i: dataclasses.replace(target, columns=modules[name]) for i, target in layers.items()}
         raise ValueError(f"{name}: the adapter adapts {path}, but {type(model).__name__} has no such module")
     return _choose(model, groups, name, path)
 
@@ -167,19 +166,17 @@ def _choose(model: nn.Module, groups: dict[str, dict[int, Target]], name: str, p
 
 def _only_read(target: Target) -> bool:
     """Whether the parent is known to read the weight of the linear instead of calling it."""
-    if isinstance(target.parent, _NOT_CALLED):
-        return True
-    linears = _NOT_CALLED_IN.get(type(target.parent).__name__, ())
-    return linears is None or target.attribute in linears
+    read = (_NOT_CALLED.get(kind.__name__, ()) for kind in type(target.parent).__mro__)
+    return any(linears is None or target.attribute in linears for linears in read)
 
 
-def _check_columns(host: str, layers: dict[int, Target], members: Mapping[str, tuple[int, int]]) -> None:
-    total = max(end for _, end in members.values())
+def _check_columns(host: str, layers: dict[int, Target], modules: Mapping[str, tuple[int, int]]) -> None:
+    total = max(end for _, end in modules.values())
     for target in layers.values():
         got = features(target.linear)
         if got is not None and got[1] != total:
             raise ValueError(
-                f"packed: {host}: expected {total} columns ({', '.join(members)}), but {target.path} has {got[1]}"
+                f"packed: {host}: expected {total} columns ({', '.join(modules)}), but {target.path} has {got[1]}"
             )
 
 

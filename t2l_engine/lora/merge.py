@@ -57,7 +57,7 @@ def merged_weight(layer: LoRALinear, index: int) -> Tensor:
     merged = weight.to(exact, copy=True)
     rows = merged.T if is_transposed(layer.base) else merged
     with without_autocast(weight.device):
-        for m in layer.members:
+        for m in layer.adapted_modules:
             r, start = int(m.ranks[index]), m.start or 0
             delta = m.lora_B[index, :, :r].to(exact) @ m.lora_A[index, :r].to(exact)
             rows[start : start + len(delta)] += delta * m.scaling[index]

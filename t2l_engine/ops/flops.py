@@ -54,8 +54,8 @@ def lora_add_(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_l
 def lora_add_group_(
     y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets, bad_ids=None, **_
 ) -> int:
-    members = zip(lora_A, lora_B, ranks, strict=True)
-    return sum(lora_delta(x, A, B, scaling, seg_indptr, seg_adapters, max_seg_len, r) for A, B, r in members)
+    linears = zip(lora_A, lora_B, ranks, strict=True)
+    return sum(lora_delta(x, A, B, scaling, seg_indptr, seg_adapters, max_seg_len, r) for A, B, r in linears)
 
 
 def lora_backward_(grad_x, grad, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, **_) -> int:

@@ -3,6 +3,8 @@
 Numerics: products accumulate in ``acc = promote(operands, float32)``; inputs of a hypernetwork product are first rounded to
 the dtype of its weight matrix, so that a bfloat16 reference rounds where a bfloat16 kernel rounds.  With float64 operands
 the same code is the oracle: nothing is rounded to a narrower dtype.
+
+An op's function has the arguments of its schema, in ``registry``, whose wrappers say what they are.
 """
 
 from __future__ import annotations
@@ -115,15 +117,7 @@ def encode_task(task_emb: Tensor, encoder: Sequence[Tensor]) -> Tensor:
     return layer_norm(F.linear(task_emb, weight, bias), norm_weight, norm_bias)
 
 
-def hypernet_trunk(
-    z: Tensor,
-    weights: Sequence[Tensor],
-    side_emb: Tensor | None,
-    pos_emb: Tensor | None,
-    rotary_ranks: int,
-    encoder: Sequence[Tensor] = (),
-) -> Tensor:
-    """See :func:`t2l_engine.ops.hypernet_trunk`."""
+def hypernet_trunk(z, weights, side_emb, pos_emb, rotary_ranks, encoder=()) -> Tensor:
     z = encode_task(z, encoder) if len(encoder) else z
     x, mlp2, mlp3 = _trunk_base(z, weights)
     x = x[:, :, None] if side_emb is None else x[:, :, None] + side_emb[None, :, :, None, :]  # [N, K, S, n, m]
@@ -159,14 +153,7 @@ def _recording() -> Iterator[None]:
         yield
 
 
-def hypernet_trunk_backward(
-    grad: Tensor,
-    z: Tensor,
-    weights: Sequence[Tensor],
-    side_emb: Tensor | None,
-    pos_emb: Tensor | None,
-    rotary_ranks: int,
-) -> list[Tensor]:
+def hypernet_trunk_backward(grad, z, weights, side_emb, pos_emb, rotary_ranks) -> list[Tensor]:
     """Gradients of ``z``, every weight, and ``side_emb`` and ``pos_emb`` unless None, by recomputation."""
     with _recording():
         inputs = [t.detach().requires_grad_() for t in (z, *weights, side_emb, pos_emb) if t is not None]
@@ -202,16 +189,7 @@ def head_sides(weight: Tensor, bias: Tensor | None, sides: int, ranks_per_row: i
 
 
 def _heads(
-    latent: Tensor,
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor] | None,
-    mul_A: Sequence[Tensor | None],
-    add_A: Sequence[Tensor | None],
-    mul_B: Sequence[Tensor | None],
-    add_B: Sequence[Tensor | None],
-    rank: int,
-    in_features: Sequence[int],
-    out_features: Sequence[int],
+    latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """A ``[N, n, r, in]`` and B transposed ``[N, n, r, out]`` of each module, not yet rounded to the result's dtype."""
     num_tasks, num_modules, sides, latent_rows, num_layers, _ = latent.shape
@@ -235,35 +213,13 @@ def _heads(
         yield out[0], out[1]
 
 
-def hypernet_heads(
-    latent: Tensor,
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor] | None,
-    mul_A: Sequence[Tensor | None],
-    add_A: Sequence[Tensor | None],
-    mul_B: Sequence[Tensor | None],
-    add_B: Sequence[Tensor | None],
-    rank: int,
-    in_features: Sequence[int],
-    out_features: Sequence[int],
-) -> list[Tensor]:
-    """See :func:`t2l_engine.ops.hypernet_heads`; returns ``[A_0, B_0, A_1, B_1, ...]``.  ``bias`` may be empty."""
-    sides = _heads(latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features)
-    dtype = weight[0].dtype
+def hypernet_heads(latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features) -> list[Tensor]:
+    """``[A_0, B_0, A_1, B_1, ...]``; ``bias`` may be empty."""
+    sides, dtype = _heads(latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features), weight[0].dtype
     return [t for A, B in sides for t in (A.to(dtype).contiguous(), B.to(dtype).contiguous().mT)]
 
 
-def hypernet_heads_backward(
-    grads: Sequence[Tensor],
-    latent: Tensor,
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    mul_A: Sequence[Tensor | None],
-    mul_B: Sequence[Tensor | None],
-    rank: int,
-    in_features: Sequence[int],
-    out_features: Sequence[int],
-) -> list[Tensor]:
+def hypernet_heads_backward(grads, latent, weight, bias, mul_A, mul_B, rank, in_features, out_features) -> list[Tensor]:
     """Gradients of ``latent``, every ``weight`` and every ``bias``, one module at a time.
 
     ``grads``: of the results of :func:`hypernet_heads`, in its order.  With G the gradients of a head's output rows, those
@@ -308,21 +264,8 @@ def _check_output(name: str, t: Tensor) -> None:
 
 
 def hypernet_heads_out_(
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    latent: Tensor,
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor] | None,
-    mul_A: Sequence[Tensor | None],
-    add_A: Sequence[Tensor | None],
-    mul_B: Sequence[Tensor | None],
-    add_B: Sequence[Tensor | None],
-    rank: int,
-    in_features: Sequence[int],
-    out_features: Sequence[int],
-    scale_B: float,
+    lora_A, lora_B, latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features, scale_B
 ) -> None:
-    """See :func:`t2l_engine.ops.hypernet_heads_out_`."""
     for name, tensors in (("lora_A", lora_A), ("lora_B", lora_B)):
         for i, t in enumerate(tensors):
             _check_output(f"{name}[{i}]", t)
@@ -361,17 +304,7 @@ def _segments(
             yield bounds[i], bounds[i + 1], adapter, widths[adapter]
 
 
-def lora_delta(
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor,
-    seg_indptr: Tensor,
-    seg_adapters: Tensor,
-    max_seg_len: int,
-    ranks: Tensor | None,
-) -> Tensor:
-    """See :func:`t2l_engine.ops.lora_delta`."""
+def lora_delta(x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks) -> Tensor:
     acc, shape = accumulation_dtype(x, lora_A), x.shape[:-1]
     x = _tokens(x)
     delta = torch.zeros(x.shape[0], lora_B.shape[1], dtype=acc, device=x.device)
@@ -381,59 +314,28 @@ def lora_delta(
     return delta.to(x.dtype).view(*shape, lora_B.shape[1])
 
 
-def lora_add_(
-    y: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor,
-    seg_indptr: Tensor,
-    seg_adapters: Tensor,
-    max_seg_len: int,
-    ranks: Tensor | None,
-    bad_ids: Tensor | None = None,
-) -> None:
-    """See :func:`t2l_engine.ops.lora_add_`."""
+def lora_add_(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, bad_ids=None) -> None:
     _add(x, [(y, lora_A, lora_B, ranks)], scaling, seg_indptr, seg_adapters, max_seg_len, bad_ids)
 
 
 def lora_add_group_(
-    y: Tensor,
-    x: Tensor,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    scaling: Tensor,
-    seg_indptr: Tensor,
-    seg_adapters: Tensor,
-    max_seg_len: int,
-    ranks: Sequence[Tensor],
-    offsets: Sequence[int],
-    bad_ids: Tensor | None = None,
+    y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets, bad_ids=None
 ) -> None:
-    """See :func:`t2l_engine.ops.lora_add_group_`."""
     columns = [y[..., start : start + B.shape[1]] for B, start in zip(lora_B, offsets, strict=True)]
-    members = list(zip(columns, lora_A, lora_B, ranks, strict=True))
-    _add(x, members, scaling, seg_indptr, seg_adapters, max_seg_len, bad_ids)
+    linears = list(zip(columns, lora_A, lora_B, ranks, strict=True))
+    _add(x, linears, scaling, seg_indptr, seg_adapters, max_seg_len, bad_ids)
 
 
-def _add(
-    x: Tensor,
-    members: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]],
-    scaling: Tensor,
-    seg_indptr: Tensor,
-    seg_adapters: Tensor,
-    max_seg_len: int,
-    bad_ids: Tensor | None,
-) -> None:
-    """``members``: y, A, B and ranks of each.  Nothing is written or counted before all are checked."""
-    x, bad = _tokens(x), (seg_adapters < -1) | (seg_adapters >= len(members[0][1]))
+def _add(x, linears, scaling, seg_indptr, seg_adapters, max_seg_len, bad_ids) -> None:
+    """``linears``: y, A, B and ranks of each.  Nothing is written or counted before all are checked."""
+    x, bad = _tokens(x), (seg_adapters < -1) | (seg_adapters >= len(linears[0][1]))
     if bad_ids is not None:
         seg_adapters = seg_adapters.masked_fill(bad, -1)
     segments = seg_indptr, seg_adapters, max_seg_len
-    used = [list(_segments(*segments, ranks, lora_A, len(x))) for _, lora_A, _, ranks in members]
+    used = [list(_segments(*segments, ranks, lora_A, len(x))) for _, lora_A, _, ranks in linears]
     if bad_ids is not None:
         bad_ids += bad.sum()
-    for (y, lora_A, lora_B, _), of in zip(members, used, strict=True):
+    for (y, lora_A, lora_B, _), of in zip(linears, used, strict=True):
         acc, y = accumulation_dtype(x, lora_A), _tokens(y)
         for lo, hi, a, r in of:
             v = (x[lo:hi].to(acc) @ lora_A[a, :r].to(acc).mT) * scaling[a].to(acc)
@@ -449,16 +351,7 @@ def stored_as(lora_B: Tensor, new: Callable[..., Tensor]) -> Tensor:
 
 
 def lora_backward_(
-    grad_x: Tensor,
-    grad: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor,
-    seg_indptr: Tensor,
-    seg_adapters: Tensor,
-    max_seg_len: int,
-    ranks: Tensor | None,
+    grad_x, grad, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``lora_A`` and ``lora_B`` (in its memory order), zero for adapters that no segment uses.
 

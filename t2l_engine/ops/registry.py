@@ -113,37 +113,21 @@ def _check_frozen(op: str, **arguments: Tensor | Sequence[Tensor]) -> None:
                 reference.fail(op, name, f"no gradients to record (no_grad(), or {other})", "requires_grad=True")
 
 
-def _check_listed(op: str, count: int, **lists: Sequence) -> None:
-    """RuntimeError unless every list has one entry for each of the ``count`` modules of ``latent``, and at least one."""
-    for name, entries in lists.items():
-        if len(entries) != count or count == 0:
-            expected = "one entry for each module of latent (dimension 1), at least one"
-            reference.fail(op, name, expected, f"{len(entries)} for {count} modules")
+def _listed(op: str, latent: Tensor, **lists: Sequence | None) -> list[list]:
+    """``lists``, each with one entry for every module of ``latent``; RuntimeError for another length.
 
-
-def _head_lists(
-    op: str,
-    latent: Tensor,
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor] | None,
-    offsets: Sequence[Sequence[Tensor | None] | None],
-    in_features: Sequence[int],
-    out_features: Sequence[int],
-) -> list[list]:
-    """All list arguments of the heads in the order of the schema; RuntimeError for a wrong length.
-
-    ``bias`` None becomes an empty list, None for a list of offsets becomes a list of None.
+    None becomes a list of None, for ``bias`` an empty one, which is allowed.
     """
     if latent.dim() != 6:
         reference.fail(op, "latent", "shape [*, *, *, *, *, *]", list(latent.shape))
-    count = latent.shape[1]
-    biases = [] if bias is None else list(bias)
-    absent = [None] * count
-    mul_A, add_A, mul_B, add_B = (absent if tensors is None else list(tensors) for tensors in offsets)
-    _check_listed(op, count, weight=weight, **({"bias": biases} if biases else {}))
-    _check_listed(op, count, mul_A=mul_A, add_A=add_A, mul_B=mul_B, add_B=add_B)
-    _check_listed(op, count, in_features=in_features, out_features=out_features)
-    return [list(weight), biases, mul_A, add_A, mul_B, add_B, list(in_features), list(out_features)]
+    count, made = latent.shape[1], []
+    for name, given in lists.items():
+        entries = list(given) if given is not None else [] if name == "bias" else [None] * count
+        if count == 0 or len(entries) != count and (entries or name != "bias"):
+            expected = "one entry for each module of latent (dimension 1), at least one"
+            reference.fail(op, name, expected, f"{len(entries)} for {count} modules")
+        made.append(entries)
+    return made
 
 
 def hypernet_trunk(
@@ -221,8 +205,8 @@ def hypernet_heads(
     >>> lora_A[0].shape, lora_B[1].shape
     (torch.Size([3, 5, 4, 64]), torch.Size([3, 5, 16, 4]))
     """
-    offsets = mul_A, add_A, mul_B, add_B
-    *tensors, n_in, n_out = _head_lists("hypernet_heads", latent, weight, bias, offsets, in_features, out_features)
+    lists = {"weight": weight, "bias": bias, "mul_A": mul_A, "add_A": add_A, "mul_B": mul_B, "add_B": add_B}
+    *tensors, n_in, n_out = _listed("hypernet_heads", latent, **lists, in_features=in_features, out_features=out_features)
     made = torch.ops.t2l_engine.hypernet_heads.default(latent, *tensors, rank, n_in, n_out)
     return made[::2], made[1::2]
 
@@ -255,14 +239,13 @@ def hypernet_heads_out_(
     >>> bool(lora_A[0].any() or lora_B[0].any())
     False
     """
-    op, offsets = "hypernet_heads_out_", (mul_A, add_A, mul_B, add_B)
-    *tensors, n_in, n_out = _head_lists(op, latent, weight, bias, offsets, in_features, out_features)
-    _check_listed(op, len(weight), lora_A=lora_A, lora_B=lora_B)
+    op, lists = "hypernet_heads_out_", {"weight": weight, "bias": bias}
+    lists |= {"mul_A": mul_A, "add_A": add_A, "mul_B": mul_B, "add_B": add_B}
+    lists |= {"in_features": in_features, "out_features": out_features, "lora_A": lora_A, "lora_B": lora_B}
+    *tensors, n_in, n_out, A, B = _listed(op, latent, **lists)
     _check_frozen(op, latent=latent, weight=weight, bias=bias or ())
-    torch.ops.t2l_engine.hypernet_heads_out_.default(
-        list(lora_A), list(lora_B), latent, *tensors, rank, n_in, n_out, scale_B
-    )
-    _changed(*lora_A, *lora_B)
+    torch.ops.t2l_engine.hypernet_heads_out_.default(A, B, latent, *tensors, rank, n_in, n_out, scale_B)
+    _changed(*A, *B)
 
 
 def lora_delta(
@@ -348,9 +331,9 @@ def lora_add_group_(
     offsets: Sequence[int],
     bad_ids: Tensor | None = None,
 ) -> Tensor:
-    """:func:`lora_add_` for the members of a packed projection, such as q, k and v in one ``y``; ``x`` is read once.
+    """:func:`lora_add_` for the linears of a packed projection, such as q, k and v in one ``y``; ``x`` is read once.
 
-    Member i adds to columns ``offsets[i] : offsets[i] + out_i`` of ``y [..., columns]``, in ascending order without overlap.
+    Linear i adds to columns ``offsets[i] : offsets[i] + out_i`` of ``y [..., columns]``, in ascending order without overlap.
     ``lora_A[i] [num_adapters, r_i, in]``, ``lora_B[i] [num_adapters, out_i, r_i]``, ``ranks[i] [num_adapters]`` int32.
     ``bad_ids`` as in :func:`lora_add_`, other arguments as in :func:`lora_delta`.  Not differentiable, as that.
     Returns ``y``.
@@ -364,11 +347,10 @@ def lora_add_group_(
     >>> lora_add_group_(torch.zeros(1, 4), torch.ones(1, 3), [A, A], B, one, *segments, 1, [rank, rank], [0, 3])
     tensor([[6., 6., 0., 6.]])
     """
-    if not 0 < len(lora_A) == len(lora_B) == len(ranks) == len(offsets):
-        for name, entries in (("lora_B", lora_B), ("ranks", ranks), ("offsets", offsets)):
-            if len(entries) != len(lora_A) or not lora_A:
-                expected = "one entry a member, as many as lora_A and at least one"
-                reference.fail("lora_add_group_", name, expected, f"{len(entries)} for {len(lora_A)} entries of lora_A")
+    for name, entries in (("lora_B", lora_B), ("ranks", ranks), ("offsets", offsets)):
+        if len(entries) != len(lora_A) or not lora_A:
+            expected = "one entry a member, as many as lora_A and at least one"
+            reference.fail("lora_add_group_", name, expected, f"{len(entries)} for {len(lora_A)} entries of lora_A")
     _check_frozen("lora_add_group_", x=x, lora_A=lora_A, lora_B=lora_B)
     lora_add_group_op(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets, bad_ids)
     _changed(y)

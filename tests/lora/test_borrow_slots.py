@@ -31,8 +31,8 @@ def task_emb(count, seed=0):
 
 def contents(handle):
     """Everything that a model reads of the slots."""
-    members = [m for _, layer in handle._wrapped for m in layer.members]
-    return [t.clone() for m in members for t in (m.lora_A, m.lora_B, m.scaling, m.ranks)]
+    modules = [m for _, layer in handle._wrapped for m in layer.adapted_modules]
+    return [t.clone() for m in modules for t in (m.lora_A, m.lora_B, m.scaling, m.ranks)]
 
 
 def same(left, right):

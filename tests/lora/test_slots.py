@@ -155,7 +155,7 @@ def test_every_tensor_lies_where_its_layer_does(fake):
     lora = attach(model, stack)
     for layer, card in zip(model.layers, cards, strict=True):
         for linear in layer.values():
-            (m,) = linear.members
+            (m,) = linear.adapted_modules
             assert {t.device for t in (m.lora_A, m.lora_B, m.scaling, m.ranks)} == {card}
     x = torch.empty(1, 5, 16, device=cards[0])
     with lora.use(0):
