@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from t2l_engine.adapters.paths import LAYER, layer_list, path_error, path_template
-from t2l_engine.files.errors import MAX_LAYERS, MAX_MODULES, ConfigError, positive_number, short_repr
+from t2l_engine.files.errors import MAX_LAYERS, MAX_MODULES, ConfigError, positive_int, positive_number, short_repr
 from t2l_engine.files.patterns import Patterns
 from t2l_engine.files.text import read_json
 from t2l_engine.files.weights import max_abs, read_safetensors
@@ -106,6 +106,13 @@ def read(directory: Path, dtype: torch.dtype | None) -> PeftAdapter:
         FileNotFoundError: a file is missing.
         AdapterError: the folder is not plain LoRA, or damaged; the message names file and field or key.
     """
+    try:
+        return _read(directory, dtype)
+    except ConfigError as error:
+        raise AdapterError(str(error)) from None
+
+
+def _read(directory: Path, dtype: torch.dtype | None) -> PeftAdapter:
     config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
     pickle = directory / PICKLE_NAME
     if pickle.exists() and not weights_path.exists():
@@ -118,11 +125,8 @@ def read(directory: Path, dtype: torch.dtype | None) -> PeftAdapter:
             raise FileNotFoundError(f"{path}: not found; expected a PEFT folder with {CONFIG_NAME} and {WEIGHTS_NAME}")
         if not path.is_file():
             raise AdapterError(f"{path}: expected a regular file")
-    try:
-        config = read_json(config_path)
-        partial = _check_config(config, config_path)
-    except ConfigError as error:
-        raise AdapterError(str(error)) from None
+    config = read_json(config_path)
+    partial = _check_config(config, config_path)
     pairs = _read_pairs(weights_path)
     layers = _by_module(pairs, weights_path)  # first: it bounds the paths that patterns are matched with
     _check_chosen(config, config_path, pairs, weights_path)
@@ -241,13 +245,12 @@ def _check_config(config: Any, path: Path) -> bool:
             raise AdapterError(f"{path}: {field}: expected {expected} (plain LoRA), got {short_repr(config.get(field))}")
     unknown = [field for field, value in config.items() if field not in _PLAIN and field not in _OTHER and value]
     if unknown:  # as PEFT does: a later version may add fields that do not matter here
-        warnings.warn(f"{path}: unknown fields are ignored: {short_repr(unknown)}", stacklevel=4)
+        warnings.warn(f"{path}: unknown fields are ignored: {short_repr(unknown)}", stacklevel=5)
     base = config.get("base_model_name_or_path")
     if not isinstance(base, (str, type(None))):
         raise AdapterError(f"{path}: base_model_name_or_path: expected a string or null, got {short_repr(base)}")
-    _check_rank(path, "r", config.get("r"))
-    _check_alpha(path, "lora_alpha", config.get("lora_alpha"))
-
+    positive_int(f"{path}: r", config.get("r"))
+    positive_number(f"{path}: lora_alpha", config.get("lora_alpha"))
     numbers = _layers_to_transform(config)
     if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < MAX_LAYERS for n in numbers):
         got = short_repr(config["layers_to_transform"])
@@ -268,18 +271,6 @@ def _check_config(config: Any, path: Path) -> bool:
 def _layers_to_transform(config: dict[str, Any]) -> list[Any]:
     layers = config.get("layers_to_transform")
     return layers if isinstance(layers, list) else [] if layers is None else [layers]
-
-
-def _check_rank(path: Path, field: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise AdapterError(f"{path}: {field}: expected a positive integer, got {short_repr(value)}")
-
-
-def _check_alpha(path: Path, field: str, value: Any) -> None:
-    try:
-        positive_number(f"{path}: {field}", value)
-    except ConfigError as error:
-        raise AdapterError(str(error)) from None
 
 
 def _read_pairs(path: Path) -> dict[str, dict[str, Tensor]]:
@@ -328,12 +319,12 @@ def _scalings(
 ) -> dict[str, float]:
     """Module path -> scaling by PEFT's rules; a rank other than the configuration's is an error."""
     patterns = {}
-    for field, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
+    for field, check in (("rank_pattern", positive_int), ("alpha_pattern", positive_number)):
         values = config.get(field)
         if not isinstance(values, (dict, type(None))):
             raise AdapterError(f"{config_path}: {field}: expected an object, got {short_repr(values)}")
         for pattern, value in (values or {}).items():
-            check(config_path, f"{field}: {short_repr(pattern)}", value)
+            check(f"{config_path}: {field}: {short_repr(pattern)}", value)
         try:
             patterns[field] = Patterns(values or {}, pairs)
         except ValueError as error:

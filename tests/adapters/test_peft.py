@@ -210,7 +210,7 @@ REFUSED = {
     "layer_replication": [[[0, 2]]],
     "alora_invocation_tokens": [[1, 2]],
     "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "new", []],
-    "r": [0, "4", 4.0],
+    "r": [0, "4", 4.0, 10**400],
     "lora_alpha": [None, True, 0, -4, 10**400, 1e-300, float("nan"), float("inf"), {"a": ["b"] * 10_000}],
     "target_modules": [3, [3]],
     "exclude_modules": [{"q_proj": 1}],
@@ -251,9 +251,9 @@ def test_patterns_that_could_keep_the_matcher_busy(folder, pattern, message):
     refused(folder, "alpha_pattern: expected at most 4096", alpha_pattern={f"a{i}": 1 for i in range(5000)}, rank_pattern={})
 
 
-@pytest.mark.parametrize("config", [{"r": 8}, {"r": 10**400}, {"rank_pattern": {Q0: 8}}])
+@pytest.mark.parametrize("config", [{"r": 8}, {"rank_pattern": {Q0: 8}}])
 def test_a_rank_that_the_configuration_contradicts(folder, config):
-    refused(folder, rf"adapter_model\.safetensors: '{Q0}': expected rank (8|1000).*adapter_config\.json", **config)
+    refused(folder, rf"adapter_model\.safetensors: '{Q0}': expected rank 8 .*adapter_config\.json", **config)
 
 
 @pytest.mark.parametrize(
