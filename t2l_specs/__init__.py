@@ -1,4 +1,4 @@
-"""A suite of specifications made by code: families with parameters, described in many wordings, in task splits.
+"""Tasks made by code: a suite of specifications (families with parameters, in many wordings), and twelve small tasks.
 
-May be imported: ``suite`` (suite, task, digest, leaks), ``fixed`` (the packaged manifest).
+May be imported: ``suite`` (suite, task, digest, leaks), ``fixed`` (the packaged manifest), ``synthetic`` (the twelve).
 """

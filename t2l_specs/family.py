@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from t2l_engine.files.errors import ConfigError
-from t2l_engine.research.tasks.draw import Draw
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Example
+from t2l_specs.draw import Draw
 from t2l_specs.english import (
     KIND_NAMES,
     KINDS,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from t2l_engine.research.tasks.draw import Draw
+from t2l_specs.draw import Draw
 from t2l_specs.english import (
     DAYS,
     KIND_NAMES,

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from t2l_engine.files.errors import ConfigError, short_repr
-from t2l_engine.research.tasks.draw import Draw
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Task
 from t2l_specs import lists, records, texts, words
+from t2l_specs.draw import Draw
 from t2l_specs.family import Family, Specification, read_families
 from t2l_specs.wordings import FRAMES, HELD_FRAMES, wordings
 from t2l_specs.wordings import further as further_wordings

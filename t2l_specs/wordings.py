@@ -19,8 +19,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from t2l_engine.files.errors import ConfigError
-from t2l_engine.research.tasks.draw import Draw
 from t2l_engine.research.tasks.examples import normalise
+from t2l_specs.draw import Draw
 from t2l_specs.english import number_word, plural, with_article
 from t2l_specs.family import FAMILIES, FURTHER, Specification, sections
 

@@ -103,8 +103,8 @@ def synthetic(
     force: Force = False,
 ) -> None:
     """Write generated tasks: twelve small ones on lists, letters and words, or the suite of specifications."""
-    from t2l_engine.research.tasks import synthetic as words
     from t2l_specs import suite as specs
+    from t2l_specs import synthetic as words
 
     if suite is Suite.words:
         if specifications is not None or task_split or further_descriptions:

@@ -1,5 +1,5 @@
-"""Task data: folders of examples, imports, splits, manifests, decontamination, synthetic suites.
+"""Task data: folders of examples, imports, splits, manifests, decontamination.
 
 May be imported: ``folder`` (Task, load_tasks, write_tasks), ``examples``, ``manifest``, ``benchmarks``, ``sni``,
-``synthetic``, ``decontaminate``.  Imports ``files`` and ``t2l_specs``.
+``decontaminate``.  Imports ``files``; ``manifest`` reads the packaged manifest of ``t2l_specs`` by that package.
 """

@@ -8,8 +8,8 @@ import torch
 
 import t2l_engine as t2l
 from t2l_engine.research.evaluation.methods import SHOTS, Generated, Routed, Stored, junk, partners, shots_of
-from t2l_engine.research.tasks import synthetic
 from t2l_engine.research.tasks.folder import Example
+from t2l_specs import synthetic
 from tests.research.evaluation.conftest import random_stack, task
 
 TASKS = [task(f"task{i}", descriptions=[f"Do {i}.", f"Do {i}, please."][: 1 + i % 2]) for i in range(5)]

@@ -6,8 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from t2l_engine.cli import tasks as command
-from t2l_engine.research.tasks import synthetic
 from t2l_engine.research.tasks.folder import write_tasks
+from t2l_specs import synthetic
 
 #: JSON text that no reader may take, whatever it expects.
 BROKEN_JSON = {

@@ -7,8 +7,8 @@ import pytest
 
 from t2l_engine.cli import tasks as command
 from t2l_engine.research.tasks import manifest as manifests
-from t2l_engine.research.tasks import synthetic
 from t2l_engine.research.tasks.folder import load_tasks, write_tasks
+from t2l_specs import synthetic
 
 FACTS = {"skill": "letters", "task_split": "train", "source": "made here", "licence": ["Apache-2.0"], "permissive": True}
 ANTS = {

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from t2l_engine.files.errors import ConfigError, short_repr
-from t2l_engine.research.tasks.draw import Draw
 from t2l_engine.research.tasks.examples import split
 from t2l_engine.research.tasks.folder import Example, Task
+from t2l_specs.draw import Draw
 from t2l_specs.english import past, plural
 
 MIN_EXAMPLES, MAX_EXAMPLES = 20, 120

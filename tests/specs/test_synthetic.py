@@ -6,9 +6,9 @@ import json
 import pytest
 
 from t2l_engine.files.errors import ConfigError
-from t2l_engine.research.tasks import synthetic
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.manifest import summary
+from t2l_specs import synthetic
 
 SUITE = {task.name: task for task in synthetic.suite()}
 
