@@ -253,7 +253,7 @@ def packaged():
 
 
 def manifest_split(placed):
-    stored = {split: name for name, split in fixed.TASK_SPLITS.items()}
+    stored = {split: name for name, split in manifests.STORED_TASK_SPLITS.items()}
     return stored[placed.task_split] + (f", new {placed.new}" if placed.new else "")
 
 

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import (
@@ -156,11 +157,11 @@ def _lines(folder: Path, task: Task) -> bytes:
     lines = []
     for number, example in enumerate(task.examples, start=1):
         where = f"{path}:{number}"
-        if not example.outputs or not all(map(is_unicode, _strings(example))):
-            raise ConfigError(f"{where}: expected Unicode text and at least one output to write, got {short_repr(example)}")
-        _check_metric(example, where)
-        row = {"input": example.input, "output": example.outputs, "split": example.split}
+        row: dict[str, Any] = {"input": example.input, "output": list(example.outputs), "split": example.split}
         row |= {key: getattr(example, key) for key, value in _DEFAULTS.items() if getattr(example, key) != value}
+        if "options" in row:
+            row["options"] = list(example.options)
+        _example(where, row)
         lines.append((json.dumps(row, ensure_ascii=False) + "\n").encode())
         if len(lines[-1]) > MAX_LINE_BYTES:
             raise ConfigError(f"{where}: expected lines of at most {MAX_LINE_BYTES} bytes to write")
@@ -183,27 +184,33 @@ def _check_descriptions(texts: object, where: str) -> None:
         raise ConfigError(f"{where}: expected Unicode text, got lone surrogates")
 
 
-def _check_metric(example: Example, where: str) -> None:
-    """ConfigError unless metric, options, tests and outputs are consistent."""
-    metric, options, tests = example.metric, example.options, example.tests
-
-    def expect(holds: bool, key: str, expected: str, found: object) -> None:
-        if not holds:
-            raise ConfigError(f"{where}: {key}: expected {expected}, got {short_repr(found)}")
-
-    expect(metric in METRICS, "metric", f"one of {METRICS}", metric)
+def _example(where: str, values: dict[str, Any]) -> Example:
+    """The example of a line; ConfigError unless metric, options, tests and outputs are consistent."""
+    row = Row(where, values)
+    example = Example(
+        row.text("input"),
+        row.texts("output"),
+        row.text("split"),
+        row.text("metric", _DEFAULTS["metric"]),
+        row.texts("options") if "options" in row else (),
+        row.text("tests", _DEFAULTS["tests"]),
+    )
+    outputs, metric, options, tests = example.outputs, example.metric, example.options, example.tests
+    row.expect(outputs, "output", "at least one string")
+    row.expect(metric in METRICS, "metric", f"one of {METRICS}")
     if metric == "options":
         distinct = len(options) > 1 and len(set(options)) == len(options) and all(option.strip() for option in options)
-        expect(distinct, "options", "at least two distinct non-empty strings", options)
-        expect(set(options).issuperset(example.outputs), "output", f"some of {short_repr(options)}", example.outputs)
+        row.expect(distinct, "options", "at least two distinct non-empty strings")
+        row.expect(set(options).issuperset(outputs), "output", f"some of {short_repr(options)}")
     else:
-        expect(not options, "options", f"none with metric {metric!r}", options)
+        row.expect(not options, "options", f"none with metric {metric!r}")
     if metric == "pass":
-        expect(bool(tests.strip()), "tests", "Python source with metric 'pass'", tests)
+        row.expect(tests.strip(), "tests", "Python source with metric 'pass'")
     else:
-        expect(not tests, "tests", f"none with metric {metric!r}", tests)
-    for output in example.outputs if metric == "number" else ():
-        expect(parse_number(output) is not None, "output", "numbers with metric 'number'", output)
+        row.expect(not tests, "tests", f"none with metric {metric!r}")
+    numbers = metric != "number" or all(parse_number(output) is not None for output in outputs)
+    row.expect(numbers, "output", "numbers with metric 'number'")
+    return example
 
 
 def parse_number(text: str) -> float | None:
@@ -219,24 +226,7 @@ def parse_number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _strings(example: Example) -> tuple[str, ...]:
-    return (example.input, example.split, *example.outputs, example.metric, *example.options, example.tests)
-
-
 def _read_examples(path: Path) -> Iterator[Example]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found, but {DESCRIPTIONS_NAME} names it")
-    for where, values in read_rows(path):
-        row = Row(where, values)
-        example = Example(
-            row.text("input"),
-            row.texts("output"),
-            row.text("split"),
-            row.text("metric", _DEFAULTS["metric"]),
-            row.texts("options") if "options" in row else (),
-            row.text("tests", _DEFAULTS["tests"]),
-        )
-        if not example.outputs:
-            raise row.fault("output", "at least one string")
-        _check_metric(example, where)
-        yield example
+    return (_example(where, values) for where, values in read_rows(path))

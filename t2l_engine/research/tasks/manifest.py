@@ -18,16 +18,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from t2l_engine.files.errors import MAX_NAME, ConfigError, short_repr
-from t2l_engine.files.text import from_json, is_unicode, read_texts
+from t2l_engine.files.errors import MAX_NAME, ConfigError, boolean, one_of, short_repr
+from t2l_engine.files.text import from_json, read_texts
 from t2l_engine.research.tasks.examples import example_digest, input_digest, pool
 from t2l_engine.research.tasks.folder import Task, check_name, load_tasks
-from t2l_specs import fixed
+from t2l_engine.research.tasks.rows import check_text, expect
 
-FORMAT = "t2l_engine.tasks.v1"
+FORMAT, SPECS_FORMAT = "t2l_engine.tasks.v1", "t2l_engine.specs.v1"
 PACKAGED = Path(__file__).parent / "manifests"
 #: train: training tasks.  in-family: held out, of skills in train.  out-of-family: held out, of other skills.
 TASK_SPLITS = ("train", "in-family", "out-of-family")
+#: Task splits by their names in manifests of specifications, and in earlier ones of tasks.
+STORED_TASK_SPLITS = {"train": "train", "sibling": "in-family", "novel": "out-of-family"}
 PREFIX_BYTES = 5
 #: A task of 200 examples takes about 1,500 bytes of the file and 20,000 bytes of memory.
 MAX_MANIFEST_BYTES = 1 << 23
@@ -37,8 +39,8 @@ MAX_MANIFEST_BYTES = 1 << 23
 class Entry:
     """A task in a manifest; ``splits`` maps a split to the prefixes (5 bytes each) of its examples' digests.
 
-    ``permissive``: whether the licences allow derived works under other terms.  ``descriptions``: what :func:`wording` gives
-    for them; empty if a manifest does not fix descriptions.
+    ``permissive``: whether the licences allow derived works under other terms.  ``descriptions``: their digest;
+    empty if a manifest does not fix descriptions.
 
     Raises ConfigError naming an invalid field.
     """
@@ -52,20 +54,17 @@ class Entry:
     descriptions: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.descriptions, str):
-            raise ConfigError(f"descriptions: expected hex digits, got {short_repr(self.descriptions)}")
-        for name in ("skill", "source"):
-            _check_text(name, getattr(self, name))
-        _check_task_split(self.task_split)
-        if not isinstance(self.licence, (list, tuple)) or not self.licence:
-            raise ConfigError(f"licence: expected a non-empty list of strings, got {short_repr(self.licence)}")
+        check_text("skill", self.skill)
+        check_text("source", self.source)
+        one_of("task_split", self.task_split, TASK_SPLITS)
+        boolean("permissive", self.permissive)
+        expect(isinstance(self.descriptions, str), "descriptions", "hex digits", self.descriptions)
+        listed = isinstance(self.licence, (list, tuple)) and self.licence
+        expect(listed, "licence", "a non-empty list of strings", self.licence)
         for text in self.licence:
-            _check_text("licence", text)
+            check_text("licence", text)
         object.__setattr__(self, "licence", tuple(self.licence))
-        if not isinstance(self.permissive, bool):
-            raise ConfigError(f"permissive: expected true or false, got {short_repr(self.permissive)}")
-        if not isinstance(self.splits, dict) or not self.splits:
-            raise ConfigError(f"splits: expected an object of splits, got {short_repr(self.splits)}")
+        expect(isinstance(self.splits, dict) and self.splits, "splits", "an object of splits", self.splits)
         if len(frozenset().union(*self.splits.values())) != sum(map(len, self.splits.values())):
             raise ConfigError("splits: expected every example in one split only")
 
@@ -84,7 +83,7 @@ class Manifest:
     def names(self, task_split: str | None = None) -> list[str]:
         """The tasks of a task split (None: of all), sorted; ConfigError for an unknown one."""
         if task_split is not None:
-            _check_task_split(task_split)
+            one_of("task_split", task_split, TASK_SPLITS)
         return sorted(name for name, entry in self.tasks.items() if task_split in (None, entry.task_split))
 
 
@@ -126,10 +125,7 @@ def build(tasks: Iterable[Task], facts: Mapping[str, Mapping[str, Any]], about: 
     """
     values: dict[str, Any] = {"format": FORMAT, "about": about, "tasks": {}}
     for task in sorted(tasks, key=lambda task: task.name):
-        splits: dict[str, list[bytes]] = {}
-        for example in task.examples:
-            splits.setdefault(example.split, []).append(_prefix(example.input, example.outputs[0]))
-        encoded = {name: base64.b64encode(b"".join(sorted(found))).decode() for name, found in sorted(splits.items())}
+        encoded = {name: base64.b64encode(b"".join(found)).decode() for name, found in prefixes(task).items()}
         values["tasks"][task.name] = {**facts.get(task.name, {}), "splits": encoded}
     _parse(values, "manifest")
     return values
@@ -147,8 +143,10 @@ def read(path_or_name: str | Path, examples: int | None = None) -> Manifest:
     if not path.is_file():
         raise FileNotFoundError(f"manifest {str(path_or_name)!r}: no such file; packaged manifests: {sorted(packaged)}")
     values = read_texts(path, MAX_MANIFEST_BYTES)
-    if isinstance(values, dict) and values.get("format") == fixed.FORMAT:
-        return _made(values, examples, str(path))
+    if isinstance(values, dict) and values.get("format") == SPECS_FORMAT:
+        from t2l_specs import fixed  # the generator, which imports this module
+
+        return fixed.read(values, examples, str(path))
     if examples is not None:
         raise ConfigError(f"examples: expected none with manifest {path}, which fixes them, got {examples}")
     return _parse(values, str(path))
@@ -221,85 +219,57 @@ def summary(tasks: Iterable[Task]) -> dict[str, dict[str, list]]:
         for split in sorted({example.split for example in task.examples}):
             own = (example for example in task.examples if example.split == split)
             parts[split] = [(e.input, e.outputs, e.metric, e.options, e.tests) for e in own]
-        result[task.name] = {name: [len(of), _sha(of)] for name, of in parts.items()}
+        result[task.name] = {name: [len(of), short_digest(of)] for name, of in parts.items()}
     return result
 
 
-def wording(descriptions: Iterable[str]) -> str:
-    """16 hex digits of SHA-256 over ``descriptions``, in their order."""
-    return _sha(list(descriptions))
+def short_digest(values: Iterable[Any]) -> str:
+    """16 hex digits of SHA-256 over the JSON of ``values``, in their order."""
+    return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()[:16]
 
 
-def _sha(values: list) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
-
-
-def _made(values: dict[str, Any], examples: int | None, where: str) -> Manifest:
-    """The manifest of the suite of specifications."""
-    _check_text(f"{where}: about", values.get("about"))
-    entries = {}
-    for placed, task in fixed.read(values, examples, where):
-        splits: dict[str, set[bytes]] = {}
-        for example in task.examples:
-            splits.setdefault(example.split, set()).add(_prefix(example.input, example.outputs[0]))
-        frozen = {name: frozenset(found) for name, found in splits.items()}
-        about = placed.spec.family.name, placed.task_split, "t2l tasks synthetic --suite specs", ("Apache-2.0",), True
-        entries[task.name] = Entry(*about, frozen, wording(task.descriptions))
-    return Manifest(values["about"], entries)
+def prefixes(task: Task) -> dict[str, list[bytes]]:
+    """The digest prefixes of the task's examples by split, both sorted."""
+    splits: dict[str, list[bytes]] = {}
+    for example in task.examples:
+        splits.setdefault(example.split, []).append(_prefix(example.input, example.outputs[0]))
+    return {name: sorted(found) for name, found in sorted(splits.items())}
 
 
 def _parse(values: Any, where: str) -> Manifest:
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        found = values.get("format") if isinstance(values, dict) else values
-        raise ConfigError(f"{where}: format: expected a manifest {FORMAT!r}, got {short_repr(found)}")
-    unknown = values.keys() - {"format", "about", "tasks"}
-    if unknown:
-        raise ConfigError(f"{where}: expected format, about and tasks, got also {short_repr(sorted(unknown))}")
-    about, tasks = values.get("about"), values.get("tasks")
-    _check_text(f"{where}: about", about)
-    if not isinstance(tasks, dict) or not tasks:
-        raise ConfigError(f"{where}: tasks: expected an object of tasks, got {short_repr(tasks)}")
-    entries = {}
-    for name, entry in tasks.items():
+    found = values.get("format") if isinstance(values, dict) else None
+    expect(found == FORMAT, f"{where}: format", f"a manifest {FORMAT!r}", found or values)
+    expect(values.keys() == {"format", "about", "tasks"}, where, "format, about and tasks", sorted(values))
+    about, tasks = values["about"], values["tasks"]
+    check_text(f"{where}: about", about)
+    expect(isinstance(tasks, dict) and tasks, f"{where}: tasks", "an object of tasks", tasks)
+    for name in tasks:
         check_name(name, f"{where}: tasks")
-        entries[name] = _entry(entry, f"{where}: {name}")
-    return Manifest(about, entries)
+    return Manifest(about, {name: _entry(entry, f"{where}: {name}") for name, entry in tasks.items()})
 
 
 def _entry(values: Any, where: str) -> Entry:
+    values = dict(values) if isinstance(values, dict) else values
     if isinstance(values, dict) and isinstance(values.get("splits"), dict):
-        decoded = {name: _prefixes(f"{where}: splits", name, text) for name, text in values["splits"].items()}
-        values = {**values, "splits": decoded}
+        values["splits"] = {name: _decoded(f"{where}: splits", name, text) for name, text in values["splits"].items()}
     if isinstance(values, dict) and "tier" in values and "task_split" not in values:
-        tier = values["tier"]
-        values = {name: value for name, value in values.items() if name != "tier"}
-        values["task_split"] = fixed.TASK_SPLITS.get(tier, tier) if isinstance(tier, str) else tier
+        tier = values.pop("tier")
+        values["task_split"] = STORED_TASK_SPLITS.get(tier, tier) if isinstance(tier, str) else tier
     return from_json(Entry, values, where)
 
 
-def _check_task_split(value: Any) -> None:
-    if value not in TASK_SPLITS:
-        raise ConfigError(f"task_split: expected one of {TASK_SPLITS}, got {short_repr(value)}")
-
-
-def _check_text(name: str, value: Any) -> None:
-    if not isinstance(value, str) or not value.strip() or not is_unicode(value):
-        raise ConfigError(f"{name}: expected a non-empty string of Unicode text, got {short_repr(value)}")
-
-
-def _prefixes(where: str, name: str, text: Any) -> frozenset[bytes]:
+def _decoded(where: str, name: str, text: Any) -> frozenset[bytes]:
     """The digest prefixes in base64 ``text`` of split ``name``."""
-    if not name.isidentifier() or len(name) > MAX_NAME:
-        raise ConfigError(f"{where}: expected plain names such as 'train', got {short_repr(name)}")
+    expect(name.isidentifier() and len(name) <= MAX_NAME, where, "plain names such as 'train'", name)
     expected = f"{where}: {name}: expected base64 of {PREFIX_BYTES} bytes an example, each once"
     try:
         content = base64.b64decode(text, validate=True)
     except (ValueError, TypeError):
         raise ConfigError(f"{expected}, got {short_repr(text)}") from None
-    prefixes = frozenset(content[i : i + PREFIX_BYTES] for i in range(0, len(content), PREFIX_BYTES))
-    if not content or len(prefixes) * PREFIX_BYTES != len(content):
-        raise ConfigError(f"{expected}, got {len(content)} bytes, {len(prefixes)} of them different")
-    return prefixes
+    found = frozenset(content[i : i + PREFIX_BYTES] for i in range(0, len(content), PREFIX_BYTES))
+    if not content or len(found) * PREFIX_BYTES != len(content):
+        raise ConfigError(f"{expected}, got {len(content)} bytes, {len(found)} of them different")
+    return found
 
 
 def _prefix(text: str, output: str) -> bytes:
@@ -321,6 +291,6 @@ def _compare(task: Task, entry: Entry) -> list[Difference]:
     for name, prefixes in entry.splits.items():
         counts["missing", name] += len(prefixes - seen)
     found = [Difference(task.name, kind, name, count) for (kind, name), count in sorted(counts.items()) if count]
-    if entry.descriptions and wording(task.descriptions) != entry.descriptions:
+    if entry.descriptions and short_digest(task.descriptions) != entry.descriptions:
         found.append(Difference(task.name, "reworded", None, len(task.descriptions)))
     return found

@@ -8,6 +8,18 @@ from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import is_unicode
 
 
+def expect(holds: object, name: str, expected: str, found: object) -> None:
+    """ConfigError naming ``name`` unless it ``holds``."""
+    if not holds:
+        raise ConfigError(f"{name}: expected {expected}, got {short_repr(found)}")
+
+
+def check_text(name: str, value: object) -> None:
+    """ConfigError naming ``name`` unless ``value`` is a string that is not blank, without lone surrogates."""
+    holds = isinstance(value, str) and value.strip() and is_unicode(value)
+    expect(holds, name, "a non-empty string of Unicode text", value)
+
+
 class Row:
     """A JSON object; ConfigError names place and field where a field is missing or of another type."""
 
@@ -22,18 +34,22 @@ class Row:
         found = f"got {short_repr(self.values[name])}" if name in self.values else "found none"
         return ConfigError(f"{self.where}: {name}: expected {expected}, {found}")
 
+    def expect(self, holds: object, name: str, expected: str) -> None:
+        """:meth:`fault` unless it ``holds``."""
+        if not holds:
+            raise self.fault(name, expected)
+
     def text(self, name: str, default: str | None = None) -> str:
         """A string; ``default`` (if any) where the field is absent."""
         value = self.values.get(name, default)
-        if not isinstance(value, str) or not is_unicode(value):
-            raise self.fault(name, "a string of Unicode text")
+        self.expect(isinstance(value, str) and is_unicode(value), name, "a string of Unicode text")
         return value
 
     def texts(self, name: str) -> tuple[str, ...]:
         """A list of strings."""
         values = self.values.get(name)
-        if not isinstance(values, list) or not all(isinstance(value, str) and is_unicode(value) for value in values):
-            raise self.fault(name, "a list of strings of Unicode text")
+        valid = isinstance(values, list) and all(isinstance(value, str) and is_unicode(value) for value in values)
+        self.expect(valid, name, "a list of strings of Unicode text")
         return tuple(values)
 
     def one_or_more(self, name: str, limit: int) -> tuple[str, ...]:
@@ -41,21 +57,17 @@ class Row:
         values = self.values.get(name, [])
         values = [values] if isinstance(values, str) else values
         valid = isinstance(values, list) and all(isinstance(value, str) for value in values)
-        if valid and len(values) + sum(map(len, values)) > limit:
-            raise self.fault(name, f"at most {limit} characters and texts")
-        if not valid or not all(map(is_unicode, values)):
-            raise self.fault(name, "a string or a list of strings of Unicode text")
+        self.expect(not valid or len(values) + sum(map(len, values)) <= limit, name, f"at most {limit} characters and texts")
+        self.expect(valid and all(map(is_unicode, values)), name, "a string or a list of strings of Unicode text")
         return tuple(values)
 
     def object(self, name: str) -> Row:
         value = self.values.get(name)
-        if not isinstance(value, dict):
-            raise self.fault(name, "an object")
+        self.expect(isinstance(value, dict), name, "an object")
         return Row(f"{self.where}: {name}", value)
 
     def objects(self, name: str) -> list[Row]:
         """A list of objects."""
         values = self.values.get(name)
-        if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-            raise self.fault(name, "a list of objects")
+        self.expect(isinstance(values, list) and all(isinstance(v, dict) for v in values), name, "a list of objects")
         return [Row(f"{self.where}: {name}[{i}]", value) for i, value in enumerate(values)]

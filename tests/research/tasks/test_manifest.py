@@ -165,7 +165,7 @@ def test_broken_json_is_named(save, broken_json):
     *(("tasks", value, "tasks") for value in ({}, [])),
     *(("tasks", {name: {}}, "expected task names") for name in ("../x", "a/b", "\ud800", "n" * 200)),
     ("tasks", {"a": None}, "a: expected a JSON object"), ("tasks", {"a": {}}, "a: missing field"),
-    ("surprise", 1, "got also"),
+    ("surprise", 1, "expected format, about and tasks"),
 ], ids=str)  # fmt: skip
 def test_a_manifest_of_other_kinds_is_refused(values, save, field, value, message):
     with pytest.raises(ConfigError, match=rf"manifest\.json: .*{message}") as refused:
