@@ -9,13 +9,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from t2l_engine.files.errors import ConfigError, short_repr
+from t2l_engine.files.errors import short_repr
 from t2l_engine.files.text import read_rows
 from t2l_engine.research.tasks.folder import Example, Task, parse_number
-from t2l_engine.research.tasks.rows import Row
+from t2l_engine.research.tasks.rows import Row, expect
 
 #: Split of rows that state none.
 SPLIT = "test"
@@ -43,8 +43,8 @@ def _index(row: Row, name: str, count: int, first: int = 0) -> int:
     if value in ("", "-1") or (value == -1 and isinstance(value, int)):
         raise _LeftOut(_NO_ANSWER)
     numbers = {key: i for i in range(count) for key in (i + first, str(i + first))}
-    if isinstance(value, bool) or not isinstance(value, (int, str)) or value not in numbers:
-        raise row.fault(name, f"a number in [{first}, {first + count})")
+    valid = type(value) in (int, str) and value in numbers
+    row.expect(valid, name, f"a number in [{first}, {first + count})")
     return numbers[value]
 
 
@@ -68,15 +68,14 @@ def _labelled(row: Row) -> Example:
     answer = row.text("answerKey")
     if not answer:
         raise _LeftOut(_NO_ANSWER)
-    if len(labels) != len(options) or labels.count(answer) != 1:
-        raise row.fault("answerKey", f"one of the labels {short_repr(list(labels))} of {len(options)} choices")
+    found = len(labels) == len(options) and labels.count(answer) == 1
+    row.expect(found, "answerKey", f"one of the labels {short_repr(list(labels))} of {len(options)} choices")
     return _choose(text, options, labels.index(answer))
 
 
 def _boolq(row: Row) -> Example:
     answer = row.values.get("answer")
-    if not isinstance(answer, bool):
-        raise row.fault("answer", "true or false")
+    row.expect(isinstance(answer, bool), "answer", "true or false")
     text = f"{row.text('passage').strip()}\n\nQuestion: {row.text('question').strip().rstrip('?')}?"
     return _choose(text, ("yes", "no"), 0 if answer else 1)
 
@@ -105,8 +104,7 @@ def _gsm8k(row: Row) -> Example:
 
 def _humaneval(row: Row) -> Example:
     name = row.text("entry_point")
-    if not name.isidentifier():
-        raise row.fault("entry_point", "a name of Python")
+    row.expect(name.isidentifier(), "entry_point", "a name of Python")
     tests = f"{row.text('test')}\ncheck({name})"
     return Example(row.text("prompt"), (row.text("canonical_solution"),), SPLIT, "pass", tests=tests)
 
@@ -122,17 +120,9 @@ def _mbpp(row: Row) -> Example:
 
 
 _READERS: dict[str, Callable[[Row], Example]] = {
-    "arc_easy": _labelled,
-    "arc_challenge": _labelled,
-    "boolq": _boolq,
-    "hellaswag": _hellaswag,
-    "openbookqa": _labelled,
-    "piqa": _piqa,
-    "winogrande": _winogrande,
-    "gsm8k": _gsm8k,
-    "humaneval": _humaneval,
-    "mbpp": _mbpp,
-}
+    "arc_easy": _labelled, "arc_challenge": _labelled, "boolq": _boolq, "hellaswag": _hellaswag, "openbookqa": _labelled,
+    "piqa": _piqa, "winogrande": _winogrande, "gsm8k": _gsm8k, "humaneval": _humaneval, "mbpp": _mbpp,
+}  # fmt: skip
 NAMES = tuple(_READERS)
 _DESCRIPTIONS = json.loads((Path(__file__).parent / "benchmarks.json").read_text(encoding="utf-8"))
 
@@ -151,10 +141,8 @@ def import_benchmarks(source: str | Path, names: Sequence[str] | None = None, li
     """
     source = Path(source)
     unknown = sorted(set(names or ()).difference(NAMES))
-    if unknown:
-        raise ConfigError(f"names: expected some of {NAMES}, got {short_repr(unknown)}")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit: expected a positive number, got {short_repr(limit)}")
+    expect(not unknown, "names", f"some of {NAMES}", unknown)
+    expect(limit is None or limit > 0, "limit", "a positive number", limit)
     found = [name for name in NAMES if (source / f"{name}.jsonl").is_file()]
     absent = [name for name in names or () if name not in found]
     if absent or not found:
@@ -162,23 +150,21 @@ def import_benchmarks(source: str | Path, names: Sequence[str] | None = None, li
             f"{source}: no {(absent or ['<name>'])[0]}.jsonl found; the benchmarks are {', '.join(NAMES)}"
         )
     imported = Imported([], {})
-    for name in found:
-        if names is None or name in names:
-            examples, left_out = _read(name, source / f"{name}.jsonl", limit)
-            if left_out:
-                imported.left_out[name] = left_out
-            if examples:
-                imported.tasks.append(Task(name, tuple(_DESCRIPTIONS[name]), tuple(examples)))
+    for name in found if names is None else (name for name in found if name in names):
+        left_out: collections.Counter[str] = collections.Counter()
+        examples = tuple(_read(name, source / f"{name}.jsonl", limit, left_out))
+        if left_out:
+            imported.left_out[name] = dict(left_out)
+        if examples:
+            imported.tasks.append(Task(name, tuple(_DESCRIPTIONS[name]), examples))
     return imported
 
 
-def _read(name: str, path: Path, limit: int | None) -> tuple[list[Example], dict[str, int]]:
-    examples: list[Example] = []
+def _read(name: str, path: Path, limit: int | None, left_out: collections.Counter[str]) -> Iterator[Example]:
     counts: collections.Counter[str] = collections.Counter()
-    left_out: collections.Counter[str] = collections.Counter()
     for where, values in read_rows(path):
         row = Row(where, values)
-        split = row.text("split") if "split" in row else SPLIT
+        split = row.text("split", SPLIT)
         if limit is not None and counts[split] >= limit:
             continue
         try:
@@ -187,5 +173,4 @@ def _read(name: str, path: Path, limit: int | None) -> tuple[list[Example], dict
             left_out[str(reason)] += 1
             continue
         counts[split] += 1
-        examples.append(dataclasses.replace(example, split=split))
-    return examples, dict(left_out)
+        yield dataclasses.replace(example, split=split)

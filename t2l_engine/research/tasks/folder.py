@@ -26,7 +26,7 @@ from t2l_engine.files.text import (
     read_texts,
 )
 from t2l_engine.files.weights import replacing
-from t2l_engine.research.tasks.rows import Row
+from t2l_engine.research.tasks.rows import Row, expect
 
 DESCRIPTIONS_NAME = "descriptions.json"
 MAX_NAME_BYTES = 128
@@ -97,8 +97,7 @@ def read_descriptions(folder: str | Path, names: Sequence[str] | None = None) ->
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; a task folder holds {DESCRIPTIONS_NAME} and <name>.jsonl files")
     descriptions = read_texts(path, MAX_DESCRIPTIONS_BYTES)
-    if not isinstance(descriptions, dict) or not descriptions:
-        raise ConfigError(f"{path}: expected an object of task names, got {type(descriptions).__name__}")
+    expect(isinstance(descriptions, dict) and descriptions, str(path), "an object of task names", descriptions)
     for name in names or ():
         if name not in descriptions:
             raise ConfigError(f"{path}: expected a task named {short_repr(name)}, found none of that name")
@@ -126,8 +125,8 @@ def write_tasks(folder: str | Path, tasks: Sequence[Task], *, overwrite: bool = 
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path}: exists; expected a folder without tasks, or overwrite=True (--force)")
     names = [task.name for task in tasks]
-    if not names or len(set(names)) != len(names):
-        raise ConfigError(f"{folder}: expected at least one task and distinct names to write, got {short_repr(names)}")
+    distinct = names and len(set(names)) == len(names)
+    expect(distinct, str(folder), "at least one task and distinct names to write", names)
     contents = {f"{task.name}.jsonl": _lines(folder, task) for task in tasks}
     descriptions = {task.name: list(task.descriptions) for task in sorted(tasks, key=lambda task: task.name)}
     contents[DESCRIPTIONS_NAME] = (json.dumps(descriptions, indent=1, ensure_ascii=False) + "\n").encode()
@@ -136,10 +135,8 @@ def write_tasks(folder: str | Path, tasks: Sequence[Task], *, overwrite: bool = 
         if file.exists() and not (file.is_file() and file.read_bytes() == contents[file.name]):
             raise FileExistsError(f"{file}: exists; expected no file of a task's name, or overwrite=True (--force)")
     content, count = contents[DESCRIPTIONS_NAME], sum(map(len, descriptions.values()))
-    for size, limit, unit in (
-        (len(content), MAX_DESCRIPTIONS_BYTES, "bytes"),
-        (count_values(content), MAX_VALUES, "values"),
-    ):
+    sizes = {"bytes": (len(content), MAX_DESCRIPTIONS_BYTES), "values": (count_values(content), MAX_VALUES)}
+    for unit, (size, limit) in sizes.items():
         if size > limit:
             raise ConfigError(
                 f"{path}: expected at most {limit} {unit} to write, got {size}: {count} descriptions of {len(tasks)} tasks "
@@ -170,18 +167,13 @@ def _lines(folder: Path, task: Task) -> bytes:
 
 def check_name(name: str, where: str) -> None:
     """ConfigError unless ``name`` is a valid name of a task and its file; ``where`` begins the message."""
-    if not _NAME.fullmatch(name) or len(name.encode()) > MAX_NAME_BYTES:
-        raise ConfigError(
-            f"{where}: expected task names of letters, digits and '._+-', not led by one of those, of at most "
-            f"{MAX_NAME_BYTES} bytes, got {short_repr(name)}"
-        )
+    expected = f"task names of letters, digits and '._+-', not led by one of those, of at most {MAX_NAME_BYTES} bytes"
+    expect(_NAME.fullmatch(name) and len(name.encode()) <= MAX_NAME_BYTES, where, expected, name)
 
 
 def _check_descriptions(texts: object, where: str) -> None:
-    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-        raise ConfigError(f"{where}: expected a non-empty list of non-empty strings")
-    if not all(map(is_unicode, texts)):
-        raise ConfigError(f"{where}: expected Unicode text, got lone surrogates")
+    valid = isinstance(texts, list) and texts and all(isinstance(t, str) and t.strip() and is_unicode(t) for t in texts)
+    expect(valid, where, "a non-empty list of non-empty strings of Unicode text", texts)
 
 
 def _example(where: str, values: dict[str, Any]) -> Example:

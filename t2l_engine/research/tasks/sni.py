@@ -18,7 +18,7 @@ from t2l_engine.files.text import MAX_LINE_BYTES, is_unicode, read_texts
 from t2l_engine.research.tasks import examples
 from t2l_engine.research.tasks.folder import Example, Task, check_name
 from t2l_engine.research.tasks.manifest import Manifest, apply
-from t2l_engine.research.tasks.rows import Row
+from t2l_engine.research.tasks.rows import Row, expect
 
 #: The largest tasks have about ten MB.
 MAX_FILE_BYTES = 64 << 20
@@ -69,8 +69,8 @@ def import_sni(
     texts: dict[str, list[str]] = {}
     for name, found in (descriptions or {}).items():
         texts.setdefault(_key(name), []).extend(found)
-    if texts and not any(key in texts for path in paths for key in _keys(path.stem)):
-        raise ConfigError(f"descriptions: expected names or numbers of tasks in {source}, got {short_repr(sorted(texts))}")
+    used = not texts or any(key in texts for path in paths for key in _keys(path.stem))
+    expect(used, "descriptions", f"names or numbers of tasks in {source}", sorted(texts))
     imported = Imported([], {}, {})
     for path in paths:
         row = Row(str(path), _read_object(path))
@@ -79,11 +79,9 @@ def import_sni(
         if not found:
             imported.left_out[path.stem] = reason or "no instance with text"
             continue
-        about = (
-            *row.one_or_more("Definition", MAX_TEXT),
-            *(text for key in _keys(path.stem) for text in texts.get(key, ())),
-        )
-        about = tuple(dict.fromkeys(text.strip() for text in about if text.strip()))
+        further = (text for key in _keys(path.stem) for text in texts.get(key, ()))
+        about = (text.strip() for text in (*row.one_or_more("Definition", MAX_TEXT), *further))
+        about = tuple(dict.fromkeys(filter(None, about)))
         if not about:
             raise ConfigError(f"{path}: Definition: expected one, or descriptions for {path.stem}, got none")
         task = Task(path.stem, about, tuple(found))
@@ -99,13 +97,10 @@ def import_sni(
 
 def further_descriptions(path: str | Path) -> dict[str, list[str]]:
     """``{task name or number: [description, ...]}`` from a JSON file; ConfigError names the file and the task."""
-    path = Path(path)
-    values = _read_object(path)
+    values = _read_object(Path(path))
     for name, texts in values.items():
-        if not isinstance(texts, list) or not all(isinstance(text, str) and is_unicode(text) for text in texts):
-            raise ConfigError(
-                f"{path}: {short_repr(name)}: expected a list of strings of Unicode text, got {short_repr(texts)}"
-            )
+        valid = isinstance(texts, list) and all(isinstance(text, str) and is_unicode(text) for text in texts)
+        expect(valid, f"{path}: {short_repr(name)}", "a list of strings of Unicode text", texts)
     return values
 
 
@@ -121,8 +116,7 @@ def _files(source: Path, tasks: Sequence[str] | None) -> list[Path]:
         return paths
     wanted = set(map(_key, tasks))
     unknown = wanted.difference(key for path in paths for key in _keys(path.stem))
-    if unknown:
-        raise ConfigError(f"tasks: expected names or numbers of tasks in {source}, got {short_repr(sorted(unknown))}")
+    expect(not unknown, "tasks", f"names or numbers of tasks in {source}", sorted(unknown))
     return [path for path in paths if wanted.intersection(_keys(path.stem))]
 
 
@@ -139,8 +133,7 @@ def _keys(name: str) -> tuple[str, str]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     values = read_texts(path, MAX_FILE_BYTES)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {short_repr(values)}")
+    expect(isinstance(values, dict), str(path), "a JSON object", values)
     return values
 
 
@@ -148,21 +141,16 @@ def _instances(row: Row) -> Iterator[Example]:
     """The instances with non-blank input and output."""
     for instance in row.objects("Instances"):
         text = instance.text("input")
-        if "output" not in instance:
-            raise instance.fault("output", "a string or a list of strings")
-        if len(text) >= MAX_TEXT:
-            raise instance.fault("input", f"at most {MAX_TEXT} characters")
+        instance.expect("output" in instance, "output", "a string or a list of strings")
+        instance.expect(len(text) < MAX_TEXT, "input", f"at most {MAX_TEXT} characters")
         outputs = tuple(output for output in instance.one_or_more("output", MAX_TEXT) if output.strip())
         if outputs and text.strip():
             yield Example(text, outputs, "train")
 
 
 def _excluded(row: Row, name: str, sources: Sequence[str]) -> str | None:
-    for text in (*row.one_or_more("Source", MAX_LABEL), name):
-        for source in sources:
-            if names_data_set(text, source):
-                return f"made of {source}"
-    return None
+    texts = (*row.one_or_more("Source", MAX_LABEL), name)
+    return next((f"made of {source}" for text in texts for source in sources if names_data_set(text, source)), None)
 
 
 def names_data_set(text: str, source: str) -> bool:

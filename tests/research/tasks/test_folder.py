@@ -118,7 +118,7 @@ def one(*examples, name="x", texts=("One.",)):
 
 @pytest.mark.parametrize("task, message", [
     (one(name="../x"), "expected task names"), (one(texts=()), "x: "), (one(texts=(" ",)), "x: "),
-    (one(texts=("\ud800",)), "surrogates"), (one(("a", ())), r"x\.jsonl:1: .*output"),
+    (one(texts=("\ud800",)), "Unicode"), (one(("a", ())), r"x\.jsonl:1: .*output"),
     (one(("a", ("b",)), ("\ud800", ("b",))), r"x\.jsonl:2: .*Unicode"),
     (one(("a" * MAX_LINE_BYTES, ("b",))), r"x\.jsonl:1: .*bytes"), (one(name="a-1.2"), "distinct names"),
 ], ids=["path", "none", "blank", "surrogate", "no-output", "surrogate-input", "long-line", "twice"])  # fmt: skip
