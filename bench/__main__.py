@@ -1,4 +1,4 @@
-"""Measure (``python -m bench SUITE``: generate, apply, train, serving, icl), compare trees, make pages."""
+"""Measure (``python -m bench SUITE``: generate, apply, train, serving, icl, energy), compare trees, make pages."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None, pre
 DEFAULT_THREADS = torch.get_num_threads()
 CONSOLE = Console(width=None if sys.stdout.isatty() else 160)
 RESULTS = ROOT / "bench" / "results"
-PLANS = {name: f"bench.suites.{name}" for name in ("generate", "apply", "train", "serving")} | {"icl": "bench.icl"}
+PLANS = {name: f"bench.suites.{name}" for name in ("generate", "apply", "train", "serving", "energy")} | {"icl": "bench.icl"}
 ABOUT = {
     "generate": "Generating adapters: hypernetworks of released shapes, the parts of a request, memory.",
     "apply": "Applying adapters: the op warm and cold, with gradients, around a linear, in a language model.",
     "train": "Training through a frozen model: steps with an adapter a sample, memory, hypernetworks, a library.",
     "serving": "Many adapters in one batch of vLLM on a CPU: its LoRA kernels and ours; needs vLLM in the environment.",
     "icl": "Examples in the prompt against generated adapters: closed forms, the paper's table, a model measured.",
+    "energy": "Millijoules of a generated adapter and of a decoded token on a GPU; needs nvidia-ml-py.",
 }
 Threads = Annotated[int, typer.Option(min=1, help="threads of torch and of the kernels")]
 Out = Annotated[Path | None, typer.Option(help="result file; default of a whole run: bench/results/SUITE[.CPU|-cuda].jsonl")]
@@ -109,6 +110,8 @@ def shown(records: Sequence[Record]) -> Table:
     for one in records:
         if one["record"] == "failed":
             made.add_row(f"FAILED {one['case']}: {one['error']}")
+        if one["record"] == "energy":
+            made.add_row(f"{one['case']}: {one['mj_each']:.3g} mJ per {one['unit']} at {one['watts']:.3g} W")
     return made
 
 

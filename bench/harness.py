@@ -130,6 +130,11 @@ class Context:
         """Whether the cases are those of a CPU, else of a card."""
         return self.device.kind == "cpu"
 
+    def only(self, kind: str, suite: str) -> None:
+        """Raises BenchError on a device of another kind."""
+        if self.on_cpu != (kind == "cpu"):
+            raise BenchError(f"{suite}: expected device {kind!r}, got {self.device.kind!r}")
+
     @property
     def thread_counts(self) -> list[int]:
         """One, and all."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -131,23 +131,36 @@ def step_name(modules: str, rows: int, adapters: int = 0) -> str:
     return f"decode step, {rows} row{'s' if rows > 1 else ''}, {modules}{of}"
 
 
+class Steps(NamedTuple):
+    """One decode step of a 7B-shaped model on a card: without adapters, and by their number with them, verified."""
+
+    tokens: Tensor
+    base: Step
+    adapted: dict[int, Step]
+    errors: dict[int, Error]
+    adapter_bytes: int
+
+    @staticmethod
+    def of(context: Context, modules: str, rows: int, counts: Sequence[int]) -> Steps:
+        device, dtype = context.device.torch, torch.bfloat16
+        shape = models.MISTRAL if context.full else TINY
+        base = Step.of(models.decoder(shape, device, dtype), rows, CONTEXT if context.full else 6)
+        tokens = torch.randint(shape["vocab_size"], (rows, 1), device=device)
+        stack = models.random_adapters(base.model, MODULES[modules], max(counts), RANK).to(dtype=dtype)
+        adapted, errors = {}, {}
+        for count in counts:
+            model = models.shared(base.model)
+            t2l.attach(model, stack[:count]).set([row % count for row in range(rows)])
+            adapted[count] = base.on(model)
+            errors[count] = models.layer_error(adapted[count], tokens)
+            verify(step_name(modules, rows, count), {OURS: None}, {OURS: errors[count]})
+        return Steps(tokens, base, adapted, errors, stack.num_parameters * dtype.itemsize // max(counts))
+
+
 @torch.inference_mode()
 def cuda(context: Context, modules: str, rows: int, counts: Sequence[int]) -> Iterator[Record]:
     """A row for every number of adapters, all beside the same base step."""
-    device, dtype = context.device.torch, torch.bfloat16
-    shape = models.MISTRAL if context.full else TINY
-    base = Step.of(models.decoder(shape, device, dtype), rows, CONTEXT if context.full else 6)
-    tokens = torch.randint(shape["vocab_size"], (rows, 1), device=device)
-    stack = models.random_adapters(base.model, MODULES[modules], max(counts), RANK).to(dtype=dtype)
-    adapted, errors = {}, {}
-    for count in counts:
-        model = models.shared(base.model)
-        t2l.attach(model, stack[:count]).set([row % count for row in range(rows)])
-        adapted[count] = base.on(model)
-        errors[count] = models.layer_error(adapted[count], tokens)
-        verify(step_name(modules, rows, count), {OURS: None}, {OURS: errors[count]})
-    adapter_bytes = stack.num_parameters * dtype.itemsize // max(counts)
-    del stack
+    tokens, base, adapted, errors, adapter_bytes = Steps.of(context, modules, rows, counts)
     timings = context.time({n: functools.partial(s, tokens) for n, s in (adapted | {BASE: base}).items()}, factor=6)
     flops = 2 * rows * sum(m.weight.numel() for m in base.model.modules() if isinstance(m, nn.Linear))
     for count in counts:

@@ -72,8 +72,7 @@ WISHES = ("", " as JSON", " in one word", " politely", " and explain why", " for
 
 
 def plan(context: Context) -> list[Task]:
-    if not context.on_cpu:
-        raise BenchError(f"serving: expected device cpu, which it is about; got {context.device.kind!r}")
+    context.only("cpu", "serving")
     if importlib.util.find_spec("vllm") is None:
         raise BenchError(NO_VLLM)
     loads = FULL if context.full else TINY

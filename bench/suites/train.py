@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 import t2l_engine as t2l
 from bench import models
 from bench.ceilings import peak_memory, reset_peak, resident_bytes
-from bench.harness import BenchError, Context, Error, Record, Target, Task, record, row, verify, worst
+from bench.harness import Context, Error, Record, Target, Task, record, row, verify, worst
 from bench.models import MODULES, linears, shared
 from bench.records import BASE, HOOKS, OURS
 from bench.source import ROOT
@@ -70,8 +70,7 @@ def cases(context: Context) -> list[Case]:
 
 
 def plan(context: Context) -> list[Task]:
-    if not context.on_cpu:
-        raise BenchError(f"device: expected 'cpu' for the suite train, got {context.device.kind!r}")
+    context.only("cpu", "train")
     few = [case for case in cases(context) if case.modules == "q,v"]
     measured, of = (cases(context), WAYS) if context.full else (few[:1], [BASE, OURS, HOOKS])
     # Fail fast: cheapest checks first.
