@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+import t2l_engine
 from t2l_engine.cli import adapt, chat, cost, evaluate, export, folders, generate, info, serve_flags, tasks, train, ui
 from t2l_engine.cli.common import say
 
@@ -40,8 +41,6 @@ app.add_typer(tasks.app, name="tasks")
 
 def _version(wanted: bool) -> None:
     if wanted:
-        import t2l_engine
-
         typer.echo(f"t2l_engine {t2l_engine.__version__}")
         raise typer.Exit
 
@@ -53,14 +52,10 @@ def _options(
     pass
 
 
-def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    say(f"warning: {message}")
-
-
 def main() -> None:
     """Entry point; prints expected errors as one line on stderr and exits with status 1, see ``t2l --help``."""
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
         try:
             app()
         except (ValueError, OSError, FloatingPointError) as error:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -44,11 +43,11 @@ _LINE_BREAKS = str.maketrans(dict.fromkeys("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029
 class Chat:
     """Inputs and commands, line by line.
 
-    ``interactive``: False: every answer is printed as one line, with line breaks replaced by spaces.  ``options``:
-    ``max_new_tokens``, ``temperature`` and ``seed`` of :meth:`SideBySide.answers`.
+    ``interactive``: False: every answer is printed as one line, with line breaks replaced by spaces.  ``options``: those of
+    :meth:`SideBySide.answers`.
     """
 
-    def __init__(self, desk: Desk, *, task: str, interactive: bool, options: dict[str, Any]):
+    def __init__(self, desk: Desk, task: str, interactive: bool, **options: float):
         self.desk, self.interactive, self.options = desk, interactive, options
         self.tasks: dict[str, str] = {}  # name -> description
         self.use(TASK, task)
@@ -157,19 +156,15 @@ def _lines(interactive: bool) -> Iterator[str]:
         yield line
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The first task, and how the model answers."""
-
-    task: Annotated[str, typer.Option(help="Task description; change it with /task.")]
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64
-    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0: greedy decoding.")] = 0.0
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed of sampling, the same for every answer.")] = 0
-    dtype: BaseDType = DType.float32
-
-
-@takes(Options, EngineOptions)
-def chat(options: Options, engine: EngineOptions) -> None:
+@takes
+def chat(
+    engine: EngineOptions,
+    task: Annotated[str, typer.Option(help="Task description; change it with /task.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0: greedy decoding.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed of sampling, the same for all answers.")] = 0,
+    dtype: BaseDType = DType.float32,
+) -> None:
     """Chat with the base model and the adapters of descriptions; /help lists the commands.
 
     Every line is answered independently, without history: adapters are trained on single user turns.  Standard output has
@@ -179,13 +174,11 @@ def chat(options: Options, engine: EngineOptions) -> None:
     if hasattr(source, "reconfigure"):
         source.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 are reported with their line
     interactive = source.isatty()
-    desk = open_desk(engine, slots=SLOTS, max_new_tokens=options.max_new_tokens, dtype=options.dtype)
-    sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "seed")}
+    desk = open_desk(engine, slots=SLOTS, max_new_tokens=max_new_tokens, dtype=dtype)
     with named({"texts[0]": "--task"}):
-        session = Chat(desk, task=options.task, interactive=interactive, options=sampling)
+        session = Chat(desk, task, interactive, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if interactive:
-        rank = desk.side_by_side.engine.hypernetwork.config.rank
-        say(f"{desk.base_model}, adapters of rank {rank}; /help lists the commands")
+        say(f"{desk.base_model}; /help lists the commands")
     try:
         for line in map(str.strip, _lines(interactive)):
             try:

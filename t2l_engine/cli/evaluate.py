@@ -44,7 +44,7 @@ class Options:
     methods: Annotated[str, typer.Option(help="Comma-separated methods to compare; default: all that are possible.")] = ""
     also: Annotated[list[str], typer.Option(metavar="NAME=DIR", help="Another checkpoint; may be repeated.")] = ()
     oracle: Annotated[list[Path], typer.Option(help="Folder of per-task LoRAs, named as tasks; may be repeated.")] = ()
-    library: Annotated[Path | None, typer.Option(help="PEFT adapters for methods average, arrow and nearest.")] = None
+    library: Annotated[Path | None, typer.Option(help="Folder of PEFT adapters: methods average, arrow, nearest.")] = None
     multi_task: Annotated[list[Path], typer.Option(help="Run of t2l train lora, mode=multi-task; may be repeated.")] = ()
     manifest: Annotated[str, typer.Option(help="Name or file of a manifest; adds means over its splits of tasks.")] = ""
     names: Annotated[str, typer.Option(help="Comma-separated tasks; default: all of the folder.")] = ""
@@ -87,7 +87,7 @@ class Options:
         return [*counts]
 
 
-@takes(Options, EngineOptions, Settings)
+@takes
 def evaluate(options: Options, engine_options: EngineOptions, settings: Settings) -> None:
     """Evaluate a checkpoint's adapters, their baselines, the base model and further adapters on a task folder."""
     common.keep_freed_memory()
@@ -229,14 +229,9 @@ def _groups(names: list[str], trained: set[str], manifest: str, *, apart: bool) 
 
 def _write(options: Options, result: dict[str, Any]) -> None:
     """Write and print the result; remove the file of answers."""
-    from t2l_engine.research.evaluation.run import reach
-
     if precision := result["settings"]["precision"]:
         asked, left = len(result["tasks"]), len(result["not_asked"])
         say(f"asked {asked} of {asked + left} tasks, for intervals of at most +-{precision:g} points")
-        for group, of in result["summary"].items():
-            if (widest := max(map(reach, of["difference"].values()), default=0)) > precision:
-                say(f"{group}: its {of['tasks']} tasks are all asked, and intervals reach {widest:.1f} points")
     if options.json_file is not None:  # before the table, whose pipe may be closed
         text = common.json_text(result) + "\n"
         if options.json_file.exists() and not options.json_file.is_file():  # a device or a pipe

@@ -62,7 +62,7 @@ class Engine(EngineOptions):
                 raise ValueError(f"--{name.replace('_', '-')}: expected none, since {why}, got {value!r}")
 
 
-@takes(Options, Engine)
+@takes
 def export(options: Options, engine: Engine) -> None:
     """Export a checkpoint as a single file for the C++ library, or one adapter as a GGUF file for llama.cpp.
 

@@ -59,7 +59,7 @@ class Engine(EngineOptions):
     base_model: Annotated[str, typer.Option(help="What adapters state; default: as the checkpoint; GGUF: a folder.")] = ""
 
 
-@takes(Options, Engine)
+@takes
 def generate(options: Options, engine_options: Engine) -> None:
     """Write one PEFT adapter folder, or GGUF file, per description, replacing existing adapters.
 

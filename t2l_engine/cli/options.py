@@ -12,25 +12,29 @@ from typing import Annotated, Any
 import typer
 
 
-def takes(*groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate a function of an instance of each dataclass in ``groups``: a command whose options are their fields.
+def takes(function: Callable[..., None]) -> Callable[..., None]:
+    """A command whose options are the parameters of ``function``; in place of a dataclass among them, its fields.
 
     The type of a field is annotated as a parameter of a typer command is; or its metadata holds ``help`` and further
     arguments of ``typer.Option``.
     """
-    parameters = {group: [_parameter(field, hint) for field, hint in _fields(group)] for group in groups}
+    hints = typing.get_type_hints(function, include_extras=True)
+    groups: dict[str, list[inspect.Parameter]] = {}
+    every: list[inspect.Parameter] = []
+    for own in inspect.signature(function).parameters.values():
+        hint = hints[own.name]
+        if dataclasses.is_dataclass(hint):
+            groups[own.name] = [_parameter(*of) for of in _fields(hint)]
+        every += groups.get(own.name, [own.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hint)])
 
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(function)
-        def command(**values: Any) -> None:
-            function(*(group(**{p.name: values[p.name] for p in of}) for group, of in parameters.items()))
+    @functools.wraps(function)
+    def command(**values: Any) -> None:
+        made = {name: hints[name](**{p.name: values.pop(p.name) for p in of}) for name, of in groups.items()}
+        function(**made, **values)
 
-        every = [parameter for of in parameters.values() for parameter in of]
-        command.__signature__ = inspect.Signature(every)  # pyright: ignore[reportAttributeAccessIssue]
-        command.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
-        return command
-
-    return decorate
+    command.__signature__ = inspect.Signature(every)  # pyright: ignore[reportAttributeAccessIssue]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
+    return command
 
 
 def _fields(group: type) -> list[tuple[dataclasses.Field[Any], Any]]:

@@ -89,21 +89,21 @@ class Library:
 
 
 @app.command()
-@takes(Tasks, Run)
+@takes
 def sft(tasks: Tasks, run: Run) -> None:
     """Train a hypernetwork end to end through the frozen base model."""
     _train("sft", run, tasks.tasks, tasks.chosen(run.names))
 
 
 @app.command()
-@takes(Tasks, Run)
+@takes
 def lora(tasks: Tasks, run: Run) -> None:
     """Train one adapter per task, or one for all tasks; writes PEFT folders to OUTPUT/adapters."""
     _train("lora", run, tasks.tasks, tasks.chosen(run.names))
 
 
 @app.command()
-@takes(Library, Run)
+@takes
 def reconstruction(library: Library, run: Run) -> None:
     """Train a hypernetwork to reproduce a library of adapters; only encoder llm loads the base model."""
     _train("reconstruction", run, library.adapters, split_names(run.names) or None)

@@ -25,25 +25,21 @@ INPUT = "On Monday Clara talked about the recipe."
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """Where the page is served, and limits of adapters and answers."""
-
-    host: Annotated[str, typer.Option(help="Bind address; beyond loopback, anybody may come in.")] = "127.0.0.1"
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 7860
-    adapters: Annotated[int, typer.Option(min=1, max=64, help="Adapters held; the least recently used is replaced.")] = 8
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256
-    dtype: BaseDType = DType.float32
-
-
-@dataclasses.dataclass(frozen=True)
 class Engine(EngineOptions):
     """The default is the checkpoint for sentences of the user's own."""
 
     checkpoint: Checkpoint = FREE_TEXT_CHECKPOINT
 
 
-@takes(Options, Engine)
-def ui(options: Options, engine: Engine) -> None:
+@takes
+def ui(
+    engine: Engine,
+    host: Annotated[str, typer.Option(help="Bind address; beyond loopback it has no authentication.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 7860,
+    adapters: Annotated[int, typer.Option(min=1, max=64, help="Adapters held; the least recently used is replaced.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    dtype: BaseDType = DType.float32,
+) -> None:
     """Open a page on which the base model and the adapters of several descriptions answer the same input, in one batch.
 
     Needs Gradio: pip install "t2l_engine[ui]".  Nothing is sent anywhere: fonts, statistics and sharing are off.
@@ -54,14 +50,14 @@ def ui(options: Options, engine: Engine) -> None:
     except ModuleNotFoundError as error:
         raise FileNotFoundError(f'{error.name} is not installed; run: pip install "t2l_engine[ui]"') from None
     keep_freed_memory()
-    _check_address(options.host, options.port)
-    desk = open_desk(engine, slots=options.adapters, max_new_tokens=options.max_new_tokens, dtype=options.dtype)
+    _check_address(host, port)
+    desk = open_desk(engine, slots=adapters, max_new_tokens=max_new_tokens, dtype=dtype)
     made, config = desk.side_by_side.engine, desk.side_by_side.engine.hypernetwork.config
     if isinstance(made.encoder, OneHotEncoder):
         raise ValueError(
             f"--checkpoint: expected one for sentences, got {engine.checkpoint}, which knows names of tasks alone"
         )
-    first = DESCRIPTIONS[: options.adapters]
+    first = DESCRIPTIONS[:adapters]
     desk.side_by_side.hold(first)  # raises now if adapters do not fit the base model
     size = 4 * made.hypernetwork.meta_stack(1).num_parameters
     page = Page(
@@ -69,13 +65,13 @@ def ui(options: Options, engine: Engine) -> None:
         desk.save,
         title=f"`{engine.checkpoint}`, adapters of rank {config.rank} on {', '.join(config.modules)} of `{desk.base_model}`",
         landmarks=landmarks(max(3, min(LANDMARKS, MAP_BYTES // size))),
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=max_new_tokens,
     )
     blocks = page.blocks(first, INPUT)
-    address = {"server_name": options.host, "server_port": options.port}
+    address = {"server_name": host, "server_port": port}
     blocks.launch(**address, quiet=True, prevent_thread_lock=True, **page.launch_options())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # service managers and containers: as Ctrl-C
-    say(f"the page is at http://{options.host}:{options.port}; Ctrl-C ends it")
+    say(f"the page is at http://{host}:{port}; Ctrl-C ends it")
     try:
         blocks.block_thread()
     finally:
