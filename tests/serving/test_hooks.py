@@ -1,6 +1,7 @@
 """What is put into vLLM, and what is left alone where vLLM or the installation is another one."""
 
 import asyncio
+import contextlib
 import functools
 import logging
 import types
@@ -32,16 +33,16 @@ STOCK = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
-    """vLLM as it was, before and after a test."""
-    monkeypatch.setattr(LoRAModelManager, "register_module", LoRAModelManager.register_module)
-    monkeypatch.setattr(LoRAModel, "from_local_checkpoint", LoRAModel.__dict__["from_local_checkpoint"])
-    monkeypatch.setattr(WorkerLoRAManager, "_load_adapter", WorkerLoRAManager._load_adapter)
-    for owner, method in ((Executor, "add_lora"), (PrometheusStatLogger, "record")):
-        monkeypatch.setattr(owner, method, getattr(owner, method))
+    """vLLM as it was, before and after a test, in a process without pipeline stages."""
+    for owner, name in (
+        (LoRAModelManager, "register_module"), (LoRAModel, "from_local_checkpoint"), (WorkerLoRAManager, "_load_adapter"),
+        (Executor, "add_lora"), (PrometheusStatLogger, "record"), (authenticate, "GUARDED_PREFIX"),
+        (type(current_platform), "get_punica_wrapper"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, vars(owner)[name])
     monkeypatch.setattr(Worker, "t2l_try_lora", None, raising=False)
-    monkeypatch.setattr(authenticate, "GUARDED_PREFIX", authenticate.GUARDED_PREFIX)
-    name = type(current_platform)
-    monkeypatch.setattr(name, "get_punica_wrapper", name.__dict__["get_punica_wrapper"])
+    monkeypatch.setattr(hooks, "_made", {})
+    monkeypatch.setattr("vllm.distributed.get_pp_group", lambda: types.SimpleNamespace(world_size=1))
 
 
 @pytest.fixture
@@ -108,6 +109,24 @@ def test_without_native_kernels_vllm_keeps_its_own(settings, warnings, monkeypat
 LAYER = "model.layers.0.self_attn"
 
 
+@pytest.fixture
+def load(settings, warnings, monkeypatch):
+    """Loads an adapter, path -> weights, in a worker with the LoRA layers ``modules``; ``refused``: with this message."""
+
+    def run(adapter, modules, name, refused):
+        loaded = types.SimpleNamespace(loras=adapter)
+        monkeypatch.setattr(WorkerLoRAManager, "_load_adapter", lambda self, lora_request: loaded)
+        hooks.install(settings(kernels=False))
+        packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+        adapters = types.SimpleNamespace(modules=modules, packed_modules_mapping=packed)
+        worker, request = types.SimpleNamespace(_adapter_manager=adapters), LoRARequest(name, 1, "folder")
+        with pytest.raises(ValueError, match=refused) if refused else contextlib.nullcontext():
+            assert WorkerLoRAManager._load_adapter(worker, request) is loaded
+        assert not warnings
+
+    return run
+
+
 @pytest.mark.parametrize("wrapped, name, refused", [
     ([f"{LAYER}.qkv_proj"], "t2l-0", False),
     ([f"{LAYER}.qkv_proj", "model.layers.0.mlp.down_proj"], "t2lq-0", False),
@@ -118,59 +137,38 @@ LAYER = "model.layers.0.self_attn"
     (["model.layers.1.self_attn.qkv_proj"], "t2l-0", True),
     (["self_attn.qkv_proj"], "t2l-0", True),
 ])  # fmt: skip
-def test_an_adapter_that_would_be_served_in_part_is_refused(wrapped, name, refused, settings, warnings, monkeypatch):
+def test_an_adapter_that_would_be_served_in_part_is_refused(wrapped, name, refused, load):
     """By the linears that vLLM wraps: those of --lora-target-modules.  For others it would serve the base model."""
-    loaded = types.SimpleNamespace(loras={f"model.layers.0.self_attn.{part}_proj": None for part in "qv"})
-    monkeypatch.setattr(WorkerLoRAManager, "_load_adapter", lambda self, lora_request: loaded)
-    hooks.install(settings(kernels=False))
-    assert not warnings
-    modules = dict.fromkeys(wrapped)
-    packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
-    manager = types.SimpleNamespace(_adapter_manager=types.SimpleNamespace(modules=modules, packed_modules_mapping=packed))
-    request = LoRARequest(name, 1, "folder")
-    if refused:
-        with pytest.raises(ValueError, match=r"adapts \['q_proj', 'v_proj'\].*--lora-target-modules"):
-            WorkerLoRAManager._load_adapter(manager, request)
-    else:
-        assert WorkerLoRAManager._load_adapter(manager, request) is loaded
+    of_any_size = types.SimpleNamespace(lora_a_stacked=(), base_layer=None)
+    adapter, modules = dict.fromkeys([f"{LAYER}.q_proj", f"{LAYER}.v_proj"]), dict.fromkeys(wrapped, of_any_size)
+    load(adapter, modules, name, r"adapts \['q_proj', 'v_proj'\].*--lora-target-modules" if refused else None)
 
 
-@pytest.mark.parametrize("part, sizes, whole, refused", [
-    ("q", (8, 16), 1, False), ("q", (8, 12), 1, True), ("v", (8, 4), 1, False), ("v", (6, 4), 1, True),
-    ("o", (16, 6), 1, True), ("head", (9, 64), 1, False), ("head", (9, 60), 2, True),
-    ("q", (8, 16), 2, False), ("q", (8, 12), 2, True), ("v", (8, 4), 2, False), ("v", (8, 8), 2, True),  # divided in two
-    ("o", (16, 8), 2, False), ("o", (8, 8), 2, True),
+@pytest.mark.parametrize("part, sizes, refused", [
+    ("q", (8, 16), False), ("q", (8, 12), True), ("k", (8, 4), False), ("k", (8, 8), True), ("v", (8, 3), False),
+    ("v", (6, 3), True), ("o", (16, 8), False), ("o", (8, 8), True), ("o", (16, 6), True), ("head", (9, 64), False),
+    ("head", (9, 60), True), ("up", (8, 12), False), ("up", (8, 24), True), ("own_packed", (8, 24), False),
+    ("own_packed", (8, 12), True),
 ])  # fmt: skip
-def test_an_adapter_of_other_sizes_is_refused_before_it_has_a_slot(
-    part, sizes, whole, refused, settings, warnings, monkeypatch
-):
-    """By whomever it was made; vLLM packs q, k and v."""
+def test_an_adapter_of_other_sizes_is_refused_before_it_has_a_slot(part, sizes, refused, load):
+    """By whomever it was made; vLLM packs q, k and v.  Sizes are those of all processes together."""
     weights = types.SimpleNamespace(lora_a=torch.zeros(2, sizes[0]), lora_b=torch.zeros(sizes[1], 2))
-    path = "lm_head" if part == "head" else f"model.layers.0.self_attn.{part}_proj"
-    loaded = types.SimpleNamespace(loras={path: weights})
-    monkeypatch.setattr(WorkerLoRAManager, "_load_adapter", lambda self, lora_request: loaded)
-    hooks.install(settings(kernels=False))
-    assert not warnings
+    path = "lm_head" if part == "head" else f"{LAYER}.{part}_proj"
 
-    def module(n_in, *outs, **base):
-        shares = [(4, n_in)] * len(outs), [(n // whole, 4) for n in outs]
-        a, b = (tuple(torch.zeros(3, 1, *of) for of in shapes) for shapes in shares)
-        base = types.SimpleNamespace(input_size=n_in, output_size=sum(outs), **base)
-        return types.SimpleNamespace(lora_a_stacked=a, lora_b_stacked=b, tp_size=whole, base_layer=base)
+    def module(**base):
+        return types.SimpleNamespace(lora_a_stacked=(), base_layer=types.SimpleNamespace(**base))
 
-    head = types.SimpleNamespace(lora_a_stacked=torch.zeros(3, 1, 4, 9), lora_b_stacked=torch.zeros(3, 1, 64, 4))
-    heads = {"total_num_heads": 4, "total_num_kv_heads": 1, "head_size": 4}  # with two processes each has a copy of k and v
+    # With two processes each has a copy of k and v, which vLLM counts in output_size.
+    heads = {"total_num_heads": 4, "total_num_kv_heads": 1, "head_size": 4, "v_head_size": 3}
+    slots = {"lora_a_stacked": torch.zeros(3, 1, 4, 9), "lora_b_stacked": torch.zeros(3, 1, 64, 4)}
     modules = {
-        "model.layers.0.self_attn.qkv_proj": module(8, 16, 4, 4, **heads), "model.layers.0.self_attn.o_proj": module(16, 8),
+        f"{LAYER}.qkv_proj": module(input_size=8, output_size=30, output_sizes=[16, 8, 6], **heads),
+        f"{LAYER}.o_proj": module(input_size=16, output_size=8), "lm_head": types.SimpleNamespace(base_layer=None, **slots),
+        f"{LAYER}.gate_up_proj": module(input_size=8, output_size=24, output_sizes=[12, 12]),
+        f"{LAYER}.own_packed_proj": module(input_size=8, output_size=24, output_sizes=[12, 12]),
     }  # fmt: skip
-    packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    adapters = types.SimpleNamespace(modules=modules | {"lm_head": head}, packed_modules_mapping=packed)
-    manager, request = types.SimpleNamespace(_adapter_manager=adapters), LoRARequest("of-somebody-else", 1, "folder")
-    if refused:
-        with pytest.raises(ValueError, match=rf"of-somebody-else: {path}: expected .* got {sizes[0]} -> {sizes[1]}"):
-            WorkerLoRAManager._load_adapter(manager, request)
-    else:
-        assert WorkerLoRAManager._load_adapter(manager, request) is loaded
+    message = rf"of-somebody-else: {path}: expected .* got {sizes[0]} -> {sizes[1]}" if refused else None
+    load({path: weights}, modules, "of-somebody-else", message)
 
 
 @pytest.mark.parametrize("error, said", [(ValueError("too large"), "^too large$"), (KeyError("q"), "^KeyError: 'q'$")])

@@ -1,4 +1,4 @@
-"""Changes of vLLM's own code.
+"""Changes of vLLM's own code, each made once in a process.
 
 Each is made only where vLLM's functions have the expected parameters.  Another vLLM keeps its own code, with a warning:
 :func:`install` never makes a server fail to start.
@@ -7,21 +7,19 @@ Each is made only where vLLM's functions have the expected parameters.  Another 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from t2l_engine import ops
 from t2l_engine.serving import names
-
-if TYPE_CHECKING:
-    from t2l_engine.serving.vllm.settings import Settings
+from t2l_engine.serving.vllm import memory
+from t2l_engine.serving.vllm.settings import DISK, MEMORY, Settings
 
 logger = logging.getLogger("vllm.t2l_engine")  # below "vllm", whose handlers vLLM sets up
 
@@ -36,6 +34,11 @@ OVERRIDDEN = {
     "_shrink_decode": "y x w_t_all scale",
     "_expand_slice_decode": "y x w_t_all y_offset y_slice_size add_inputs",
 }
+#: Routes outside /v1 that take the name of a model, for which an adapter is made.
+NAMING_MODELS = (
+    "/tokenize", "/detokenize", "/invocations", "/adapters", "/pooling", "/classify", "/score", "/rerank",
+    "/generative_scoring",
+)  # fmt: skip
 
 
 def install(settings: Settings) -> Settings:
@@ -43,17 +46,17 @@ def install(settings: Settings) -> Settings:
 
     May be called more than once in a process.
     """
-    if settings.kernels and not _made(_use_kernels, "vLLM's own LoRA kernels are used"):
+    if settings.kernels and not _make(_use_kernels, "vLLM's own LoRA kernels are used"):
         settings = dataclasses.replace(settings, kernels=False)
-    if settings.mode == "memory":
-        load = functools.partial(_load_from_embeddings, settings)
-        if not _made(load, "adapters are written as whole PEFT folders (mode disk)"):
-            settings = dataclasses.replace(settings, mode="disk")
-    _made(_refuse_misfits, "sizes are not compared, modules that --lora-target-modules leaves out are ignored")
-    _made(_answer_refusals, "with tensor parallelism an adapter that is refused may make a later one fail")
+    if settings.mode == MEMORY:
+        without = "adapters are written as whole PEFT folders (mode disk)"
+        if not _make(_load_from_embeddings, without, settings):
+            settings = dataclasses.replace(settings, mode=DISK)
+    _make(_refuse_misfits, "sizes are not compared, modules that --lora-target-modules leaves out are ignored")
+    _make(_answer_refusals, "with tensor parallelism an adapter that is refused may make a later one fail")
     if settings.enabled:
-        _made(_forget_adapters_of_metrics, "vllm:lora_requests_info keeps every set of adapters")
-        _made(_guard_all_routes, "--api-key does not cover all routes that make adapters")
+        _make(_forget_adapters_of_metrics, "vllm:lora_requests_info keeps every set of adapters")
+        _make(_guard_all_routes, "--api-key does not cover all routes that make adapters")
     return settings
 
 
@@ -61,18 +64,21 @@ class _NotPossible(Exception):
     """A change cannot be made; the message says why."""
 
 
-def _made(change: Callable[[], None], without: str) -> bool:
-    """Whether ``change`` was made; else a warning says what is so ``without`` it, and why."""
-    try:
-        change()
-    except (ImportError, AttributeError) as error:
-        reason = f"this vLLM lacks what would be changed ({error})"
-    except _NotPossible as error:
-        reason = str(error)
-    else:
-        return True
-    logger.warning("T2L: %s: %s", without, reason)
-    return False
+_made: dict[Callable[..., None], bool] = {}  # a change that was tried -> whether it was made
+
+
+def _make(change: Callable[..., None], without: str, *arguments: Any) -> bool:
+    """Whether ``change`` is made, now or before; else a warning says once what is so ``without`` it, and why."""
+    if change not in _made:
+        _made[change] = False
+        try:
+            change(*arguments)
+            _made[change] = True
+        except (ImportError, AttributeError) as error:
+            logger.warning("T2L: %s: this vLLM lacks what would be changed (%s)", without, error)
+        except _NotPossible as error:
+            logger.warning("T2L: %s: %s", without, error)
+    return _made[change]
 
 
 def _expect(owner: type, name: str, parameters: str) -> None:
@@ -101,6 +107,7 @@ def _use_kernels() -> None:
     _expect(LoRAModelManager, "_get_punica_wrapper", "module_name")
     from t2l_engine.serving.vllm.punica import PunicaWrapperT2L
 
+    stock = LoRAModelManager.register_module
     followed = (BaseLinearLayerWithLoRA, LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA)
 
     def register_module(self: Any, module_name: str, module: Any) -> None:
@@ -109,36 +116,33 @@ def _use_kernels() -> None:
         if isinstance(wrapper, PunicaWrapperT2L) and isinstance(module, followed):
             wrapper.add_layer(module)
 
-    stock = _once(LoRAModelManager, "register_module", register_module)
-    _once(type(current_platform), "get_punica_wrapper", classmethod(lambda cls: WRAPPER))
+    LoRAModelManager.register_module = register_module
+    type(current_platform).get_punica_wrapper = classmethod(lambda cls: WRAPPER)  # type: ignore[method-assign]
 
 
 def _load_from_embeddings(settings: Settings) -> None:
     """Have vLLM's workers generate the weights of folders that hold an embedding."""
     from vllm.lora.lora_model import LoRAModel
 
-    from t2l_engine.serving.vllm import memory
-
-    stock = LoRAModel.from_local_checkpoint.__func__
-    taken = set(inspect.signature(LoRAModel.from_lora_tensors).parameters)
-    needed = {"lora_model_id", "tensors", "peft_helper", "device", "dtype", "weights_mapper"}
-    if not needed <= taken:
-        raise _NotPossible(f"LoRAModel.from_lora_tensors lacks parameters: {sorted(needed - taken)}")
-    if list(inspect.signature(stock).parameters)[1:4] != ["lora_dir", "expected_lora_modules", "peft_helper"]:
-        raise _NotPossible("LoRAModel.from_local_checkpoint has other parameters")
+    made_of = "lora_model_id tensors peft_helper device dtype model_vocab_size weights_mapper skip_prefixes"
+    _expect(LoRAModel, "from_lora_tensors", made_of)
+    read_with = "lora_model_id device dtype model_vocab_size weights_mapper skip_prefixes moe_ep_spec"
+    _expect(LoRAModel, "from_local_checkpoint", f"lora_dir expected_lora_modules peft_helper {read_with}")
+    stock = LoRAModel.from_local_checkpoint.__func__  # type: ignore[attr-defined]
 
     def from_local_checkpoint(cls: type, lora_dir: str, expected_lora_modules: set[str], peft_helper: Any, **options: Any):
-        if not memory.is_memory(Path(lora_dir)):
+        folder = Path(lora_dir)
+        if not memory.is_memory(folder):
             return stock(cls, lora_dir, expected_lora_modules, peft_helper, **options)
         # New tensors on every call: vLLM scales B in place.
-        tensors = memory.peft_tensors(Path(lora_dir), settings, options["dtype"])
+        tensors = memory.peft_tensors(folder, settings, options["dtype"])
         unexpected = sorted({key.split(".")[-3] for key in tensors} - expected_lora_modules)
         if unexpected:
             raise ValueError(f"{lora_dir}: expected adapters for {sorted(expected_lora_modules)}, got also {unexpected}")
-        known = {name: value for name, value in options.items() if name in taken}
-        return cls.from_lora_tensors(tensors=tensors, peft_helper=peft_helper, **known)  # type: ignore[attr-defined]
+        options.pop("moe_ep_spec", None)
+        return cls.from_lora_tensors(tensors=tensors, peft_helper=peft_helper, **options)  # type: ignore[attr-defined]
 
-    _once(LoRAModel, "from_local_checkpoint", classmethod(from_local_checkpoint))
+    LoRAModel.from_local_checkpoint = classmethod(from_local_checkpoint)
 
 
 def _refuse_misfits() -> None:
@@ -147,31 +151,62 @@ def _refuse_misfits() -> None:
     vLLM mentions ignored modules in its debug log alone, and serves the rest of the adapter.  It copies a smaller adapter
     into a corner of its slot, and notices a larger one only when the slot already counts as the adapter's.
     """
+    from vllm.distributed import get_pp_group
     from vllm.lora.worker_manager import WorkerLoRAManager
 
     _expect(WorkerLoRAManager, "_load_adapter", "lora_request")
+    stock = WorkerLoRAManager._load_adapter
 
     def load_adapter(self: Any, lora_request: Any) -> Any:
-        loaded = stock(self, lora_request)
+        loaded, name = stock(self, lora_request), lora_request.lora_name
+        ignored = []
         for path, weights in loaded.loras.items():
-            sizes = _sizes(self._adapter_manager, path)
-            if sizes and weights is not None and (weights.lora_a.shape[1], weights.lora_b.shape[0]) != sizes:
-                raise ValueError(
-                    f"{lora_request.lora_name}: {path}: expected {sizes[0]} -> {sizes[1]} features as the served model has, "
-                    f"got {weights.lora_a.shape[1]} -> {weights.lora_b.shape[0]}"
-                )
-        if lora_request.lora_name.startswith((names.CREATED, names.RESOLVED)) and _stages() == 1:
-            ignored = [path for path in loaded.loras if not _wrapping(self._adapter_manager, path)]
-            if ignored:
-                kinds = sorted({path.rpartition(".")[2] for path in ignored})
-                raise ValueError(
-                    f"{lora_request.lora_name}: adapts {kinds}, such as {ignored[0]}, which this server does not; start it "
-                    "with the model that the checkpoint is for and the flags that t2l serve-flags prints "
-                    "(--lora-target-modules)"
-                )
+            module, parts = _wrapping(self._adapter_manager, path)
+            if module is None:
+                ignored.append(path)
+            elif sizes := _sizes(module, parts, path):
+                got = weights.lora_a.shape[1], weights.lora_b.shape[0]
+                if got != sizes:
+                    raise ValueError(
+                        f"{name}: {path}: expected {sizes[0]} -> {sizes[1]} features as the served model has, "
+                        f"got {got[0]} -> {got[1]}"
+                    )
+        # Each pipeline stage wraps its own layers.
+        if ignored and name.startswith((names.CREATED, names.RESOLVED)) and get_pp_group().world_size == 1:
+            kinds = sorted({path.rpartition(".")[2] for path in ignored})
+            raise ValueError(
+                f"{name}: adapts {kinds}, such as {ignored[0]}, which this server does not; start it with the model that "
+                "the checkpoint is for and the flags that t2l serve-flags prints (--lora-target-modules)"
+            )
         return loaded
 
-    stock = _once(WorkerLoRAManager, "_load_adapter", load_adapter)
+    WorkerLoRAManager._load_adapter = load_adapter
+
+
+def _wrapping(manager: Any, path: str) -> tuple[Any, Sequence[str]]:
+    """(LoRA layer of vLLM, names of its linears) for the linear ``path``; (None, []) if vLLM wraps no such linear."""
+    prefix, dot, name = path.rpartition(".")
+    for parent, parts in [(name, [name]), *manager.packed_modules_mapping.items()]:
+        if name in parts and (found := f"{prefix}{dot}{parent}") in manager.modules:
+            return manager.modules[found], parts
+    return None, []
+
+
+def _sizes(module: Any, parts: Sequence[str], path: str) -> tuple[int, int] | None:
+    """(in, out) features of the linear ``path`` in ``module``, of all tensor-parallel ranks together; None: not known."""
+    lora_a, base = module.lora_a_stacked, module.base_layer
+    if isinstance(lora_a, Tensor) and lora_a.dim() == 4:  # the head, which every rank holds whole
+        return lora_a.shape[-1], module.lora_b_stacked.shape[-2]
+    if not hasattr(base, "input_size"):  # an embedding, or experts
+        return None
+    if (kv_heads := getattr(base, "total_num_kv_heads", None)) is not None:  # which vLLM copies where there are few
+        size = base.head_size
+        outputs = [base.total_num_heads * size, kv_heads * size, kv_heads * base.v_head_size]
+    else:
+        outputs = getattr(base, "output_sizes", [base.output_size])
+    if len(parts) == 1:  # also a model's own packed linear
+        outputs = [sum(outputs)]
+    return (base.input_size, outputs[parts.index(path.rpartition(".")[2])]) if len(outputs) == len(parts) else None
 
 
 def _answer_refusals() -> None:
@@ -194,14 +229,13 @@ def _answer_refusals() -> None:
             return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
     def add_lora(self: Any, lora_request: Any) -> bool:
-        answers = self.collective_rpc(try_lora.__name__, args=(lora_request,))
+        answers = self.collective_rpc("t2l_try_lora", args=(lora_request,))
         if refused := next((answer for answer in answers if isinstance(answer, str)), None):
             raise ValueError(refused)
         return all(answers)
 
-    try_lora.__name__ = "t2l_try_lora"
-    setattr(Worker, try_lora.__name__, try_lora)
-    _once(Executor, "add_lora", add_lora)
+    Worker.t2l_try_lora = try_lora  # type: ignore[attr-defined]
+    Executor.add_lora = add_lora
 
 
 def _forget_adapters_of_metrics() -> None:
@@ -213,9 +247,9 @@ def _forget_adapters_of_metrics() -> None:
     """
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-    if "scheduler_stats" not in inspect.signature(PrometheusStatLogger.record).parameters:
+    stock = PrometheusStatLogger.record
+    if "scheduler_stats" not in inspect.signature(stock).parameters:
         raise _NotPossible("PrometheusStatLogger.record of this vLLM has other parameters")
-
     in_files = "PROMETHEUS_MULTIPROC_DIR" in os.environ
 
     def record(self: Any, scheduler_stats: Any, *arguments: Any, **named: Any) -> None:
@@ -224,14 +258,7 @@ def _forget_adapters_of_metrics() -> None:
             gauge.clear()
         stock(self, scheduler_stats, *arguments, **named)
 
-    stock = _once(PrometheusStatLogger, "record", record)
-
-
-#: Routes outside /v1 that take the name of a model, for which an adapter is made.
-NAMING_MODELS = (
-    "/tokenize", "/detokenize", "/invocations", "/adapters", "/pooling", "/classify", "/score", "/rerank",
-    "/generative_scoring",
-)  # fmt: skip
+    PrometheusStatLogger.record = record
 
 
 def _guard_all_routes() -> None:
@@ -240,56 +267,4 @@ def _guard_all_routes() -> None:
 
     if not isinstance(authenticate.GUARDED_PREFIX, tuple):
         raise _NotPossible(f"GUARDED_PREFIX of this vLLM is a {type(authenticate.GUARDED_PREFIX).__name__}")
-    authenticate.GUARDED_PREFIX = (*dict.fromkeys(authenticate.GUARDED_PREFIX + NAMING_MODELS),)
-
-
-def _wrapping(manager: Any, path: str) -> tuple[Any, list[str]] | None:
-    """(LoRA layer of vLLM, names of its linears) for the linear ``path``; None if vLLM wraps no such linear."""
-    prefix, dot, name = path.rpartition(".")
-    for parent, parts in [(name, [name]), *manager.packed_modules_mapping.items()]:
-        if name in parts and (found := f"{prefix}{dot}{parent}") in manager.modules:
-            return manager.modules[found], parts
-    return None
-
-
-def _sizes(manager: Any, path: str) -> tuple[int, int] | None:
-    """(in, out) features of a linear that vLLM wraps, counted over all tensor-parallel ranks; None for other modules."""
-    module, parts = _wrapping(manager, path) or (None, [])
-    lora_a, lora_b = (getattr(module, side, None) for side in ("lora_a_stacked", "lora_b_stacked"))
-    if isinstance(lora_a, Tensor) and lora_a.dim() == 4:  # the head, which every rank holds whole
-        return lora_a.shape[-1], lora_b.shape[-2]
-    # A tuple, one matrix a linear: not so for embeddings, and linears that share one A.
-    if not isinstance(lora_a, tuple) or not isinstance(lora_b, tuple) or len(lora_a) != len(parts):
-        return None
-    i = parts.index(path.rpartition(".")[2])
-    if getattr(module, "tp_size", 1) == 1:
-        return lora_a[i].shape[-1], lora_b[i].shape[-2]
-    base = module.base_layer
-    if (kv_heads := getattr(base, "total_num_kv_heads", None)) is not None:  # which vLLM copies where there are few
-        size = base.head_size
-        outputs = [base.total_num_heads * size, kv_heads * size, kv_heads * getattr(base, "v_head_size", size)]
-    else:
-        outputs = getattr(base, "output_sizes", [base.output_size])
-    return (base.input_size, outputs[i]) if len(outputs) == len(parts) else None
-
-
-def _stages() -> int:
-    """Number of pipeline stages; each wraps its own layers."""
-    from vllm.distributed import get_pp_group
-
-    try:
-        return get_pp_group().world_size
-    except AssertionError:  # none has been made
-        return 1
-
-
-def _once(owner: type, name: str, replacement: Any) -> Callable[..., Any]:
-    """Replace a method of ``owner`` unless it is replaced already; returns vLLM's own."""
-    current = owner.__dict__.get(name, getattr(owner, name))
-    function = getattr(current, "__func__", current)
-    if not hasattr(function, "_t2l_replaced"):
-        new = getattr(replacement, "__func__", replacement)
-        new._t2l_replaced = function
-        setattr(owner, name, replacement)
-        return function
-    return function._t2l_replaced
+    authenticate.GUARDED_PREFIX += NAMING_MODELS
