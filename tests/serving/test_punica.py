@@ -153,14 +153,3 @@ def test_work_is_done_only_where_adapters_run(monkeypatch):
     made.layer.reset_lora(1)
     made(inputs("qkv", 4), [1, 1, -1, -1])
     assert len(calls) == 2
-
-
-def test_layers_without_add_layer():
-    """Nothing is known of the slots: the whole width is multiplied, with the same result."""
-    made, slots = adapted("o", PunicaWrapperT2L), BATCHES["mixed"]
-    x = inputs("o", len(slots))
-    before = base_output(made, x)
-    other = PunicaWrapperT2L(64, 8, torch.device("cpu"))
-    made.layer.set_mapping(other)
-    made.wrapper = other
-    assert_exact(made, x, slots, before, made(x, slots))

@@ -7,8 +7,8 @@ one rounding.  Token ids and segments are computed once a mapping, weights, rank
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,36 +23,31 @@ _add_group = torch.ops.t2l_engine.lora_add_group_.default
 _add = torch.ops.t2l_engine.lora_add_.default
 
 
-@dataclass(frozen=True)
-class Group:
-    """The slices of a layer that running adapters have; the arguments of ``lora_add_group_``."""
-
-    lora_A: list[Tensor]  # [slots, rank, in]
-    lora_B: list[Tensor]  # [slots, out, rank]
-    ranks: list[Tensor]  # [slots] int32
-    offsets: list[int]  # first column of each slice in the output
+#: Slices of a layer, as arguments of ``lora_add_group_``: A ``[slots, rank, in]``, B ``[slots, out, rank]``, true ranks
+#: ``[slots]`` int32, and the first column of each slice in the output.
+Group = tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]
+#: Bounds and adapters of runs of rows, and the longest run.
+Segments = tuple[Tensor, Tensor, int]
 
 
 class Layer:
-    """The slots of one LoRA layer of vLLM: views of its weights, and true ranks.
+    """The slots of one LoRA layer of vLLM: views of its weights, and true ranks, at first 0.
 
     Args:
-        key: the object whose ``id`` finds the layer; kept alive so that no other object gets that id.
+        key: the tensor of vLLM whose ``id`` finds the layer; kept alive so that no other object gets that id.
         lora_a: ``[slots, 1, R, in]`` per slice; R is vLLM's ``max_lora_rank``.
         lora_b: ``[slots, 1, out, R]`` per slice.
-        ranks: of all slots until :meth:`set_ranks`.
     """
 
-    def __init__(self, key: Any, lora_a: tuple[Tensor, ...], lora_b: tuple[Tensor, ...], ranks: int):
+    def __init__(self, key: Any, lora_a: tuple[Tensor, ...], lora_b: tuple[Tensor, ...]):
         self.key = key
-        self.lora_A, self.lora_B = [a[:, 0] for a in lora_a], [b[:, 0] for b in lora_b]
-        slots = len(self.lora_A[0])
+        slots, _, self.width, _ = lora_a[0].shape
         self.scaling = torch.ones(slots)
-        self.ranks = [torch.full((slots,), ranks, dtype=torch.int32) for _ in lora_a]
-        widths = [b.shape[1] for b in self.lora_B]
-        self.offsets = [sum(widths[:i]) for i in range(len(widths))]
+        self.ranks = [torch.zeros(slots, dtype=torch.int32) for _ in lora_a]
         #: Per slice a bit for each slot that holds an adapter with this slice.
-        self.filled = [(1 << slots) - 1 if ranks else 0] * len(lora_a)
+        self.filled = [0] * len(lora_a)
+        offsets = [0, *itertools.accumulate(b.shape[2] for b in lora_b[:-1])]
+        self._slices = list(zip([a[:, 0] for a in lora_a], [b[:, 0] for b in lora_b], self.ranks, offsets, strict=True))
         self._last: tuple[int, Group | None] = (0, None)
 
     def set_ranks(self, slot: int, ranks: list[int]) -> None:
@@ -65,22 +60,14 @@ class Layer:
     def group(self, active: int) -> Group | None:
         """The slices that an adapter in the slots ``active`` (a bit each) has; None: there are none."""
         if active != self._last[0]:
-            chosen = [i for i, filled in enumerate(self.filled) if filled & active]
-            pick = lambda values: [values[i] for i in chosen]  # noqa: E731
-            parts = Group(pick(self.lora_A), pick(self.lora_B), pick(self.ranks), pick(self.offsets)) if chosen else None
-            self._last = (active, parts)
+            chosen = [part for part, filled in zip(self._slices, self.filled, strict=True) if filled & active]
+            columns: Any = tuple(map(list, zip(*chosen, strict=True)))
+            self._last = (active, columns or None)
         return self._last[1]
 
 
 def _as_tuple(weights: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return weights if isinstance(weights, tuple) else (weights,)
-
-
-def _embedding(lora_b: Tensor, ranks: int) -> Layer:
-    """The layer of an embedding, ``lora_b [slots, 1, out, R]``: vLLM looks up the rows of A, so A is the identity here."""
-    slots, _, _, width = lora_b.shape
-    eye = torch.eye(width, dtype=lora_b.dtype).expand(slots, 1, width, width)
-    return Layer(lora_b, (eye,), (lora_b,), ranks)
 
 
 class PunicaWrapperT2L(PunicaWrapperCPU):
@@ -107,35 +94,27 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
         lora_a, lora_b = _as_tuple(module.lora_a_stacked), _as_tuple(module.lora_b_stacked)
         lora_b = tuple(torch.zeros_like(b.mT, memory_format=torch.contiguous_format).mT for b in lora_b)
         module.lora_b_stacked = lora_b if isinstance(module.lora_b_stacked, tuple) else lora_b[0]
-        if lora_a[0].dim() == 3:  # an embedding: A is [slots, vocabulary, R]
-            layer = _embedding(lora_b[0], ranks=0)
-        else:
-            layer = Layer(module.lora_a_stacked, lora_a, lora_b, ranks=0)
-        self._layers[id(layer.key)] = layer
-        set_lora, reset_lora = module.set_lora, module.reset_lora
-        slices, limit = len(layer.lora_A), layer.lora_A[0].shape[1]
+        key = lora_a[0]
+        if key.dim() == 3:  # an embedding: A is [slots, vocabulary, R], and vLLM looks its rows up
+            key, width = lora_b[0], lora_b[0].shape[-1]
+            lora_a = (torch.eye(width, dtype=key.dtype).expand(len(key), 1, width, width),)
+        layer = self._layers[id(key)] = Layer(key, lora_a, lora_b)
+        set_lora, reset_lora, slices = module.set_lora, module.reset_lora, len(lora_a)
 
         def set_(index: int, lora_a: Any, lora_b: Any) -> None:
             given = list(lora_a) if isinstance(lora_a, (list, tuple)) else [lora_a]  # one matrix, or one for each slice
             set_lora(index, lora_a, lora_b)
             # vLLM may share one A among slices: then all have full width, and the rows of A beyond the rank are zero.
             if len(given) == slices:
-                layer.set_ranks(index, [0 if a is None else min(a.shape[0], limit) for a in given])
+                layer.set_ranks(index, [0 if a is None else min(a.shape[0], layer.width) for a in given])
             else:
-                layer.set_ranks(index, [limit] * slices)
+                layer.set_ranks(index, [layer.width] * slices)
 
         def reset(index: int) -> None:
             reset_lora(index)
             layer.set_ranks(index, [0] * slices)
 
         module.set_lora, module.reset_lora = set_, reset
-
-    def _layer(self, lora_a: Tensor | tuple[Tensor, ...], lora_b: Tensor | tuple[Tensor, ...]) -> Layer:
-        layer = self._layers.get(id(lora_a))
-        if layer is None:  # without add_layer nothing is known of its slots
-            limit = _as_tuple(lora_b)[0].shape[-1]
-            layer = self._layers[id(lora_a)] = Layer(lora_a, _as_tuple(lora_a), _as_tuple(lora_b), ranks=limit)
-        return layer
 
     # --- what changes with the batch ---
 
@@ -166,13 +145,13 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
                 target[len(values) :] = -1
         self.indices_len[:] = [count, len(samples), 0, count]
 
-    def _rows(self, count: int) -> tuple[Tensor, Tensor, int]:
+    def _rows(self, count: int) -> Segments:
         known, bounds, ids, longest = self._segments
         if count == known:
             return bounds, ids, longest
         return self._iota[: count + 1], self._token_ids[:count], 1
 
-    def _samples(self, count: int) -> tuple[Tensor, Tensor, int]:
+    def _samples(self, count: int) -> Segments:
         ids = self._sampler_ids[: self.indices_len[1]]
         if count == len(ids):
             return self._iota[: count + 1], ids, 1
@@ -199,18 +178,8 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
         **kwargs: Any,
     ) -> None:
         """``y[:, slice i] += scale * (x @ A[i].T) @ B[i].T`` with the adapter of each row; ``x [T, in]``, ``y [T, out]``."""
-        if not self._active:
-            return
-        layer = self._layer(lora_a_stacked, lora_b_stacked)
-        group = layer.group(self._active)
-        if group is None:
-            return
-        scaling = layer.scaling if scale == 1.0 else layer.scaling * scale
-        rows = self._rows(len(x))
-        if len(group.offsets) == 1 and group.lora_B[0].shape[1] == y.shape[1]:  # lists are slow to pass
-            _add(y, x, group.lora_A[0], group.lora_B[0], scaling, *rows, group.ranks[0])
-        else:
-            _add_group(y, x, group.lora_A, group.lora_B, scaling, *rows, group.ranks, group.offsets)
+        if self._active:
+            self._add_delta(y, x, self._layers[id(lora_a_stacked[0])], scale, self._rows)
 
     def add_lora_logits(
         self,
@@ -224,32 +193,28 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
         **kwargs: Any,
     ) -> None:
         """The same for the language model's head: a row is a sample, ``y`` may have more columns than the vocabulary."""
-        if not self._active:
-            return
-        layer = self._layer(lora_a_stacked, lora_b_stacked)
-        group = layer.group(self._active)
-        if group is None:
-            return
-        y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
-        columns = min(y.shape[1], group.lora_B[0].shape[1])
-        scaling = layer.scaling if scale == 1.0 else layer.scaling * scale
-        rows = self._samples(len(x))
-        B = group.lora_B[0][:, :columns]
-        _add(y[:, :columns], x.to(y.dtype), group.lora_A[0], B, scaling, *rows, group.ranks[0])
+        if self._active:
+            y, x = y.view(-1, y.shape[-1])[:, : lora_b_stacked.shape[-2]], x.view(-1, x.shape[-1])
+            self._add_delta(y, x, self._layers[id(lora_a_stacked)], scale, self._samples)
 
     def add_lora_embedding(
         self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **kwargs: Any
     ) -> None:
         """``y += x @ B.T``; ``x [T, R]``: the rows of A that the layer looked up, ``y [T, hidden]``."""
-        if not self._active:
-            return
-        layer = self._layers.get(id(lora_b_stacked))
-        if layer is None:
-            layer = self._layers[id(lora_b_stacked)] = _embedding(lora_b_stacked, ranks=lora_b_stacked.shape[-1])
+        if self._active:
+            self._add_delta(y, x, self._layers[id(lora_b_stacked)], 1.0, self._rows)
+
+    def _add_delta(self, y: Tensor, x: Tensor, layer: Layer, scale: float, rows: Callable[[int], Segments]) -> None:
         group = layer.group(self._active)
         if group is None:
             return
-        _add(y, x.to(y.dtype), group.lora_A[0], group.lora_B[0], layer.scaling, *self._rows(len(x)), group.ranks[0])
+        lora_A, lora_B, ranks, offsets = group
+        scaling = layer.scaling if scale == 1.0 else layer.scaling * scale
+        x, segments = x.to(y.dtype), rows(len(x))
+        if len(offsets) == 1 and lora_B[0].shape[1] == y.shape[1]:  # lists are slow to pass
+            _add(y, x, lora_A[0], lora_B[0], scaling, *segments, ranks[0])
+        else:
+            _add_group(y, x, lora_A, lora_B, scaling, *segments, ranks, offsets)
 
     # --- fully sharded layers (S-LoRA): shrink and expand apart, with a gather between them ---
 
