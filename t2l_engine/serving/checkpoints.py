@@ -14,19 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import t2l_engine
+from t2l_engine.adapters.peft import CONFIG_NAME
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.engine import TextToLoRA
 from t2l_engine.files.text import to_json
 from t2l_engine.files.weights import content_checksum
-from t2l_engine.hypernetwork import checkpoint as checkpoints
-from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.serving import names
-from t2l_engine.serving.store import DTYPE, AdapterStore
-from t2l_engine.text import packaged
+from t2l_engine.serving.store import DTYPE, EMBEDDING, EMBEDDING_NAME, NOTE_NAME, AdapterStore
 from t2l_engine.text.encoder import OneHotEncoder, check_list
 
 #: Part of every key: adapters of another version may be rounded differently.
@@ -49,12 +48,6 @@ def adapter(hypernetwork: HyperNetwork, task_emb: Tensor) -> AdapterStack:
         torch._C.set_num_threads(threads)
 
 
-@torch.inference_mode(False)
-def tensors(hypernetwork: HyperNetwork, task_emb: Tensor) -> dict[str, Tensor]:
-    """Tensors of the PEFT folder for ``task_emb [embed_dim]``, bfloat16, the scaling in B; new, for changes in place."""
-    return adapter(hypernetwork, task_emb).state_dict_peft(0, dtype=DTYPE, fold=True)
-
-
 def fingerprint(hypernetwork: HyperNetwork) -> str:
     """SHA-256 (hex) of a hypernetwork's configuration and tensors."""
     config = json.dumps(to_json(hypernetwork.config), sort_keys=True)
@@ -73,30 +66,27 @@ def _tokenizer(tokenizer: Any) -> str:
 class Checkpoint:
     """An engine and what its adapters are named after.
 
-    ``hash``: :func:`fingerprint`; ``encoder``: digest of the text encoder's configuration, weights and tokenizer; ``base``:
-    name of the base model for adapter_config.json, None: not stated.
+    ``hash``: :func:`fingerprint`; ``encoder``: digest of the text encoder's configuration, weights and tokenizer.
     """
 
     name: str
     engine: TextToLoRA
     hash: str
     encoder: str
-    base: str | None = None
 
     @classmethod
     def load(cls, name: str, source: str) -> Checkpoint:
         """The checkpoint ``source`` as ``TextToLoRA.from_pretrained`` takes it; raises as that does."""
-        base = checkpoints.describe(resolve_checkpoint(source)).get("base_model")
-        return cls.of(TextToLoRA.from_pretrained(source), name, base and packaged.hub_name(base))
+        return cls.of(TextToLoRA.from_pretrained(source), name)
 
     @classmethod
-    def of(cls, engine: TextToLoRA, name: str, base: str | None = None) -> Checkpoint:
+    def of(cls, engine: TextToLoRA, name: str) -> Checkpoint:
         """The checkpoint of a loaded engine."""
         encoder = engine.encoder
         tokenizer = "" if isinstance(encoder, OneHotEncoder) else _tokenizer(encoder.tokenizer)
         config, weights = json.dumps(to_json(encoder.config), sort_keys=True), content_checksum(encoder.weights())
         described = names.digest("encoder", config, weights + tokenizer)
-        return cls(name, engine, fingerprint(engine.hypernetwork), described, base)
+        return cls(name, engine, fingerprint(engine.hypernetwork), described)
 
     def prepare(self, argument: str, description: str) -> tuple[str, str]:
         """(text as it is tokenized, key) of a description; ValueError, naming ``argument``, if the encoder refuses it."""
@@ -106,51 +96,51 @@ class Checkpoint:
             raise ValueError(str(error).replace("texts[0]", argument, 1)) from None
         return text, names.key(self.hash, self.encoder, f"{t2l_engine.__version__}/{VERSION_OF_ADAPTERS}", text)
 
-    def folders(self, texts: Sequence[str], store: AdapterStore, memory: bool = False) -> list[tuple[str, Path]]:
+    def folders(self, texts: Sequence[str], store: AdapterStore) -> list[tuple[str, Path]]:
         """(key, folder) of each of ``texts``; those that ``store`` lacks are written, BATCH in a pass.
 
         Raises ValueError for anything but a list of texts that the encoder takes, Unavailable where there is no room.
         """
         check_list(texts)
         keys = [self.prepare(f"texts[{i}]", text)[1] for i, text in enumerate(texts)]
-        found, _ = self.make(list(zip(texts, keys, strict=True)), store, memory)
+        found, _ = self.make(list(zip(texts, keys, strict=True)), store)
         for result in found.values():
             if not isinstance(result, Path):
                 raise result
         return [(key, found[key]) for key in keys]
 
-    def make(
-        self, jobs: Sequence[tuple[str, str]], store: AdapterStore, memory: bool
-    ) -> tuple[dict[str, Path | Exception], int]:
+    def make(self, jobs: Sequence[tuple[str, str]], store: AdapterStore) -> tuple[dict[str, Path | Exception], int]:
         """(folder or error of each key, number of adapters that were generated); ``jobs``: pairs (description, key).
 
         Raises Unavailable if the store cannot be read.
         """
-        found = {key: path for _, key in jobs if (path := store.find(key, memory=memory)) is not None}
-        lacking = [(text, key) for key, text in {key: text for text, key in jobs}.items() if key not in found]
+        found: dict[str, Path | Exception] = {key: path for _, key in jobs if (path := store.find(key)) is not None}
+        lacking = [(key, text) for key, text in {key: text for text, key in jobs}.items() if key not in found]
         for start in range(0, len(lacking), BATCH):
             batch = lacking[start : start + BATCH]
-            found |= zip((key for _, key in batch), self.write(batch, store, memory), strict=True)
-        return found, sum(isinstance(found[key], Path) for _, key in lacking)
+            for (key, _), task_emb in zip(batch, self.engine.encoder.encode([text for _, text in batch]).cpu(), strict=True):
+                try:
+                    found[key] = self._write(key, task_emb, store)
+                except Exception as error:  # the others are still written
+                    found[key] = error
+        return found, sum(isinstance(found[key], Path) for key, _ in lacking)
 
-    def write(self, jobs: Sequence[tuple[str, str]], store: AdapterStore, memory: bool) -> list[Path | Exception]:
-        """New folders of descriptions, or the error of each; ``memory``: folders without weights."""
-        results: list[Path | Exception] = []
-        for (_, key), task_emb in zip(jobs, self.engine.encoder.encode([text for text, _ in jobs]).cpu(), strict=True):
-            try:
-                results.append(self._write(key, task_emb, store, memory))
-            except Exception as error:  # the others are still written
-                results.append(error)
-        return results
-
-    def _write(self, key: str, task_emb: Tensor, store: AdapterStore, memory: bool) -> Path:
+    def _write(self, key: str, task_emb: Tensor, store: AdapterStore) -> Path:
         device = next(self.engine.hypernetwork.parameters()).device
         stack = adapter(self.engine.hypernetwork, task_emb.to(device))
-        if not memory:
-            return store.write_peft(key, stack, self.base)
-        stack.state_dict_peft(0, dtype=DTYPE, fold=True)  # NaN and infinity are refused here, not in a worker
-        note = {"checkpoint": self.name, "sha256": self.hash, "key": key}
-        return store.write_memory(key, task_emb, stack.peft_config(0, self.base, fold=True), note)
+
+        def weights(folder: Path) -> None:
+            stack.save_pretrained(folder, 0, dtype=DTYPE, fold=True)
+
+        def embedding(folder: Path) -> None:
+            note = {"checkpoint": self.name, "sha256": self.hash, "key": key}
+            save_file({EMBEDDING: task_emb.contiguous()}, folder / EMBEDDING_NAME)
+            for name, value in ((CONFIG_NAME, stack.peft_config(0, fold=True)), (NOTE_NAME, note)):
+                (folder / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+        if store.memory:
+            stack.state_dict_peft(0, dtype=DTYPE, fold=True)  # NaN and infinity are refused here, not in a worker
+        return store.write(key, embedding if store.memory else weights)
 
     def length(self, text: str) -> tuple[int, int]:
         """(tokens of a prepared text, tokens of it that the encoder uses); (0, 0) for an encoder without tokens."""

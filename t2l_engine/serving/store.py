@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import math
 import os
 import shutil
@@ -18,15 +17,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from t2l_engine.adapters.peft import CONFIG_NAME, WEIGHTS_NAME
-from t2l_engine.adapters.stack import AdapterStack
 
 DTYPE = torch.bfloat16  # of A and B in the store
 NOTE_NAME, EMBEDDING_NAME, EMBEDDING = "t2l.json", "task_emb.safetensors", "task_emb"
@@ -43,13 +38,16 @@ class Unavailable(Exception):
 class AdapterStore:
     """Folders of adapters by key; writing is atomic, also between processes.
 
-    ``root`` is created for its owner alone.  ``budget``: most bytes of all adapters.  Raises ValueError if others may write
-    into ``root``, or if it holds other files, which pruning would remove; OSError if it cannot be used.
+    ``root`` is created for its owner alone.  ``budget``: most bytes of all adapters.  ``memory``: folders of embeddings, not
+    weights, are found and written; both kinds may share ``root``.
+
+    Raises ValueError if others may write into ``root``, or if it holds other files, which pruning would remove; OSError if
+    it cannot be used.
     """
 
-    def __init__(self, root: Path, budget: int):
+    def __init__(self, root: Path, budget: int, memory: bool = False):
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.root, self.budget = root.resolve(), budget
+        self.root, self.budget, self.memory = root.resolve(), budget, memory
         state = self.root.stat()
         if state.st_uid not in (0, os.getuid()) or state.st_mode & 0o022:
             raise ValueError(f"store: expected a folder that only its owner writes to, got {self.root}")
@@ -76,17 +74,17 @@ class AdapterStore:
             os.close(self._lock)
         self._lock = -1
 
-    def find(self, key: str, *, memory: bool = False) -> Path | None:
+    def find(self, key: str) -> Path | None:
         """The folder of an adapter, which counts as used now; None if there is none.  One that lacks a file is removed.
 
         Waits for other processes' reads and changes.  Raises Unavailable if the store cannot be read any more.
         """
-        path = self._path(key, memory)
+        path = self._path(key)
         try:
             with self._count() as count:  # locked: a server that starts could remove it between the check and utime
                 if not path.is_dir():
                     return None
-                if not all((path / name).is_file() for name in (_MEMORY_FILES if memory else _PEFT_FILES)):
+                if not all((path / name).is_file() for name in (_MEMORY_FILES if self.memory else _PEFT_FILES)):
                     shutil.rmtree(path)  # left by a cleaner of old files
                     count[0] = self._measure()
                     return None
@@ -95,37 +93,12 @@ class AdapterStore:
             raise Unavailable(f"adapters: their folder cannot be read: {error.strerror}") from error
         return path
 
-    def write_peft(self, key: str, stack: AdapterStack, base: str | None = None) -> Path:
-        """The PEFT folder of the only adapter of ``stack``: bfloat16, the scaling in B, ``lora_alpha = r``.
+    def write(self, key: str, fill: Callable[[Path], None]) -> Path:
+        """The folder of an adapter whose files ``fill`` writes into the folder that it gets; one that is there stays.
 
-        An adapter that is already there stays.  Raises Unavailable if there is no room, ValueError for NaN or infinity.
+        Raises Unavailable if there is no room, and as ``fill``.
         """
-        return self._write(key, False, lambda folder: stack.save_pretrained(folder, 0, base, dtype=DTYPE, fold=True))
-
-    def write_memory(self, key: str, task_emb: Tensor, config: dict[str, Any], note: dict[str, Any]) -> Path:
-        """The folder of an adapter without weights: adapter_config.json, ``note`` as t2l.json, ``task_emb``.
-
-        ``task_emb [embed_dim]`` float32.  As :meth:`write_peft` otherwise.
-        """
-
-        def fill(folder: Path) -> None:
-            save_file({EMBEDDING: task_emb.contiguous()}, folder / EMBEDDING_NAME)
-            (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-            (folder / NOTE_NAME).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
-
-        return self._write(key, True, fill)
-
-    @property
-    def used(self) -> int:
-        """Bytes of all adapters."""
-        with self._count() as count:
-            return count[0]
-
-    def _path(self, key: str, memory: bool) -> Path:
-        return self.root / (key + _MEMORY if memory else key)
-
-    def _write(self, key: str, memory: bool, fill: Callable[[Path], None]) -> Path:
-        path = self._path(key, memory)
+        path = self._path(key)
         try:
             # Created for its owner alone, as mkdtemp does.
             with tempfile.TemporaryDirectory(
@@ -147,6 +120,15 @@ class AdapterStore:
             why = getattr(error, "strerror", None) or str(error)
             raise Unavailable(f"adapters: their folder cannot be written: {why}") from error
         return path
+
+    @property
+    def used(self) -> int:
+        """Bytes of all adapters."""
+        with self._count() as count:
+            return count[0]
+
+    def _path(self, key: str) -> Path:
+        return self.root / (key + _MEMORY if self.memory else key)
 
     @contextlib.contextmanager
     def _count(self) -> Iterator[list[int]]:

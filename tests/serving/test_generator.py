@@ -33,21 +33,21 @@ def gather(generator, texts):
 
 @pytest.fixture
 def held(monkeypatch):
-    """Checkpoint.write waits: ``await held.entered()`` until it has begun, ``held.leave.set()``; its ``threads``."""
+    """Checkpoint.make waits: ``await held.entered()`` until it has begun, ``held.leave.set()``; its ``threads``."""
     entered, leave, threads = threading.Event(), threading.Event(), set()
-    write = Checkpoint.write
+    make = Checkpoint.make
 
     def wait(*arguments):
         threads.add(threading.get_ident())
         entered.set()
         assert leave.wait(60), "the event loop did not go on"
-        return write(*arguments)
+        return make(*arguments)
 
     async def begun():
         while not entered.is_set():
             await asyncio.sleep(0)
 
-    monkeypatch.setattr(Checkpoint, "write", wait)
+    monkeypatch.setattr(Checkpoint, "make", wait)
     return types.SimpleNamespace(entered=begun, leave=leave, threads=threads)
 
 
@@ -188,11 +188,9 @@ def test_names_are_limited_and_belong_to_one_adapter(settings):
         generator.claim("a", "another")
 
 
-def test_wrong_requests(settings, loaded):
-    blank, long, wrong = gather(Generator(settings()), [" ", "x" * 4001, 3])
-    assert str(blank) == "description: expected a description, got an empty one"
-    assert "at most 4000 characters, got 4001" in str(long) and "expected a string, got int" in str(wrong)
-    assert all(type(error) is ValueError for error in (blank, long, wrong))
+def test_a_wrong_request(settings, loaded):
+    (blank,) = gather(Generator(settings()), [" "])
+    assert type(blank) is ValueError and str(blank) == "description: expected a description, got an empty one"
 
 
 def test_task_names_of_a_one_hot_checkpoint(settings, monkeypatch, tmp_path):

@@ -18,12 +18,6 @@ from tests.networks import HyperShape
 TEXTS = ["Return the last element of the list.", "Name the antonym of the word.", "Repeat the word twice."]
 
 
-@pytest.fixture
-def worker(monkeypatch):
-    """A process that has loaded nothing."""
-    monkeypatch.setattr(memory, "_loaded", {})
-
-
 def folders(settings, texts=TEXTS):
     async def run():
         return await asyncio.gather(*(generator.folder(None, text) for text in texts))
@@ -32,14 +26,18 @@ def folders(settings, texts=TEXTS):
     return asyncio.run(run())
 
 
-def test_both_modes_give_the_same_bits(settings, loaded, worker):
+def test_both_modes_give_the_same_bits(settings, loaded):
+    """Those of the engine, the scaling in B."""
     on_disk, without = folders(settings()), folders(settings(mode="memory"))
-    for disk, other in zip(on_disk, without, strict=True):
+    for text, disk, other in zip(TEXTS, on_disk, without, strict=True):
         assert memory.is_memory(other) and not memory.is_memory(disk) and other.name == disk.name + ".memory"
         assert not (other / WEIGHTS_NAME).exists() and sum(path.stat().st_size for path in other.iterdir()) < 4096
-        assert (other / CONFIG_NAME).exists()
-        assert json.loads((other / CONFIG_NAME).read_text()) == json.loads((disk / CONFIG_NAME).read_text())
+        config = json.loads((other / CONFIG_NAME).read_text())
+        assert config == json.loads((disk / CONFIG_NAME).read_text()) and config["lora_alpha"] == config["r"] == 8
         stored = load_file(disk / WEIGHTS_NAME)
+        expected = loaded.engine.generate([text]).state_dict_peft(0, dtype=torch.bfloat16, fold=True)
+        assert {path.name for path in disk.iterdir()} == {WEIGHTS_NAME, CONFIG_NAME} and stored.keys() == expected.keys()
+        assert all(torch.allclose(stored[key], expected[key], rtol=2**-6, atol=1e-5) for key in stored)
         for dtype in (torch.bfloat16, torch.float32):
             made = memory.peft_tensors(other, settings(), dtype)
             assert made.keys() == stored.keys()
@@ -57,11 +55,12 @@ def test_one_thread_where_vllm_lets_nobody_change_them(bundled, monkeypatch):
     assert seen == [1] and torch.get_num_threads() == before
 
 
-def test_each_call_gives_new_tensors(settings, loaded, worker):
+def test_each_call_gives_new_tensors(settings, loaded):
     """vLLM multiplies B in place, each time it loads an adapter."""
     (folder,) = folders(settings(mode="memory"), TEXTS[:1])
     first = memory.peft_tensors(folder, settings(), torch.bfloat16)
     before = {key: tensor.clone() for key, tensor in first.items()}
+    memory._load.cache_clear()
     with torch.inference_mode():
         again = memory.peft_tensors(folder, settings(), torch.bfloat16)
     for tensor in first.values():
@@ -69,7 +68,7 @@ def test_each_call_gives_new_tensors(settings, loaded, worker):
     for key, tensor in again.items():
         assert torch.equal(tensor, before[key])
         tensor.mul_(2)  # refused for an inference tensor
-    assert len(memory._loaded) == 1
+    assert memory._load.cache_info().currsize == 1
 
 
 def test_an_adapter_has_the_same_bits_with_any_number_of_threads():
@@ -94,7 +93,7 @@ def test_an_adapter_has_the_same_bits_with_any_number_of_threads():
         pytest.skip("equal as they must be, but torch's product does not depend on threads here")
 
 
-def test_only_a_checkpoint_of_the_worker_is_used(settings, loaded, worker, tmp_path):
+def test_only_a_checkpoint_of_the_worker_is_used(settings, loaded, tmp_path):
     (folder,) = folders(settings(mode="memory"), TEXTS[:1])
     net = t2l.HyperNetwork.from_pretrained(BUNDLED / "smollm2-135m")
     with torch.no_grad():

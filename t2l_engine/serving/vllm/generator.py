@@ -6,7 +6,6 @@ import asyncio
 import concurrent.futures
 import logging
 import sys
-import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ class Job:
 
 
 class Generator:
-    """Folders of adapters; generation runs in one thread of its own, all texts that wait together in one pass.
+    """Folders of adapters; generation runs in one thread of its own, all texts of a checkpoint that wait in one pass.
 
     Methods are called in one event loop; loading and passes run in the thread.  ``passes`` and ``generated`` count passes of
     an encoder and adapters.  Errors: ValueError, the request is wrong; :class:`.store.Unavailable`, there is no room;
@@ -45,10 +44,9 @@ class Generator:
         self.settings = settings
         self.passes = self.generated = 0
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "t2l", torch.set_num_threads, (settings.threads,))
-        self._lock = threading.Lock()
         self._loaded: dict[str, concurrent.futures.Future[Checkpoint]] = {}
         self._store: AdapterStore | None = None
-        self._waiting: list[Job] = []
+        self._waiting: dict[str, Job] = {}  # by key, as the following
         self._futures: dict[str, asyncio.Future[Path]] = {}
         self._drain: asyncio.Task[None] | None = None
         self._names: dict[str, str] = {}
@@ -102,39 +100,38 @@ class Generator:
                 raise Unavailable(f"adapters: {MAX_WAITING} descriptions wait to be generated; try again later")
             future = self._futures[job.key] = asyncio.get_running_loop().create_future()
             future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may wait any more
-            self._waiting.append(job)
+            self._waiting[job.key] = job
             if self._drain is None or self._drain.done():
                 self._drain = asyncio.ensure_future(self._run())
         return await asyncio.shield(future)
 
     def _load(self, name: str) -> concurrent.futures.Future[Checkpoint]:
-        with self._lock:  # warm_up() may run in another thread
-            future = self._loaded.get(name)
-            if future is None or (future.done() and future.exception()):
-                future = self._loaded[name] = self._executor.submit(self._load_now, name)
-            return future
+        future = self._loaded.get(name)
+        if future is None or (future.done() and future.exception()):
+            future = self._loaded[name] = self._executor.submit(self._load_now, name)
+        return future
 
     def _load_now(self, name: str) -> Checkpoint:
         # The encoder's warning of a long text quotes it.
         warnings.filterwarnings("ignore", message=r"texts\[\d+\]: description of \d+ tokens truncated")
         if self._store is None:
             try:
-                self._store = AdapterStore(self.settings.store, self.settings.store_bytes)
+                self._store = AdapterStore(self.settings.store, self.settings.store_bytes, self.settings.mode == MEMORY)
             except (OSError, ValueError) as error:
                 raise RuntimeError(f"{PREFIX}STORE: {error}") from error
         return Checkpoint.load(name, self.settings.checkpoints[name])
 
     async def _run(self) -> None:
         """Passes until no text waits."""
-        loop = asyncio.get_running_loop()
         while self._waiting:
-            jobs, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
+            first = next(iter(self._waiting.values())).checkpoint
+            jobs = [job for job in self._waiting.values() if job.checkpoint is first][:BATCH]
+            for job in jobs:
+                del self._waiting[job.key]
             usual = sys.getswitchinterval()
             sys.setswitchinterval(min(usual, 0.001))  # seconds: the event loop waits less for the interpreter
             try:
-                results = await loop.run_in_executor(self._executor, self._passes, jobs)
-            except RuntimeError as error:  # the process ends, and so does its executor
-                results = [error] * len(jobs)
+                results = await asyncio.get_running_loop().run_in_executor(self._executor, self._pass, first, jobs)
             finally:
                 sys.setswitchinterval(usual)
             for job, result in zip(jobs, results, strict=True):
@@ -144,25 +141,19 @@ class Generator:
                 else:
                     future.set_exception(result)
 
-    def _passes(self, jobs: list[Job]) -> list[Path | Exception]:
-        """Folders of ``jobs``, one pass for each checkpoint among them; errors are returned."""
+    def _pass(self, checkpoint: Checkpoint, jobs: list[Job]) -> list[Path | Exception]:
+        """Folders of ``jobs``, which are all of ``checkpoint``; errors are returned."""
         assert self._store is not None  # opened before any checkpoint was loaded
-        found: dict[str, Path | Exception] = {}
-        for checkpoint in {id(job.checkpoint): job.checkpoint for job in jobs}.values():
-            own = [job for job in jobs if job.checkpoint is checkpoint]
-            for job in own:
-                tokens, used = checkpoint.length(job.prepared)
-                if used < tokens:
-                    logger.warning("adapter %s: description of %d tokens cut to %d", job.key[:16], tokens, used)
-            try:  # in this thread, since another process may lock the store for long
-                results, generated = checkpoint.make(
-                    [(job.text, job.key) for job in own], self._store, self.settings.mode == MEMORY
-                )
-            except Exception as error:  # of any kind: requests wait for an answer
-                results, generated = dict.fromkeys((job.key for job in own), error), 0
-            self.passes += generated > 0
-            self.generated += generated
-            found |= results
+        for job in jobs:
+            tokens, used = checkpoint.length(job.prepared)
+            if used < tokens:
+                logger.warning("adapter %s: description of %d tokens cut to %d", job.key[:16], tokens, used)
+        try:  # in this thread, since another process may lock the store for long
+            found, generated = checkpoint.make([(job.text, job.key) for job in jobs], self._store)
+        except Exception as error:  # of any kind: requests wait for an answer
+            return [_fault(error)] * len(jobs)
+        self.passes += generated > 0
+        self.generated += generated
         return [_fault(found[job.key]) for job in jobs]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import functools
 from pathlib import Path
 
 import torch
@@ -11,13 +11,9 @@ from torch import Tensor
 from t2l_engine.files.text import read_json
 from t2l_engine.files.weights import read_safetensors
 from t2l_engine.hypernetwork.network import HyperNetwork
-from t2l_engine.serving.checkpoints import fingerprint, tensors
-from t2l_engine.serving.store import EMBEDDING, EMBEDDING_NAME, NOTE_NAME
+from t2l_engine.serving.checkpoints import adapter, fingerprint
+from t2l_engine.serving.store import DTYPE, EMBEDDING, EMBEDDING_NAME, NOTE_NAME
 from t2l_engine.serving.vllm.settings import Settings
-
-_lock = threading.Lock()
-#: Short name and source of a checkpoint of this process -> hypernetwork and its fingerprint.
-_loaded: dict[tuple[str, str], tuple[HyperNetwork, str]] = {}
 
 
 def is_memory(folder: Path) -> bool:
@@ -42,7 +38,8 @@ def peft_tensors(folder: Path, settings: Settings, dtype: torch.dtype) -> dict[s
     wanted = (hypernetwork.config.embed_dim,)
     if task_emb is None or task_emb.shape != wanted or task_emb.dtype != torch.float32:
         raise ValueError(f"{path}: expected {EMBEDDING} {wanted} in float32")
-    return {name: tensor.to(dtype) for name, tensor in tensors(hypernetwork, task_emb).items()}
+    tensors = adapter(hypernetwork, task_emb).state_dict_peft(0, dtype=DTYPE, fold=True)
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def own_hypernetwork(sha256: str, settings: Settings, name: object = None) -> HyperNetwork:
@@ -50,15 +47,18 @@ def own_hypernetwork(sha256: str, settings: Settings, name: object = None) -> Hy
 
     Raises ValueError if none has it, and as :meth:`HyperNetwork.from_pretrained`.
     """
-    for short, source in sorted(settings.checkpoints.items(), key=lambda item: item[0] != name):
-        with _lock, torch.inference_mode(False):  # parameters outlive the call
-            if (short, source) not in _loaded:
-                hypernetwork = HyperNetwork.from_pretrained(source)
-                _loaded[short, source] = hypernetwork, fingerprint(hypernetwork)
-            hypernetwork, found = _loaded[short, source]
+    for _, source in sorted(settings.checkpoints.items(), key=lambda item: item[0] != name):
+        hypernetwork, found = _load(source)
         if found == sha256:
             return hypernetwork
     raise ValueError(
         f"checkpoint: expected that of the adapter, sha256 {sha256[:16]}, among T2L_VLLM_CHECKPOINT of this worker, "
         f"got {list(settings.checkpoints)}"
     )
+
+
+@functools.cache
+@torch.inference_mode(False)  # parameters outlive the call
+def _load(source: str) -> tuple[HyperNetwork, str]:
+    hypernetwork = HyperNetwork.from_pretrained(source)
+    return hypernetwork, fingerprint(hypernetwork)

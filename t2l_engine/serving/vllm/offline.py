@@ -24,7 +24,7 @@ _lock = threading.Lock()
 #: vLLM takes adapters of one lora_int_id for the same, and callers count their own from 1.
 _FIRST_ID = 1 << 20
 _ids: dict[str, int] = {}  # lora_name -> lora_int_id, for the whole process
-_open = functools.lru_cache(maxsize=None)(AdapterStore)  # stays open: its lock keeps the folders of this process
+_open = functools.cache(AdapterStore)  # stays open: its lock keeps the folders of this process
 
 
 def lora_requests(
@@ -51,11 +51,10 @@ def lora_requests(
     checkpoint = Checkpoint.of(engine, "offline")
     if base is not None and (found := misfit(engine.hypernetwork.config, base)) is not None:
         raise ValueError(f"base: {found}")
-    memory = settings.mode == MEMORY
-    if memory:
+    if settings.mode == MEMORY:
         own_hypernetwork(checkpoint.hash, settings)
-    store = _open(settings.store, settings.store_bytes)
-    found = checkpoint.folders(texts, store, memory)
+    store = _open(settings.store, settings.store_bytes, settings.mode == MEMORY)
+    found = checkpoint.folders(texts, store)
     return [LoRARequest(name := names.adapter_id(key), _id(name), str(folder)) for key, folder in found]
 
 
