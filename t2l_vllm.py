@@ -15,13 +15,13 @@ def register() -> None:
     from t2l_engine.serving.vllm.settings import Settings
 
     settings = Settings.from_environment()
-    from t2l_engine.serving.vllm import hooks, plugin
+    from t2l_engine.serving.vllm import hooks, resolver
 
-    plugin.register(hooks.install(settings))
+    resolver.register(hooks.install(settings))
 
 
 def http():
     """The endpoint plugin; RuntimeError unless :func:`register` was called with a checkpoint."""
-    from t2l_engine.serving.vllm import plugin
+    from t2l_engine.serving.vllm.http import endpoint
 
-    return plugin.endpoint()
+    return endpoint()

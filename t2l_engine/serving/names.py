@@ -4,42 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
 
 from t2l_engine.files.text import is_unicode
 
 MAX_CHARACTERS = 4000  # of a description
 RESOLVED, CREATED = "t2lq-", "t2l-"  # prefixes of adapters resolved from a model name, and created by their own endpoint
-_MODEL = re.compile(r"t2l(?:/(?P<checkpoint>[^/:]*))?:(?P<description>.*)", re.DOTALL)
+_MODEL = re.compile(r"t2l(?:/([^/:]*))?:(.*)", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Request:
-    """A description, and the short name of the checkpoint that generates from it; None: the default one."""
+def parse(model: str) -> tuple[str | None, str] | None:
+    """(short name of a checkpoint, description) in ``t2l:<description>`` or ``t2l/<checkpoint>:<description>``.
 
-    checkpoint: str | None
-    description: str
-
-
-def parse(model: str) -> Request | None:
-    """The request in ``t2l:<description>`` or ``t2l/<checkpoint>:<description>``; None if ``model`` is neither.
-
-    Raises ValueError for a description that :func:`check_description` refuses, or an empty name of a checkpoint.
+    The name is None for the default checkpoint; None if ``model`` is neither.  Raises ValueError for a description that
+    :func:`check_description` refuses, or an empty name of a checkpoint.
     """
     found = _MODEL.fullmatch(model)
     if found is None:
         return None
-    checkpoint, description = found["checkpoint"], found["description"]
+    checkpoint, description = found.groups()
     if checkpoint == "":
         raise ValueError("model: expected t2l:<description> or t2l/<checkpoint>:<description>, got no checkpoint's name")
     check_description("model", description)
-    return Request(checkpoint, description)
+    return checkpoint, description
 
 
-def check_description(argument: str, description: object) -> None:
-    """ValueError, naming ``argument``, unless ``description`` is a valid description."""
-    if not isinstance(description, str):
-        raise ValueError(f"{argument}: expected a string, got {type(description).__name__}")
+def check_description(argument: str, description: str) -> None:
+    """ValueError, naming ``argument`` and quoting nothing, unless ``description`` is a valid description."""
     if not description.strip():
         raise ValueError(f"{argument}: expected a description, got an empty one")
     if len(description) > MAX_CHARACTERS:

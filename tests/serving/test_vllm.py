@@ -1,12 +1,10 @@
 """The resolver, the endpoint and offline requests beside vLLM's own OpenAIServingModels and error handlers."""
 
 import asyncio
-import functools
 import json
 import logging
 import shutil
 import sys
-import time
 import types
 from argparse import Namespace
 
@@ -35,8 +33,7 @@ import t2l_vllm
 from t2l_engine.serving import names
 from t2l_engine.serving import vllm as serving
 from t2l_engine.serving.checkpoints import Checkpoint
-from t2l_engine.serving.vllm import offline, plugin
-from t2l_engine.serving.vllm.resolver import ASK_AGAIN
+from t2l_engine.serving.vllm import offline, resolver
 
 pytestmark = pytest.mark.serving
 TEXT = "Return the last element of the list."
@@ -87,7 +84,7 @@ def serve(registry, settings, loaded, model):
 
     def make(served=None, **changes):
         registry.resolvers.clear()
-        plugin.register(settings(**changes))
+        resolver.register(settings(**changes))
         engine = Engine(served or model())
         models = OpenAIServingModels(engine, [BaseModelPath("base", str(engine.model_config.model))])
         return models, engine, registry.get_resolver("t2l").generator
@@ -149,7 +146,7 @@ def test_errors_of_the_server(serve, model, monkeypatch):
     assert "v_proj has 576 inputs and 192 outputs, the served one has 576 and 576" in str(error)
     assert engine.loaded == [] and generator.generated == 0
     models, engine, generator = serve(model())
-    monkeypatch.setattr(Checkpoint, "write", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(Checkpoint, "make", lambda *arguments: 1 / 0)
     (error,) = resolve(models, "t2l:A fourth one.")
     assert isinstance(error, VLLMServerError) and "ZeroDivisionError" in str(error)
 
@@ -162,18 +159,6 @@ def test_sizes_that_are_not_known_are_not_compared(serve, model, caplog, changes
     with caplog.at_level(logging.WARNING):
         assert isinstance(resolve(models, f"t2l:{TEXT}")[0], LoRARequest)
     assert "sizes of the served model are not known and not compared" in caplog.text
-
-
-def test_sizes_that_were_not_known_are_looked_up_again(serve, model, monkeypatch):
-    path = model(num_hidden_layers=32) / "config.json"
-    path.rename(path.with_name("away"))
-    models, engine, generator = serve(path.parent)
-    assert isinstance(resolve(models, f"t2l:{TEXT}")[0], LoRARequest)
-    path.with_name("away").rename(path)
-    assert isinstance(resolve(models, f"t2l:{TEXT} 1")[0], LoRARequest)  # not for each sentence that comes meanwhile
-    monkeypatch.setattr("time.monotonic", functools.partial(float, time.monotonic() + ASK_AGAIN))
-    (error,) = resolve(models, f"t2l:{TEXT} 2")
-    assert isinstance(error, VLLMValidationError) and "the served one has 32" in str(error)
 
 
 def test_check_model_takes_descriptions_where_vllm_may_load_adapters(serve, monkeypatch):
@@ -238,8 +223,8 @@ def test_only_the_main_process_warms_up(registry, settings, bundled, monkeypatch
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     calls = []
     monkeypatch.setattr(Checkpoint, "load", lambda name, source: (calls.append(name), bundled)[1])
-    monkeypatch.setattr(plugin.multiprocessing, "parent_process", lambda: parent)
-    plugin.register(settings(warmup=True))
+    monkeypatch.setattr(resolver.multiprocessing, "parent_process", lambda: parent)
+    resolver.register(settings(warmup=True))
     asyncio.run(registry.get_resolver("t2l").generator.checkpoint(None)) if loads else None
     assert len(calls) == loads
 
@@ -309,24 +294,21 @@ def test_the_two_ways_have_different_names_for_one_adapter(client):
     assert generator.generated == 1
 
 
-@pytest.mark.parametrize(
-    "body, message, param",
-    [
-        ("{", "expected a JSON object", None),
-        ("[]", "expected a JSON object, got list", None),
-        ({"checkpoint": "secret"}, "got one without", None),
-        ("[" * 60000, "expected a JSON object", None),
-        ({}, 'expected a JSON object with "description"', None),
-        ({"description": "secret", "other": 1}, "got one with 1 other fields", None),
-        ({"description": "secret", "checkpoint": 3}, "checkpoint: expected a string, got int", "checkpoint"),
-        ({"description": "secret", "checkpoint": "x"}, "checkpoint: expected one of", "description"),
-        ({"description": ["secret"]}, "description: expected a string, got list", "description"),
-        ({"description": " "}, "description: expected a description", "description"),
-        ({"description": "secret\ud800"}, "description: expected Unicode text", "description"),
-        ({"description": "secret" * 1000}, "at most 4000 characters, got 6000", "description"),
-        ({"description": "secret" * 20000}, "a body of at most 65536 bytes", None),
-    ],
-)
+@pytest.mark.parametrize("body, message, param", [
+    ("{", "body: Invalid JSON: ", None),
+    ("[" * 60000, "body: Invalid JSON: ", None),
+    ({"description": "secret\ud800"}, "body: Invalid JSON: ", None),
+    ("[]", "body: Input should be an object, got list", None),
+    ({"checkpoint": "secret"}, "description: Field required", "description"),
+    ({"description": "secret", "other": "secret"}, "other: Extra inputs are not permitted", "other"),
+    ({"description": "secret", "checkpoint": 3}, "checkpoint: Input should be a valid string, got int", "checkpoint"),
+    ({"description": ["secret"]}, "description: Input should be a valid string, got list", "description"),
+    ({"description": "secret", "checkpoint": "x"}, "checkpoint: expected one of", "description"),
+    ({"description": " "}, "description: expected a description", "description"),
+    ({"description": "secret\0"}, "description: expected Unicode text", "description"),
+    ({"description": "secret" * 1000}, "at most 4000 characters, got 6000", "description"),
+    ({"description": "secret" * 20000}, "a body of at most 65536 bytes", None),
+])  # fmt: skip
 def test_errors_of_the_endpoint(client, caplog, body, message, param):
     http, models, engine, generator = client()
     with caplog.at_level(logging.DEBUG):
@@ -347,7 +329,7 @@ def test_the_endpoints_503_and_500(client, monkeypatch, caplog):
     assert refused.status_code == 500 and refused.json()["error"]["message"] == "no slot" and not models.lora_requests
     engine.error = None
     assert post(http, {"description": TEXT}).status_code == 200, "and may be asked for again"
-    monkeypatch.setattr(Checkpoint, "write", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(Checkpoint, "make", lambda *arguments: 1 / 0)
     failed = post(http, {"description": "A third secret."})
     assert failed.status_code == failed.json()["error"]["code"] == 500
     assert "Traceback" not in failed.text and "secret" not in failed.text + caplog.text

@@ -1,5 +1,4 @@
 """Text-to-LoRA inside vLLM: a request whose ``model`` is a sentence, and this package's kernels under its LoRA layers.
 
-``settings``, ``generator`` and ``memory`` need no vLLM; ``resolver``, ``http``, ``offline``, ``hooks``
-and ``punica`` do.
+``settings``, ``fit``, ``generator`` and ``memory`` need no vLLM; the others do.
 """

@@ -5,25 +5,41 @@ Unlike the resolver it needs no ``VLLM_ALLOW_RUNTIME_LORA_UPDATING``, and the de
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.exceptions import VLLMValidationError
+from vllm.lora.resolver import LoRAResolverRegistry
 
-from t2l_engine.serving import names
-from t2l_engine.serving.vllm.resolver import T2LResolver, client_errors
+from t2l_engine.serving.vllm.resolver import NAME, T2LResolver, client_errors
 
 PATH = "/v1/t2l/adapters"
-_FIELDS = ("description", "checkpoint")
 _MAX_BYTES = 1 << 16  # of a request: fits the longest description with every character escaped
+
+
+def endpoint() -> AdaptersEndpoint:
+    """The endpoint plugin with the adapters of the registered resolver; RuntimeError if there is none."""
+    if NAME not in LoRAResolverRegistry.get_supported_resolvers():
+        raise RuntimeError("t2l_http: expected T2L_VLLM_CHECKPOINT, and t2l beside t2l_http in VLLM_PLUGINS")
+    resolver = LoRAResolverRegistry.get_resolver(NAME)
+    assert isinstance(resolver, T2LResolver)
+    return AdaptersEndpoint(resolver)
+
+
+class _Asked(BaseModel):
+    """The body of a request; ``checkpoint``: None = the default."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    description: str
+    checkpoint: str | None = None
 
 
 class AdaptersEndpoint:
@@ -42,8 +58,8 @@ class AdaptersEndpoint:
 
         @router.post(PATH)
         async def create_adapter(request: Request) -> JSONResponse:
-            fields = _fields(await _body(request))
-            created = await self.create(fields["description"], fields.get("checkpoint"))
+            asked = await _read(request)
+            created = await self.create(asked.description, asked.checkpoint)
             if isinstance(created, ErrorResponse):
                 return JSONResponse(created.model_dump(), status_code=created.error.code)
             return JSONResponse(created)
@@ -61,58 +77,36 @@ class AdaptersEndpoint:
             raise ValueError(f"--api-server-count: expected 1 with t2l_http in VLLM_PLUGINS, got {servers}")
         self.models = state.openai_serving_models
 
-    async def create(self, description: Any, checkpoint: str | None) -> dict[str, Any] | ErrorResponse:
+    async def create(self, description: str, checkpoint: str | None) -> dict[str, Any] | ErrorResponse:
         """Generate and load an adapter unless it is loaded; its id is a model's name from then on.
 
         Returns vLLM's error if the engine does not load it.  Raises as :meth:`T2LResolver.resolve_lora`.
         """
-        assert self.models is not None  # init_state() is called before the server listens
-        generator = self.resolver.generator
+        models = self.models
+        assert models is not None  # init_state() is called before the server listens
         with client_errors("description"):
-            job = await generator.job(checkpoint, description)
-            await self.resolver.check_fit(job.checkpoint, self.models.model_config.model)
-            adapter = names.adapter_id(job.key)
-            generator.check(adapter, job.key)
-            folder = await generator.generate(job)
-            generator.claim(adapter, job.key)
-        if adapter not in self.models.lora_requests:
-            request = LoadLoRAAdapterRequest(lora_name=adapter, lora_path=str(folder))
-            failed = await self.models.load_lora_adapter(request)
-            # Of several requests for one adapter the first loads it; the others get an error.
-            if isinstance(failed, ErrorResponse) and adapter not in self.models.lora_requests:
-                return failed
-        if self.models.lora_requests[adapter].lora_path != str(folder):  # clients may load folders under any name
-            with client_errors("description"):
-                raise RuntimeError(f"{adapter}: another folder was loaded under this name; unload it")
-        base = self.models.base_model_paths[0].name
-        return {"id": adapter, "object": "t2l.adapter", "checkpoint": job.checkpoint.name, "parent": base}
+            name, used, folder = await self.resolver.generate(models.model_config.model, checkpoint, description)
+            if name not in models.lora_requests:
+                failed = await models.load_lora_adapter(LoadLoRAAdapterRequest(lora_name=name, lora_path=str(folder)))
+                # Of several requests for one adapter the first loads it; the others get an error.
+                if isinstance(failed, ErrorResponse) and name not in models.lora_requests:
+                    return failed
+            if models.lora_requests[name].lora_path != str(folder):  # clients may load folders under any name
+                raise RuntimeError(f"{name}: another folder was loaded under this name; unload it")
+        return {"id": name, "object": "t2l.adapter", "checkpoint": used, "parent": models.base_model_paths[0].name}
 
 
-async def _body(request: Request) -> bytes:
-    """The body of a request; VLLMValidationError as soon as it is too long."""
+async def _read(request: Request) -> _Asked:
+    """The body of a request; VLLMValidationError, which quotes no value of it, if it is invalid or too long."""
     body = b""
     async for part in request.stream():
         body += part
         if len(body) > _MAX_BYTES:
             raise VLLMValidationError(f"expected a body of at most {_MAX_BYTES} bytes")
-    return body
-
-
-def _fields(body: bytes) -> dict[str, Any]:
-    """The fields of a request; VLLMValidationError, which quotes nothing of it, if they are invalid."""
     try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError):
-        raise VLLMValidationError("expected a JSON object, got a body that is not JSON") from None
-    if not isinstance(fields, dict):
-        raise VLLMValidationError(f"expected a JSON object, got {type(fields).__name__}")
-    if "description" not in fields or not set(fields) <= set(_FIELDS):
-        others = len(set(fields) - set(_FIELDS))
-        raise VLLMValidationError(
-            'expected a JSON object with "description", and "checkpoint" if it is not the default, got one '
-            + (f"with {others} other fields" if others else 'without "description"')
-        )
-    checkpoint = fields.get("checkpoint")
-    if not isinstance(checkpoint, (str, type(None))):
-        raise VLLMValidationError(f"checkpoint: expected a string, got {type(checkpoint).__name__}", parameter="checkpoint")
-    return fields
+        return _Asked.model_validate_json(body)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        field = ".".join(map(str, wrong["loc"])) or None
+        got = f", got {type(wrong['input']).__name__}" if wrong["type"].endswith("_type") else ""
+        raise VLLMValidationError(f"{field or 'body'}: {wrong['msg']}{got}", parameter=field) from None
