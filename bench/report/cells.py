@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bench.records import BASE, ResultError, Row
-from t2l_engine.research.evaluation.bootstrap import Interval
+from t2l_engine.research.evaluation.metrics import Interval
 
 GAP = "–"
 #: Limits of a table on a page.

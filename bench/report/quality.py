@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.report.data import Data
 from bench.report.tables import Line, derived
-from t2l_engine.research.evaluation.bootstrap import Interval, interval
+from t2l_engine.research.evaluation.metrics import Interval, interval
 
 #: Split -> part of the records of ``specs``.
 SPLITS = {

@@ -18,7 +18,7 @@ from t2l_engine.files.yaml import read_yaml
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.folder import CONFIG_NAME, WEIGHTS_NAME
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task, load_tasks, read_descriptions, write_tasks
-from t2l_engine.research.training import log, loop
+from t2l_engine.research.training import loop
 from t2l_engine.research.training import runs as lora_runs
 from t2l_engine.research.training.settings import LoRASettings, Settings, differences
 from t2l_engine.text.llm_encoder import LLMEncoder
@@ -150,7 +150,7 @@ def trained(work: Path) -> Iterator[Record]:
     """``training`` records: settings, steps, tokens and seconds of every run."""
     for name, run in RUNS.items():
         waves = sorted((work / name / lora_runs.WAVES).glob("*")) or [work / name]
-        steps = [row for wave in waves for row in log.read_log(wave) if "loss" in row]
+        steps = [row for wave in waves for row in lora_runs.read_log(wave) if "loss" in row]
         about = {"settings": run.settings.model_dump(mode="json"), "tasks": len(learnt(run, work)[1]), "steps": len(steps)}
         sums = {"tokens": sum(row["tokens"] for row in steps), "seconds": round(sum(row["seconds"] for row in steps))}
         yield record("training", run=name, **({"initial": run.initial} if run.initial else {}), **about, **sums)

@@ -113,7 +113,7 @@ def reconstruction(library: Library, run: Run) -> None:
 def plot(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
     """Plot a run's losses so far to loss.png."""
     need_packages()
-    from t2l_engine.research.training.log import plot as draw
+    from t2l_engine.research.training.runs import plot as draw
 
     typer.echo(str(draw(folder)))
 
@@ -130,9 +130,8 @@ def _train(kind: str, run: Run, source: Path, names: list[str] | None) -> None:
     need_packages()
     check_kernels()
     from t2l_engine.research.training import loop, settings
-    from t2l_engine.research.training.log import plot as draw
-    from t2l_engine.research.training.log import speed
-    from t2l_engine.research.training.runs import WAVES
+    from t2l_engine.research.training.runs import WAVES, speed
+    from t2l_engine.research.training.runs import plot as draw
 
     logging.disable_progress_bar()
     chosen = settings.read(getattr(settings, KINDS[kind]), run.config, run.overrides)

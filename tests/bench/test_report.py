@@ -15,7 +15,7 @@ from bench.records import OF_A_CPU, OURS, ResultError, cpu_class, load, read, st
 from bench.report import cells, data, figures, icl, pages, quality, tables
 from bench.report.pages import Report
 from bench.source import ROOT, bundled
-from t2l_engine.research.evaluation.bootstrap import Interval
+from t2l_engine.research.evaluation.metrics import Interval
 
 LORA = "serve_64x64, 1 thread, warm"
 

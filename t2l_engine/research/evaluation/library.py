@@ -112,37 +112,24 @@ def arrow(model: nn.Module, stack: AdapterStack, top_k: int = TOP_K, *, packed: 
     Source: Arrow (arXiv 2405.11157).
 
     Args:
-        model: as :func:`t2l_engine.attach` takes it.
+        model, packed: as :func:`t2l_engine.attach` takes them.  Modules of a packed projection are routed separately.
         stack: the library of N adapters, the experts.
-        top_k: experts a token uses, at most N; 4 in the paper.
-        packed: as :func:`t2l_engine.attach` takes it.  Modules of a packed projection are routed separately.
+        top_k: experts a token uses, of fewer adapters all; 4 in the paper.
 
-    Raises:
-        ValueError: the errors of :func:`t2l_engine.attach`; a model that is already routed; a linear that is in several
-            places; ``top_k`` outside [1, N].
-
-    >>> import torch
-    >>> import t2l_engine as t2l
-    >>> model = torch.nn.ModuleList([torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 6)})])
-    >>> stack = t2l.AdapterStack({"q_proj": torch.randn(5, 1, 2, 8)}, {"q_proj": torch.randn(5, 1, 6, 2)}, torch.ones(5))
-    >>> x = torch.randn(3, 7, 8)
-    >>> base = model[0]["q_proj"](x)
-    >>> with arrow(model, stack, top_k=2):
-    ...     routed = model[0]["q_proj"](x)
-    >>> routed.shape, torch.equal(routed, base), torch.equal(model[0]["q_proj"](x), base)
-    (torch.Size([3, 7, 6]), False, True)
+    Raises ValueError: the errors of :func:`t2l_engine.attach`; a linear that is in several places.
     """
     _check_library(stack)
-    if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= len(stack):
-        raise ValueError(f"top_k: expected an int in [1, {len(stack)}], the adapters of the stack, got {short_repr(top_k)}")
     attach(model, packed=packed)  # without a stack: only checks the model
     places = find_all(model, stack, packed)
-    _check_linears(places)
-    clean, routed = stack.to(device_of(model)).zero_padded(), []
+    clean, routed, paths = stack.to(device_of(model)).zero_padded(), [], {}
     for name, targets in places.items():
-        for layer, target in targets.items():  # a partial stack has fewer
+        for layer, target in targets.items():
+            other = paths.setdefault(id(target.linear), target.path)
+            if other != target.path:  # its hook would serve both
+                raise ValueError(f"{name}: {other} and {target.path} are one linear; they cannot be routed apart")
+            # A partial stack has fewer layers.
             if layer < clean.ranks[name].shape[1] and clean.ranks[name][:, layer].any():
-                routed.append((target.linear, _Routed(target, clean, name, layer, top_k)))
+                routed.append((target.linear, _Routed(target, clean, name, layer, min(top_k, len(stack)))))
     with contextlib.ExitStack() as hooks:  # last: errors above (non-finite adapters) leave the model unchanged
         for linear, hook in routed:
             hooks.enter_context(linear.register_forward_hook(hook, with_kwargs=True))
@@ -180,15 +167,3 @@ def _check_library(stack: AdapterStack) -> None:
     check_stack("stack", stack)
     if not len(stack):
         raise ValueError("stack: expected at least one adapter, got none")
-
-
-def _check_linears(places: dict[str, dict[int, Target]]) -> None:
-    """ValueError if a linear is in several places of the model (its hook would serve all of them) or is routed already."""
-    paths: dict[int, str] = {}
-    for name, targets in places.items():
-        for target in targets.values():
-            if any(isinstance(hook, _Routed) for hook in target.linear._forward_hooks.values()):
-                raise ValueError("model: a library is routed on it already; end that context first")
-            other = paths.setdefault(id(target.linear), target.path)
-            if other != target.path:
-                raise ValueError(f"{name}: {other} and {target.path} are one linear; they cannot be routed apart")

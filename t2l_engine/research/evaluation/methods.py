@@ -27,7 +27,7 @@ from t2l_engine.hypernetwork.checkpoint import describe
 from t2l_engine.library import DescriptionIndex
 from t2l_engine.lora.handle import attach
 from t2l_engine.research.evaluation.answers import Adapters, Use
-from t2l_engine.research.evaluation.library import TOP_K, arrow, average
+from t2l_engine.research.evaluation.library import arrow, average
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Example, Task
 from t2l_engine.research.training.runs import ADAPTERS, MULTI_TASK, Prompt, descriptions_of, prompt_of_run, settings_of
@@ -90,9 +90,7 @@ def junk(task: Task, repeat: int) -> str:
 
 
 def partners(names: Sequence[str], repeat: int) -> dict[str, str]:
-    """Task -> another task: a derangement drawn by repeat; ValueError for fewer than two tasks."""
-    if len(names) < 2:
-        raise ValueError(f"methods: the shuffled-description baseline needs at least two tasks, got {len(names)}")
+    """Task -> another task, of at least two: a derangement drawn by repeat."""
     order = list(names)
     random.Random(f"shuffled/{repeat}").shuffle(order)
     return dict(zip(order, order[1:] + order[:1], strict=True))
@@ -156,7 +154,7 @@ class Routed:
 
     @contextlib.contextmanager
     def on(self, model: nn.Module) -> Iterator[Use]:
-        with arrow(model, self._stack, min(TOP_K, len(self._stack))):
+        with arrow(model, self._stack):
             yield lambda keys: contextlib.nullcontext()
 
 

@@ -19,7 +19,7 @@ def means(result: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from t2l_engine.research.evaluation.bootstrap import interval
+    from t2l_engine.research.evaluation.metrics import interval
 
     groups, methods = result["groups"], [*result["details"]][::-1]
     size = (3.2 + 3 * len(groups), 1.2 + 0.28 * len(methods))

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.evaluation import metrics, sandbox
 from t2l_engine.research.evaluation.answers import Answer, Answerer, Query
-from t2l_engine.research.evaluation.bootstrap import interval
 from t2l_engine.research.evaluation.methods import Method, description_of, shots_of
+from t2l_engine.research.evaluation.metrics import interval
 from t2l_engine.research.evaluation.settings import DEFAULTS, Settings
 from t2l_engine.research.tasks.folder import Example, Task
 from t2l_engine.text.prompts import answer_in, answer_of, prompt_ids, prompt_of
@@ -46,14 +46,13 @@ class Evaluation:
     Args:
         tasks: with the examples to answer.
         methods: with distinct names.
-        pools: per task, the examples from which few-shot examples are drawn.
+        pools: per task, the examples from which few-shot examples are drawn; not needed without few-shot methods.
         validation: per task, the examples on which a method's prompt template is selected; without any, a method uses its
             first template, and the result's "validation" is null.
         groups: names of tasks by group, for ``settings.precision``; default: one group of all.
         progress: called with (method, number of new answers).
 
-    Raises ValueError for methods with equal names, for ``settings.precision`` and a single method, for few-shot methods and
-    a task without a pool, and for tasks of code without ``settings.run_code``.
+    Raises ValueError for ``settings.precision`` and a single method, and for tasks of code without ``settings.run_code``.
     """
 
     answerer: Answerer
@@ -68,14 +67,9 @@ class Evaluation:
     progress: Callable[[str, int], None] = lambda method, count: None
 
     def __post_init__(self) -> None:
-        names = [method.name for method in self.methods]
-        if not names or len(set(names)) != len(names):
-            raise ValueError(f"methods: expected at least one and distinct names, got {names}")
-        if self.settings.precision and len(names) < 2:
+        if self.settings.precision and len(self.methods) < 2:
+            names = [method.name for method in self.methods]
             raise ValueError(f"precision: expected at least two methods, whose differences it bounds, got {names}")
-        for method, task in itertools.product(self.methods, self.tasks):
-            if method.shots and not self.pools.get(task.name):
-                raise ValueError(f"methods: {method.name} needs worked examples of task {task.name}, found none")
         if any(e.metric == "pass" for task in self.tasks for e in task.examples):
             if not self.settings.run_code:
                 raise ValueError("run_code: expected to be set, since some answers are code that has to be run to be judged")

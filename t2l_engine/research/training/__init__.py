@@ -1,7 +1,7 @@
 """Training of hypernetworks (fine-tuning, reconstruction) and of adapters, with exact resume.
 
-May be imported: ``sft``, ``lora`` and ``reconstruction`` (each with ``train``), ``adapt``, ``loop``, ``settings``, ``log``,
-``runs``; benchmarks also use ``objective``.  Imports ``tasks`` and the rooms of the engine.
+May be imported: ``sft``, ``lora`` and ``reconstruction`` (each with ``train``), ``adapt``, ``loop``, ``settings``,
+``runs``.  Imports ``tasks`` and the rooms of the engine.
 """
 
 import importlib.util

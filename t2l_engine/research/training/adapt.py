@@ -20,8 +20,7 @@ from t2l_engine.files.weights import expect_none, replacing
 from t2l_engine.research.tasks.examples import input_digest, pool
 from t2l_engine.research.tasks.folder import Example, Task, load_tasks, write_tasks
 from t2l_engine.research.training import lora
-from t2l_engine.research.training.log import read_log
-from t2l_engine.research.training.runs import ADAPTERS, RUN, WAVES
+from t2l_engine.research.training.runs import ADAPTERS, RUN, WAVES, read_log
 from t2l_engine.research.training.settings import LoRASettings, build
 from t2l_engine.text.encoder import WorkedExamples
 from t2l_engine.text.packaged import hub_name

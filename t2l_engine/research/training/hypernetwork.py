@@ -1,24 +1,313 @@
-"""What both ways to train a hypernetwork share: what adapters are generated from, the trained modules, the checkpoint."""
+"""What both ways to train a hypernetwork share: what adapters are generated from, the trained modules, the checkpoint.
+
+Conditions are embeddings of texts, or hidden states that the LLM encoder's attention pooling reads.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import hashlib
+import json
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from t2l_engine.adapters.stack import AdapterStack
+from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import to_json
+from t2l_engine.files.weights import replacing
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
 from t2l_engine.hypernetwork.network import HyperNetwork
+from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Task
 from t2l_engine.research.training import loop
-from t2l_engine.research.training.conditions import Conditions, HiddenStates, TaskEmbeddings
 from t2l_engine.research.training.context import Modules
-from t2l_engine.research.training.settings import LLM, ReconstructionSettings, SFTSettings
-from t2l_engine.text.llm_encoder import AttentionPooling
+from t2l_engine.research.training.sampling import Group, seeded, trained_descriptions
+from t2l_engine.research.training.settings import BASE_MODEL, LLM, ReconstructionSettings, SFTSettings
+from t2l_engine.text.config import SAKANA_MAX_LENGTH, EncoderConfig, LLMEncoderConfig, OneHotConfig
+from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder
+from t2l_engine.text.llm_encoder import AttentionPooling, LLMEncoder, condition_text, pad_states
+
+#: One example set in this many has no description.
+_WITHOUT_DESCRIPTION = 8
+#: Tasks of a file of hidden states, and the most texts of a batch.
+CHUNK, BATCH = 16, 48
+#: Of linear discriminants: what is added to the within-task variance along every axis, which few descriptions underestimate,
+#: per mean square of embeddings; least variance of an axis before scaling, in units of the within-task variance.
+WORDING_VARIANCE, MIN_VARIANCE = 0.1, 0.01
+
+
+class Conditions(ABC):
+    """What the adapters of groups are generated from, as the trained model takes it.
+
+    ``train``, ``val``: of each task, indices of the descriptions used in training, and in validation (those that are held
+    out, or those of training if none is).  ``encoder_config``: of the text encoder; ``embed_dim``: width of ``task_emb``.
+
+    Raises ConfigError if all descriptions of a task are held out.
+    """
+
+    encoder_config: EncoderConfig | OneHotConfig | LLMEncoderConfig
+    embed_dim: int
+
+    def __init__(self, settings: SFTSettings | ReconstructionSettings, tasks: Sequence[Task], device: torch.device):
+        self._settings, self._device, held_out = settings, device, settings.held_out_descriptions
+        self.train: list[Sequence[int]] = [*trained_descriptions(tasks, held_out)]
+        self.val = [range(len(of), len(of) + held_out) if held_out else of for of in self.train]
+
+    @abstractmethod
+    def clean(self, groups: Sequence[Group]) -> Any:
+        """The conditions of the groups' descriptions or inputs, without augmentation."""
+
+    @abstractmethod
+    def augmented(self, groups: Sequence[Group]) -> Any:
+        """As :meth:`clean`, with the settings' augmentation, drawn from a seed by each group's key."""
+
+    @abstractmethod
+    def start(self, linear: nn.Linear) -> AttentionPooling | None:
+        """A new pooling with random parameters, on the CPU; None where conditions are ``task_emb`` themselves.
+
+        With ``task_init`` "discriminant", initialises the task encoder's ``linear`` by the training descriptions.
+        """
+
+
+class TaskEmbeddings(Conditions):
+    """``task_emb [groups, embed_dim]``: the embedding of a group's description or, with ``condition`` "input", of its input.
+
+    All descriptions are embedded here, after which the encoder is released; inputs are embedded when they are needed.
+    With encoder "one-hot" only the tasks' names matter.
+    """
+
+    def __init__(self, settings: SFTSettings | ReconstructionSettings, tasks: Sequence[Task], device: torch.device):
+        if settings.encoder == "one-hot":
+            encoder = OneHotEncoder(OneHotConfig(tuple(task.name for task in tasks)))
+            tasks = [dataclasses.replace(task, descriptions=(task.name,)) for task in tasks]
+        super().__init__(settings, tasks, device)
+        if settings.encoder != "one-hot":
+            encoder = TextEncoder.from_pretrained(_encoder(settings), device=device)
+        self.embed_dim, self.encoder_config = encoder.embed_dim, encoder.config
+        by_input = isinstance(settings, SFTSettings) and settings.condition == "input"
+        self._input_encoder = encoder if by_input else None
+        # On the CPU, where mixes and noise are drawn.
+        self._rows = [] if by_input else [encoder.encode(list(task.descriptions)).cpu() for task in tasks]
+
+    def start(self, linear: nn.Linear) -> None:
+        if self._settings.task_init == "discriminant":
+            classes = [rows[: len(of)] for rows, of in zip(self._rows, self.train, strict=True)]
+            initialise_discriminant(linear, classes, self._settings.seed)
+
+    def clean(self, groups: Sequence[Group]) -> Tensor:
+        return self._read(groups).to(self._device)
+
+    def _read(self, groups: Sequence[Group]) -> Tensor:
+        if self._input_encoder is None:
+            return torch.stack([self._rows[g.task][g.description] for g in groups])
+        # One at a time: rounding depends on the batch, and a resumed run would batch other texts together.
+        return self._input_encoder.encode([g.samples[0].input for g in groups], batch_size=1).cpu()
+
+    def augmented(self, groups: Sequence[Group]) -> Tensor:
+        settings, rows = self._settings, []
+        for g, row in zip(groups, self._read(groups), strict=True):
+            generator = torch.Generator().manual_seed(seeded("task_emb", g.key))
+            if settings.mix_descriptions:
+                other = torch.randint(len(self.train[g.task]), (), generator=generator)
+                weight = torch.rand((), generator=generator)
+                row = weight * row + (1 - weight) * self._rows[g.task][other]
+                row = row * (math.sqrt(row.numel()) / row.norm())
+            if settings.embedding_noise:
+                row = row + settings.embedding_noise * torch.randn(row.shape, generator=generator)
+            rows.append(row)
+        return torch.stack(rows).to(self._device)
+
+
+def _encoder(settings: SFTSettings | ReconstructionSettings) -> str | EncoderConfig:
+    """Name or configuration of the text encoder."""
+    name = settings.encoder
+    if name == BASE_MODEL:
+        # A second copy of the base model: the run's may use another attention than one loaded from the checkpoint.
+        return EncoderConfig(settings.base_model.rstrip("/"), "last", SAKANA_MAX_LENGTH, dtype=settings.dtype)
+    if name != MINILM.name and not Path(name).is_dir():
+        raise ConfigError(
+            f"encoder: expected 'minilm', {BASE_MODEL!r}, 'one-hot' or a local sentence-transformers folder, got {name!r}"
+        )
+    return name
+
+
+class HiddenStates(Conditions):
+    """Hidden states of what adapters are generated from: of each task, its descriptions and some *example sets*.
+
+    An example set is one of the task's training descriptions, or none, with 1 to ``max_examples`` of its training examples.
+    All are read once, at the start, into files, which a resumed run reads.  Batches are formed in the tasks' order, so
+    states do not depend on the order of training.
+
+    ``tasks``: with the examples that sets are drawn from, if any (a reconstruction has no sets); ``folder``: of the files.
+
+    Raises ConfigError if all descriptions of a task are held out, or if encoder and base model do not fit together.
+    """
+
+    def __init__(
+        self,
+        settings: SFTSettings | ReconstructionSettings,
+        tasks: Sequence[Task],
+        base_model: str,
+        device: torch.device,
+        folder: Path,
+    ):
+        super().__init__(settings, tasks, device)
+        self._example_share = getattr(settings, "example_share", 0.0)
+        self._token_dropout = getattr(settings, "token_dropout", 0.0)
+        if settings.llm_descriptions:
+            self.train = [self._sampled(task, of) for task, of in zip(tasks, self.train, strict=True)]
+        if not settings.held_out_descriptions:
+            self.val = self.train
+        self._sets = [self._example_sets(task, of) for task, of in zip(tasks, self.train, strict=True)]
+        #: Of each task, the texts that are read, by number: descriptions by their index, example set i as ~i.
+        texts = [
+            {i: condition_text(task.descriptions[i]) for i in ([*own, *val] if settings.validate_every else own)}
+            | {~i: text for i, (text, _) in enumerate(sets)}
+            for task, own, val, sets in zip(tasks, self.train, self.val, self._sets, strict=True)
+        ]
+        self.encoder_config = LLMEncoderConfig(
+            base_model.rstrip("/"), settings.llm_layers, settings.llm_queries, settings.llm_width,
+            settings.llm_heads, settings.llm_blocks,
+            dtype=settings.dtype if isinstance(settings, SFTSettings) else "bfloat16",
+            max_examples=settings.max_examples if self._example_share else 0,
+        )  # fmt: skip
+        # A second copy of the base model: that of the run may use another attention than one loaded from the checkpoint.
+        with torch.random.fork_rng(devices=[]):
+            try:
+                encoder = LLMEncoder.from_config(self.encoder_config, device=device, cache_size=0)
+            except ConfigError as error:  # of a model with fewer layers
+                raise ConfigError(str(error).replace("encoder.layers", "llm_layers")) from error
+        self._hidden_size = encoder.model.config.get_text_config().hidden_size
+        self.embed_dim = self.encoder_config.embed_dim
+        self._states = read_states(encoder, texts, folder)
+
+    @torch.no_grad()
+    def start(self, linear: nn.Linear) -> AttentionPooling:
+        """LDA is of what the pooling makes of the descriptions: with untrained queries most of that is common to all."""
+        pooling = AttentionPooling(self.encoder_config, self._hidden_size)
+        if self._settings.task_init == "discriminant":
+            classes = [pooling(*self._padded([(task, i) for i in of])) for task, of in enumerate(self.train)]
+            centre = torch.stack([rows.mean(dim=0) for rows in classes]).mean(dim=0)
+            scale = torch.cat([rows - centre for rows in classes]).square().mean().sqrt()
+            initialise_discriminant(linear, classes, self._settings.seed, float(scale))
+        return pooling
+
+    def _sampled(self, task: Task, descriptions: Sequence[int]) -> Sequence[int]:
+        """``llm_descriptions`` of a task's training descriptions."""
+        s = self._settings
+        draw, count = random.Random(seeded(s.seed, "read", task.name)), s.llm_descriptions
+        return sorted(draw.sample(descriptions, count)) if count < len(descriptions) else descriptions
+
+    def _example_sets(self, task: Task, descriptions: Sequence[int]) -> list[tuple[str, frozenset[str]]]:
+        """Text and normalised inputs of each example set."""
+        s, sets = self._settings, []
+        for i in range(s.example_sets if self._example_share else 0):
+            draw = random.Random(seeded(s.seed, "example set", task.name, i))
+            chosen = draw.sample(task.examples, min(draw.randint(1, s.max_examples), len(task.examples)))
+            about = task.descriptions[draw.choice(descriptions)]
+            if draw.randrange(_WITHOUT_DESCRIPTION) == 0:
+                about = ""
+            text = condition_text(about, [(e.input, e.outputs[0]) for e in chosen])
+            sets.append((text, frozenset(normalise(e.input) for e in chosen)))
+        return sets
+
+    def clean(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+        """States and mask of the groups' descriptions."""
+        states, mask = self._padded([(g.task, g.description) for g in groups])
+        return states.to(self._device), mask.to(self._device)
+
+    def augmented(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+        """As :meth:`clean`; ``example_share`` of groups read an example set, ``token_dropout`` of tokens are masked."""
+        states, mask = self._padded([(g.task, self._drawn(g)) for g in groups])
+        if self._token_dropout:
+            generators = [torch.Generator().manual_seed(seeded("token dropout", g.key)) for g in groups]
+            mask &= torch.stack([torch.rand(mask.shape[1], generator=of) >= self._token_dropout for of in generators])
+        return states.to(self._device), mask.to(self._device)
+
+    def _drawn(self, group: Group) -> int:
+        """Number of the text that ``group`` reads: an example set never has an example that the group learns from."""
+        draw = random.Random(seeded("condition", group.key))
+        learnt = {normalise(sample.input) for sample in group.samples}
+        sets = [~i for i, (_, inputs) in enumerate(self._sets[group.task]) if not inputs & learnt]
+        return draw.choice(sets) if sets and draw.random() < self._example_share else group.description
+
+    def _padded(self, chosen: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Padded states and mask of texts (task, number), on the CPU."""
+        return pad_states([self._states[of] for of in chosen])
+
+
+def read_states(encoder: LLMEncoder, texts: Sequence[Mapping[int, str]], folder: Path) -> dict[tuple[int, int], Tensor]:
+    """Hidden states ``[tokens, width]`` of the texts of each task, by (task, number), mapped from files in ``folder``.
+
+    What an interrupted run left there is not read again.
+    """
+    digest = hashlib.sha256(json.dumps([to_json(encoder.config), CHUNK, BATCH, texts]).encode()).hexdigest()[:16]
+    found = {}
+    for start in tqdm(range(0, len(texts), CHUNK), desc="reading", unit=f"{CHUNK} tasks"):
+        path = folder / f"{digest}-{start}.safetensors"
+        if not path.is_file():
+            chunk = {
+                f"{task} {number}": text
+                for task, of in enumerate(texts[start : start + CHUNK], start)
+                for number, text in of.items()
+            }
+            lengths = dict(zip(chunk, encoder.lengths([*chunk.values()]), strict=True))
+            pending, states = sorted(chunk, key=lengths.__getitem__), {}
+            for at in range(0, len(pending), BATCH):
+                keys = pending[at : at + BATCH]
+                read = encoder.states([chunk[key] for key in keys])
+                states |= {key: of.to("cpu", copy=True) for key, of in zip(keys, read, strict=True)}
+            with replacing(folder, path.name) as temporary:
+                save_file(states, temporary / path.name)
+        for key, of in load_file(path).items():
+            task, number = map(int, key.split())
+            found[task, number] = of
+    return found
+
+
+@torch.no_grad()
+def initialise_discriminant(linear: nn.Linear, classes: Sequence[Tensor], seed: int, scale: float = 1.0) -> None:
+    """Initialise ``linear`` with the axes along which tasks differ most, compared with the wordings of a task (Fisher 1936).
+
+    Embeddings are centred at the mean over tasks, whitened by the within-task covariance and projected onto the axes of
+    largest total variance, each divided by the fourth root of its variance; a random rotation by ``seed`` follows.  With a
+    random start most of the encoder's output is wording or common to all texts, and the first steps learn to suppress it.
+
+    Args:
+        classes: of each task, embeddings ``[descriptions, embed_dim]``.
+        scale: root mean square of the embeddings, as far as texts differ in them.
+    """
+    embed_dim = linear.in_features
+    classes = [rows.double() / scale for rows in classes]
+    means = torch.stack([rows.mean(dim=0) for rows in classes])
+    # Every task counts alike, whatever its number of descriptions.
+    residuals = [(rows - mean) / len(rows) ** 0.5 for rows, mean in zip(classes, means, strict=True)]
+    within = torch.cat(residuals)
+    within = within.T @ within / len(classes)
+    centre = means.mean(dim=0)
+    between = (means - centre).T @ (means - centre) / len(means)
+    values, axes = torch.linalg.eigh(within + WORDING_VARIANCE * torch.eye(embed_dim, dtype=torch.float64))
+    whiten = axes / values.sqrt() @ axes.T
+    values, axes = torch.linalg.eigh(whiten @ (within + between) @ whiten)
+    kept = min(linear.out_features, embed_dim)
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randn(linear.out_features, kept, dtype=torch.float64, generator=generator)
+    rotation, scales = torch.linalg.qr(random)[0], values[-kept:].clamp_min(MIN_VARIANCE) ** -0.25
+    weight = rotation @ (axes[:, -kept:] * scales).T @ whiten / scale
+    linear.weight.copy_(weight)
+    linear.bias.copy_(-weight @ centre * scale)
+
+
+# --- the job ------------------------------------------------------------------------------------------------------------
 
 
 class PooledHyperNetwork(nn.Module):

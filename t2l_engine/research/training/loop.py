@@ -34,8 +34,7 @@ from tqdm import tqdm
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.weights import check_no_model, expect_none, remove_unfinished, replacing, save_torch, write_text
 from t2l_engine.hypernetwork.folder import SAKANA_NAMES, WEIGHTS_NAME
-from t2l_engine.research.training.log import COUNTS, append, rewind
-from t2l_engine.research.training.runs import SETTINGS
+from t2l_engine.research.training.runs import COUNTS, SETTINGS, append, rewind
 from t2l_engine.research.training.sampling import Shard, seeded
 from t2l_engine.research.training.settings import ADAMW, MUON, Settings, differences, to_yaml
 from t2l_engine.text.base_model import check_device
@@ -215,11 +214,9 @@ class _Run:
     @functools.cached_property
     def model(self) -> nn.Module:
         """The trained module, with several processes in DistributedDataParallel."""
-        if self.shard.world_size == 1:
-            return self.job.model
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch's new name for what Accelerate passes
-            return self.accelerate.prepare(self.job.model)
+            return self.accelerate.prepare(self.job.model) if self.shard.world_size > 1 else self.job.model
 
     def log(self, row: Mapping[str, Any]) -> None:
         if self.accelerate.is_main_process:
@@ -307,8 +304,6 @@ class _Run:
             raise ConfigError(f"{path}: cannot be read, perhaps cut short: {short_repr(str(error))}") from None
         data = json.loads(content["data"])
         expect_same(path, self.job.settings, json.loads(content["settings"]), self.job.data(), data)
-        if "optimizers" not in content:
-            raise ConfigError(f"{path}: written by an older version; choose another output folder")
         self.job.model.load_state_dict(content["trained"])
         for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -339,10 +334,8 @@ def _interrupts(single: bool) -> Iterator[list[int]]:
     With several processes interrupts always have their usual effect: signals do not arrive at the same step.
     """
     received: list[int] = []
-    if not single or threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    caught = single and threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if caught}
 
     def note(number: int, frame: Any) -> None:
         received.append(number)

@@ -6,12 +6,13 @@ optimiser act per adapter.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +65,17 @@ class LoRABank(nn.Module):
         for i, name in enumerate(names):
             path = folder if single else folder / name
             stack = AdapterStack.from_peft(path)
-            given = {at: (stack.lora_A[module], stack.lora_B[module]) for module, at in stack.paths.items()}
+            wanted, got = _shapes(self.lora_A, self.lora_B, self._paths), _shapes(stack.lora_A, stack.lora_B, stack.paths)
+            scaling = float(stack.scaling[0])
+            if got != wanted or not same_scaling(scaling, self._scaling):
+                raise ConfigError(
+                    f"initial: {path}: expected the shapes of A and B and the scaling of this run, {wanted} and "
+                    f"{self._scaling}, got {got} and {scaling}"
+                )
+            modules = {at: module for module, at in stack.paths.items()}
             for module, at in self._paths.items():
-                A, B = given.pop(at, (None, None))
-                got = None if A is None else (tuple(A[0].shape), tuple(B[0].shape), float(stack.scaling[0]))
-                wanted = (tuple(self.lora_A[module][i].shape), tuple(self.lora_B[module][i].shape), self._scaling)
-                if got is None or got[:2] != wanted[:2] or not same_scaling(got[2], wanted[2]):
-                    raise ConfigError(
-                        f"initial: {path}: {module}: expected A, B and scaling {wanted} of this run, got {got}"
-                    )
-                self.lora_A[module][i], self.lora_B[module][i] = A[0].float(), B[0].float()
-            if given:
-                raise ConfigError(f"initial: {path}: expected the modules {sorted(self._paths)}, got {sorted(given)} too")
+                self.lora_A[module][i] = stack.lora_A[modules[at]][0].float()
+                self.lora_B[module][i] = stack.lora_B[modules[at]][0].float()
         weights = hashlib.sha256()
         for tensor in itertools.chain(self.lora_A.values(), self.lora_B.values()):
             weights.update(tensor.detach().numpy().tobytes())
@@ -87,9 +87,9 @@ class LoRABank(nn.Module):
         return AdapterStack(A, B, torch.full((len(first),), self._scaling, device=first.device), paths=self._paths)
 
 
-def _names(settings: LoRASettings, context: TrainingContext, tasks: Sequence[int]) -> list[str]:
-    """Of the adapters of ``tasks``."""
-    return [MULTI_TASK] if settings.mode == MULTI_TASK else [context.tasks[i].name for i in tasks]
+def _shapes(A: Mapping[str, Tensor], B: Mapping[str, Tensor], paths: Mapping[str, str]) -> dict[str, list[list[int]]]:
+    """Of one adapter, by path."""
+    return {at: [list(side[module].shape[1:]) for side in (A, B)] for module, at in sorted(paths.items())}
 
 
 class LoRA(loop.Job):
@@ -102,7 +102,7 @@ class LoRA(loop.Job):
         super().__init__()
         self.settings, self._context, self._tasks, self.folder = settings, context, list(tasks), folder
         self._shared = settings.mode == MULTI_TASK  # one adapter for all tasks
-        self.names = _names(settings, context, self._tasks)
+        self.names = [MULTI_TASK] if self._shared else [context.tasks[i].name for i in self._tasks]
         self._descriptions = trained_descriptions(context.tasks, settings.held_out_descriptions)
         validated = [bool(context.validation.kept[i]) for i in self._tasks]
         self._validated = [any(validated)] if self._shared else validated  # by adapter: whether validation selects it
@@ -150,19 +150,16 @@ class LoRA(loop.Job):
         return self._context.validate(shard, self._descriptions, lambda groups: stack, self._adapter, self._tasks)
 
     def improved(self, losses: dict[str, float], step: int) -> bool:
+        better = []
         if self._shared:
             better = [0] if super().improved(losses, step) else []
-        else:
+        for i, name in enumerate(() if self._shared else self.names):
             lowest, at = self.best.setdefault("losses", {}), self.best.setdefault("steps", {})
             # An adapter whose patience is over has ended, though others of its wave go on.
-            last = self.settings.patience * self.settings.validate_every or math.inf
-            going = [i for i, name in enumerate(self.names) if step - at.get(name, step) <= last]
-            below = lambda name: lowest.get(name, math.inf) - self.settings.min_delta  # noqa: E731
-            better = [i for i in going if losses.get(self.names[i], math.nan) < below(self.names[i])]
-            lowest.update({self.names[i]: losses[self.names[i]] for i in better})
-            at.update({self.names[i]: step for i in better})
-            if better:
-                self.best["step"] = step
+            ended = step - at.get(name, step) > (self.settings.patience * self.settings.validate_every or math.inf)
+            if not ended and losses.get(name, math.nan) < lowest.get(name, math.inf) - self.settings.min_delta:
+                better.append(i)
+                lowest[name], at[name], self.best["step"] = losses[name], step, step
         saved = self.best.setdefault("adapters", {})
         for key, parameter in self.model.named_parameters():
             current = parameter.detach().cpu()
@@ -225,18 +222,16 @@ def train(
     context = TrainingContext(settings, Path(tasks_folder), accelerator.device, names)
     plan = waves(settings, context)
     if not (output / WAVES).is_dir():
-        names = _names(settings, context, range(len(context.tasks)))
-        expect_none(output / ADAPTERS, names, "but no run to go on with")
+        known = [MULTI_TASK] if settings.mode == MULTI_TASK else [task.name for task in context.tasks]
+        expect_none(output / ADAPTERS, known, "but no run to go on with")
     for number, tasks in enumerate(plan):
         folder = output / WAVES / f"{number:03}"
-        try:
+        with contextlib.closing(context):
             job = LoRA(settings, context, tasks, output)
             if not _finished(folder, job):
                 loop.run(job, folder, accelerator, f"wave {number + 1}/{len(plan)}")
                 if accelerator.is_main_process:
                     _finish(folder, job, context.tasks)
-        finally:
-            context.close()
     return output
 
 

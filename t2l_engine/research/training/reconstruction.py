@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from t2l_engine.adapters.peft import CONFIG_NAME, WEIGHTS_NAME
 from t2l_engine.adapters.stack import AdapterStack
@@ -90,35 +90,19 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-class DeltaL1(torch.autograd.Function):
-    """``mean|B A - B' A'|`` over layers and entries, ``[N]``, differentiable in A and B.
+def delta_l1(A: Tensor, B: Tensor, target_A: Tensor, target_B: Tensor) -> Tensor:
+    """``mean|B A - B' A'|`` over layers and entries, ``[N]``; only one layer's difference is in memory at a time.
 
-    ``A, target_A [N, n, r, in]``, ``B, target_B [N, n, out, r]``.  The forward pass computes the gradients too, which depend
-    on the sign of the difference alone, so that only one layer's difference is in memory at a time.
+    ``A, target_A [N, n, r, in]``, ``B, target_B [N, n, out, r]``.
     """
 
-    @staticmethod
-    def forward(ctx, A: Tensor, B: Tensor, target_A: Tensor, target_B: Tensor) -> Tensor:
-        total = torch.zeros(len(A), dtype=A.dtype, device=A.device)
-        grads = [torch.empty_like(A), torch.empty_like(B)] if any(ctx.needs_input_grad) else None
-        count = A.shape[1] * A.shape[3] * B.shape[2]
-        difference = A.new_empty(len(A), B.shape[2], A.shape[3])
-        for layer in range(A.shape[1]):
-            a, b = A[:, layer], B[:, layer]
-            left, right = torch.cat((b, -target_B[:, layer]), dim=2), torch.cat((a, target_A[:, layer]), dim=1)
-            torch.bmm(left, right, out=difference)
-            total += torch.linalg.vector_norm(difference, 1, dim=(1, 2))
-            if grads is not None:
-                sign = torch.sign(difference, out=difference)
-                grads[0][:, layer], grads[1][:, layer] = b.mT @ sign / count, sign @ a.mT / count
-        if grads is not None:
-            ctx.save_for_backward(*grads)
-        return total / count
+    def layer(a: Tensor, b: Tensor, target_a: Tensor, target_b: Tensor) -> Tensor:
+        difference = torch.cat((b, -target_b), dim=2) @ torch.cat((a, target_a), dim=1)
+        return difference.abs().sum(dim=(1, 2))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *(grad.view(-1, 1, 1, 1) * g for g in ctx.saved_tensors), None, None
+    of_layers = zip(*(side.unbind(dim=1) for side in (A, B, target_A, target_B)), strict=True)
+    total = sum(checkpoint(layer, *sides, use_reentrant=False, preserve_rng_state=False) for sides in of_layers)
+    return total / (A.shape[1] * A.shape[3] * B.shape[2])
 
 
 def z_scores(targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,7 +186,7 @@ class Reconstruction(HyperNetworkJob):
         for module, (target_A, target_B) in self._targets.items():
             A, B, target_A, target_B = stack.lora_A[module], stack.lora_B[module], target_A[tasks], target_B[tasks]
             if self.settings.target == "delta-w":
-                total = total + DELTA_W_SCALING * DeltaL1.apply(A, B, target_A, target_B)
+                total = total + DELTA_W_SCALING * delta_l1(A, B, target_A, target_B)
             else:
                 sides = ((A - target_A).abs(), (B - target_B).abs())
                 total = total + sum(side.mean(dim=(1, 2, 3)) for side in sides) / 2

@@ -93,13 +93,9 @@ class Shard:
 class Examples:
     """The tokenised examples of one split of some tasks; ``kept``: of each task, indices of the examples that are used.
 
-    Args:
-        tasks: with their examples of that split.
-        tokenizer: of the base model; its end-of-text token ends every answer.
-        max_tokens: limit of prompt and answer; longer examples are left out and counted in ``dropped``.
-        with_description: whether the prompt has the description before the input.
-        template: prompt template, see :mod:`t2l_engine.text.prompts`.
-        limit: of the examples kept per task; None: all.
+    ``max_tokens``: limit of prompt and answer; longer examples are left out and counted in ``dropped``.
+    ``with_description``: whether prompts have the description before the input.
+    ``limit``: of the examples kept per task; None: all.
 
     Raises ConfigError if no example of a task is kept, unless ``allow_empty``.
     """
@@ -117,7 +113,8 @@ class Examples:
     ):
         self.tasks, self._tokenizer = list(tasks), tokenizer
         self._template, self._with_description = template, with_description
-        self._cache: dict[tuple[int, int, int | None], Sample] = {}
+        # With descriptions in prompts, every description is another prompt.
+        self._tokenised = functools.lru_cache(DESCRIBED_KEPT if with_description else None)(self._tokenise)
         self.kept: list[list[int]] = []
         self.dropped = 0
         for index, task in enumerate(tasks):
@@ -136,19 +133,15 @@ class Examples:
         return statistics.fmean(len(self.sample(task, i, 0).tokens) for i in self.kept[task])
 
     def sample(self, task: int, example: int, description: int) -> Sample:
-        key = (task, example, description if self._with_description else None)
-        found = self._cache.get(key)
-        if found is None:
-            chosen = self.tasks[task].examples[example]
-            text = self.tasks[task].descriptions[description] if self._with_description else ""
-            prompt = prompt_of(self._template, self._tokenizer, chosen.input, text)
-            (prompt,) = prompt_ids(self._tokenizer, [prompt])
-            answer = answer_ids(self._tokenizer, answer_of(self._template, chosen.outputs[0]))
-            answer = [*answer, self._tokenizer.eos_token_id]
-            found = self._cache[key] = Sample(tuple(prompt + answer), len(answer), chosen.input)
-            if self._with_description and len(self._cache) > DESCRIBED_KEPT:  # every description is another prompt
-                del self._cache[next(iter(self._cache))]
-        return found
+        return self._tokenised(task, example, description if self._with_description else None)
+
+    def _tokenise(self, task: int, example: int, description: int | None) -> Sample:
+        chosen = self.tasks[task].examples[example]
+        text = "" if description is None else self.tasks[task].descriptions[description]
+        (prompt,) = prompt_ids(self._tokenizer, [prompt_of(self._template, self._tokenizer, chosen.input, text)])
+        answer = answer_ids(self._tokenizer, answer_of(self._template, chosen.outputs[0]))
+        answer = [*answer, self._tokenizer.eos_token_id]
+        return Sample(tuple(prompt + answer), len(answer), chosen.input)
 
     def group(self, task: int, visit: int, count: int, seed: int, descriptions: Descriptions) -> Group:
         """The group of a task's ``visit``-th visit: its next ``count`` examples and one of its descriptions."""

@@ -299,15 +299,19 @@ def build(kind: type[S], values: dict[str, Any], origins: dict[str, str] | None 
 
 def rows(settings: Settings) -> list[tuple[str, str, str, str]]:
     """(field, value, "default" if it was not set, description) of every field."""
-    chosen, about = settings.model_fields_set, type(settings).model_fields
-    values = {name: _plain(getattr(settings, name)) for name in about}
-    return [(n, values[n], "" if n in chosen else "default", field.description or "") for n, field in about.items()]
+    chosen = settings.model_fields_set
+    return [
+        (name, _plain(getattr(settings, name)), "" if name in chosen else "default", about)
+        for name, _, about in fields(type(settings))
+    ]
 
 
 def fields(kind: type[Settings]) -> list[tuple[str, str, str]]:
     """(field, default, description) of every field of ``kind``."""
-    defaults = {n: "required" if field.is_required() else _plain(field.default) for n, field in kind.model_fields.items()}
-    return [(name, default, kind.model_fields[name].description or "") for name, default in defaults.items()]
+    return [
+        (name, "required" if field.is_required() else _plain(field.default), field.description or "")
+        for name, field in kind.model_fields.items()
+    ]
 
 
 def _plain(value: Any) -> str:

@@ -25,9 +25,6 @@ def test_partners_are_a_derangement(count):
     assert drawn[0] == partners(list(names), 0)
     if count > 3:
         assert all(a != b for i, a in enumerate(drawn) for b in drawn[:i])
-    for few in ([], ["a"]):
-        with pytest.raises(ValueError, match=f"needs at least two tasks, got {len(few)}"):
-            partners(few, 0)
 
 
 def test_junk_says_nothing():

@@ -7,8 +7,15 @@ import random
 import pytest
 
 from t2l_engine.research.evaluation import metrics
-from t2l_engine.research.evaluation.bootstrap import Interval, interval
-from t2l_engine.research.evaluation.metrics import containment, exact_match, last_number, number_match, rouge_l
+from t2l_engine.research.evaluation.metrics import (
+    Interval,
+    containment,
+    exact_match,
+    interval,
+    last_number,
+    number_match,
+    rouge_l,
+)
 
 
 def test_examples_run():

@@ -8,8 +8,8 @@ import pytest
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.evaluation import sandbox
 from t2l_engine.research.evaluation.answers import NOT_ACCEPTED, Answer
-from t2l_engine.research.evaluation.bootstrap import interval
 from t2l_engine.research.evaluation.methods import Method, Stored
+from t2l_engine.research.evaluation.metrics import interval
 from t2l_engine.research.evaluation.run import Evaluation, Settings, summary
 from t2l_engine.research.tasks.folder import Example
 from tests.research.evaluation.conftest import DESCRIPTIONS, random_stack, task
@@ -361,12 +361,6 @@ def test_methods_and_settings_that_do_not_fit():
         evaluation(Scripted(), tasks, [BASE], Settings(max_prompt_tokens=4)).run()
     with pytest.raises(ValueError, match=r"precision: expected at least two methods, .* got \['base'\]"):
         evaluation(Scripted(), tasks, [Method("base")], Settings(precision=5))
-    for methods in ([], [Method("a"), Method("b"), Method("a")]):
-        with pytest.raises(ValueError, match="^methods: expected at least one and distinct names, got"):
-            evaluation(Scripted(), tasks, methods)
-    for missing in ({"first": SHOWN}, {"first": SHOWN, "last": ()}):
-        with pytest.raises(ValueError, match="^methods: icl needs worked examples of task (first|last), found none"):
-            evaluation(Scripted(), tasks, [ICL], pools=missing)
 
 
 # --- summaries -------------------------------------------------------------------------------------------------------

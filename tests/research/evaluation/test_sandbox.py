@@ -41,14 +41,6 @@ def test_extraction_takes_linear_time():
         extract(answer, PROMPT)
 
 
-def test_limits_are_checked():
-    for seconds in (0, -1, float("nan"), float("inf"), 3601):
-        with pytest.raises(ValueError, match=r"seconds: expected a number in \(0, 3600\]"):
-            run_tests("", "", seconds=seconds)
-    with pytest.raises(ValueError, match="memory_mb: expected at least 64, got 63"):
-        run_tests("", "", memory_mb=63)
-
-
 @pytest.fixture(scope="module")
 def sandbox():
     """Skips where bubblewrap says that this machine lets nothing be isolated; a sandbox that does not work fails."""
@@ -127,13 +119,14 @@ def test_a_program_that_became_another_is_ended(run):
     assert not [arguments for arguments in _of_every_process("cmdline") if duration in arguments]
 
 
-def test_memory(run):
+def test_memory(run, monkeypatch):
     """The limit binds bubblewrap's own first process too, which a program can reach."""
     assert run("x = []\nwhile True: x.append(bytearray(1 << 20))", "", seconds=60) == "failed"
     assert run("x = bytearray(200 << 20)", "") == "passed"
-    assert run("x = bytearray(200 << 20)", "", memory_mb=128) == "failed"
     read = "import re\nfound = re.search(r'address space +(\\d+)', open('/proc/1/limits').read())[1]"
     assert run(read, "assert found == str(512 << 20)") == "passed"
+    monkeypatch.setattr(code, "MEMORY", 128 << 20)
+    assert run("x = bytearray(200 << 20)", "") == "failed"
 
 
 def test_processes_and_threads(run):

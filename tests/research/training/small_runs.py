@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import t2l_engine as t2l
 from t2l_engine.research.training import settings
-from t2l_engine.research.training.log import read_log
+from t2l_engine.research.training.runs import read_log
 
 #: Every field that makes a step random, and steps of two batches.
 NOISE = {

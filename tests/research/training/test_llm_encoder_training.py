@@ -9,7 +9,7 @@ import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.research.tasks.folder import load_tasks
-from t2l_engine.research.training import conditions, loop, lora, reconstruction, sft
+from t2l_engine.research.training import hypernetwork, loop, lora, reconstruction, sft
 from t2l_engine.research.training.context import TrainingContext
 from t2l_engine.research.training.sampling import Shard
 from t2l_engine.research.training.settings import SFTSettings
@@ -153,8 +153,8 @@ def test_some_descriptions_are_read(made):
 
 
 def test_reading_goes_on_where_it_stopped(base_model, tasks, tmp_path, monkeypatch):
-    monkeypatch.setattr(conditions, "CHUNK", 1)
-    monkeypatch.setattr(conditions, "BATCH", 4)
+    monkeypatch.setattr(hypernetwork, "CHUNK", 1)
+    monkeypatch.setattr(hypernetwork, "BATCH", 4)
     settings = reading(base_model, steps=2)
     with monkeypatch.context() as patch:
         patch.setattr(LLMEncoder, "states", small_runs.failing(LLMEncoder.states, 2))

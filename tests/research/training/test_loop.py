@@ -14,7 +14,7 @@ from torch import nn
 
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.training import loop, lora, reconstruction, sft
-from t2l_engine.research.training.log import read_log
+from t2l_engine.research.training.runs import read_log
 from t2l_engine.research.training.sampling import seeded
 from t2l_engine.research.training.settings import Settings
 from t2l_engine.testing import numerics

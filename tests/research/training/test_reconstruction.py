@@ -10,7 +10,7 @@ from t2l_engine.files.errors import ConfigError
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.research.training import reconstruction
 from t2l_engine.research.training import runs as lora_runs
-from t2l_engine.research.training.reconstruction import DELTA_W_SCALING, DeltaL1, Library, Reconstruction, z_scores
+from t2l_engine.research.training.reconstruction import DELTA_W_SCALING, Library, Reconstruction, delta_l1, z_scores
 from t2l_engine.research.training.sampling import Shard
 from t2l_engine.testing import numerics
 from t2l_engine.text import base_model, packaged
@@ -87,18 +87,13 @@ def test_delta_l1_is_what_it_says():
     A, B, A0, B0 = operands()
     weight = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     found = []
-    for loss in (DeltaL1.apply, lambda A, B, A0, B0: (B @ A - B0 @ A0).abs().mean(dim=(1, 2, 3))):
+    for loss in (delta_l1, lambda A, B, A0, B0: (B @ A - B0 @ A0).abs().mean(dim=(1, 2, 3))):
         a, b = A.clone().requires_grad_(), B.clone().requires_grad_()
         value = loss(a, b, A0, B0)
         found.append((value, *torch.autograd.grad((value * weight).sum(), (a, b))))
     for ours, plain in zip(*found, strict=True):
         assert ours.shape == plain.shape
         assert (ours - plain).abs().max() <= 64 * numerics.u(torch.float64) * plain.abs().max()
-    # Differences here are above 1e-3, so that no sign changes within gradcheck's steps of 1e-6.
-    assert (B @ A - B0 @ A0).abs().min() > 1e-3
-    assert torch.autograd.gradcheck(
-        lambda a, b: DeltaL1.apply(a, b, A0, B0), (A.clone().requires_grad_(), B.clone().requires_grad_())
-    )
 
 
 def test_z_scores():

@@ -1,4 +1,4 @@
-"""How the adapters of a run are asked, and with which descriptions, from what the run left."""
+"""What runs leave: logs, read whatever the end of their run and drawn; how adapters are asked, with which descriptions."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.training import lora
 from t2l_engine.research.training import runs as training_runs
+from t2l_engine.research.training.runs import LOG, PICTURE, append, plot, read_log, rewind
 from tests.research.training import small_runs
 
 
@@ -49,3 +50,70 @@ def test_adapters_with_a_run_each_are_asked_as_these_were(tmp_path):
             assert training_runs.prompt_of_run(tmp_path) == ("raw", True)
     with pytest.raises(ConfigError, match="expected adapters of one prompt_form and prompt, got .*'other': .'chat'"):
         training_runs.prompt_of_run(tmp_path)
+
+
+# --- logs ----------------------------------------------------------------------------------------------------
+
+
+def write(folder, *lines, end="\n"):
+    (folder / LOG).write_text("\n".join(map(str, lines)) + end)
+
+
+def step(number, **values):
+    return json.dumps({"step": number, **values})
+
+
+def test_rows_are_read_as_they_were_written(tmp_path):
+    rows = [{"step": i, "loss": 1 / (3 + i), "tokens": i} for i in range(4)] + [{"step": 3, "val_loss": 0.1, "best": True}]
+    rewind(tmp_path, 0)
+    for number, row in enumerate(rows, 1):
+        append(tmp_path, row)
+        assert read_log(tmp_path) == rows[:number]  # while the run goes on
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3', '{"step": 3, "loss": 0.1}', "", "\0\0"])
+def test_a_last_line_without_its_end_is_left_out(tmp_path, torn):
+    write(tmp_path, step(1, loss=2.0), step(2, loss=1.0), torn, end="")
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2]
+    rewind(tmp_path, 2)
+    append(tmp_path, {"step": 3, "loss": 0.5})
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2, 3]
+    assert (tmp_path / LOG).read_text().count("\n") == 3
+
+
+def test_rows_after_the_state_are_dropped(tmp_path):
+    write(tmp_path, step(1, loss=1.0), step(2, loss=1.0), step(2, val_loss=3.0), step(3, loss=1.0), step(3, val_loss=2.0))
+    rewind(tmp_path, 2)
+    assert [(row["step"], "loss" in row) for row in read_log(tmp_path)] == [(1, True), (2, True), (2, False)]
+    assert [path.name for path in tmp_path.iterdir()] == [LOG]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "nonsense", "[1]", "3", '{"loss": 1}', '{"step": null}', '{"step": "x"}', '{"step": NaN}', '{"step": 1e999}'],
+)
+def test_lines_that_are_no_rows_are_named(tmp_path, line):
+    write(tmp_path, step(1, loss=1.0), line, step(2, loss=1.0))
+    with pytest.raises(ConfigError, match=r"log.jsonl:2: expected a JSON object with a step"):
+        read_log(tmp_path)
+
+
+@pytest.mark.parametrize("steps, validated", [(1, False), (200, True)])
+def test_a_picture(tmp_path, steps, validated):
+    lines = [step(i, loss=2.0 + 1 / i, grad_norm=1.0) for i in range(1, steps + 1)]
+    if validated:
+        lines += [step(steps, val_loss=2.5, best=True, tasks={"a": 2.5})]
+    write(tmp_path, *lines)
+    assert plot(tmp_path) == tmp_path / PICTURE
+    content = (tmp_path / PICTURE).read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) > 5000
+
+
+def test_a_picture_of_nothing(tmp_path):
+    for call in (read_log, plot):
+        with pytest.raises(FileNotFoundError, match="log.jsonl: "):
+            call(tmp_path)
+    write(tmp_path, step(4, val_loss=2.0))
+    with pytest.raises(ConfigError, match="log.jsonl: .*step"):
+        plot(tmp_path)
+    assert not (tmp_path / PICTURE).exists()

@@ -14,8 +14,8 @@ from torch import nn
 
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.tasks.folder import Example, Task
-from t2l_engine.research.training import conditions, context, sft
-from t2l_engine.research.training.conditions import TaskEmbeddings
+from t2l_engine.research.training import context, hypernetwork, sft
+from t2l_engine.research.training.hypernetwork import TaskEmbeddings
 from t2l_engine.research.training.sampling import Examples, Group, Sample, Shard, Stream, divide, permuted, seeded
 from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, STANDARD_ERRORS
@@ -231,7 +231,7 @@ class Encoder:
 
 @pytest.fixture
 def encoder(monkeypatch):
-    monkeypatch.setattr(conditions, "TextEncoder", Encoder)
+    monkeypatch.setattr(hypernetwork, "TextEncoder", Encoder)
     return Encoder()
 
 
@@ -296,7 +296,7 @@ def test_discriminants_tell_tasks_apart(encoder, width):
     within = sum(((of - mean).T @ (of - mean)) / len(of) for of, mean in zip(rows, means, strict=True)) / 2
     centred = means - means.mean(dim=0)
     total = within + centred.T @ centred / 2
-    lower = torch.linalg.cholesky(within + conditions.WORDING_VARIANCE * torch.eye(16, dtype=torch.float64))
+    lower = torch.linalg.cholesky(within + hypernetwork.WORDING_VARIANCE * torch.eye(16, dtype=torch.float64))
     half = torch.linalg.solve_triangular(lower, total, upper=False)
     expected = torch.linalg.eigvalsh(torch.linalg.solve_triangular(lower, half.mT, upper=False))
     with torch.no_grad():
@@ -305,7 +305,7 @@ def test_discriminants_tell_tasks_apart(encoder, width):
         assert linear(means.mean(dim=0, keepdim=True).float()).abs().max() <= EMBEDDING_FROBENIUS * weight.norm() * 4
     kept = min(width, 16)
     expected = expected[-kept:]
-    expected = torch.cat([torch.zeros(width - kept), expected / expected.clamp_min(conditions.MIN_VARIANCE).sqrt()])
+    expected = torch.cat([torch.zeros(width - kept), expected / expected.clamp_min(hypernetwork.MIN_VARIANCE).sqrt()])
     assert (found - expected).abs().max() <= EMBEDDING_FROBENIUS * expected.max()
     again = nn.Linear(16, width)
     made.start(again)
