@@ -35,20 +35,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """Number of new adapters, and the seconds of text encoder, hypernetwork and copies into slots."""
+    """Number of new adapters, and in words the times of text encoder, hypernetwork and copies into slots."""
 
-    adapters: int
-    encode: float
-    generate: float
-    attach: float
-
-    @property
-    def times(self) -> str:
-        """In words."""
-        if not self.adapters:
-            return "adapters held already"
-        parts = (f"{name} {1e3 * getattr(self, name):.0f} ms" for name in ("encode", "generate", "attach"))
-        return f"{self.adapters} new adapter{'s' * (self.adapters > 1)}: {', '.join(parts)}"
+    adapters: int = 0
+    times: str = "adapters held already"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +81,6 @@ class SideBySide:
         self._held: OrderedDict[str, int] = OrderedDict()  # description -> slot; the least recently used first
         self._stop, self._closed = threading.Event(), False  # _stop: ends the current question
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="side-by-side")
-
-    @property
-    def held(self) -> list[str]:
-        """The descriptions whose adapters are held, the least recently used first."""
-        return list(self._held)
 
     def run(self, call: Callable[[], T]) -> T:
         """Call in this object's thread, where the engine may be used."""
@@ -220,17 +205,18 @@ class SideBySide:
                 self._held.move_to_end(description)
         new = [description for description in wanted if description not in self._held]
         if not new:
-            return Made(0, 0.0, 0.0, 0.0)
-        times = [time.perf_counter()]
+            return Made()
+        start = time.perf_counter()
         task_emb = self.engine.encoder.encode(new)
-        times.append(time.perf_counter())
+        encoded = time.perf_counter()
         stack = self.engine.hypernetwork.generate(task_emb)
-        times.append(time.perf_counter())
+        generated = time.perf_counter()
         for i, description in enumerate(new):
             if len(self._held) == self.slots:
                 self._held.popitem(last=False)
             slot = min({*range(self.slots)} - {*self._held.values()})
             self._lora.put(slot, stack[i])  # before it counts as held: this may fail
             self._held[description] = slot
-        times.append(time.perf_counter())
-        return Made(len(new), *(end - start for start, end in zip(times, times[1:], strict=False)))
+        took = {"encode": encoded - start, "generate": generated - encoded, "attach": time.perf_counter() - generated}
+        steps = ", ".join(f"{step} {1e3 * seconds:.0f} ms" for step, seconds in took.items())
+        return Made(len(new), f"{len(new)} new adapter{'s' * (len(new) > 1)}: {steps}")

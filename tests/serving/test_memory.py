@@ -106,24 +106,20 @@ def test_only_a_checkpoint_of_the_worker_is_used(settings, loaded, tmp_path):
     assert memory.peft_tensors(folder, both, torch.bfloat16), "by its contents, whatever its name"
 
 
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("t2l.json", b"[]", "t2l.json: expected an object with the sha256"),
-        ("t2l.json", b'{"sha256": 3}', "t2l.json: expected an object with the sha256"),
-        ("t2l.json", b"{", "t2l.json: not valid JSON"),
-        ("task_emb.safetensors", b"", "task_emb.safetensors: not a readable safetensors file"),
-        ("task_emb.safetensors", {"task_emb": torch.ones(3)}, r"expected task_emb \(384,\) in float32"),
-        ("task_emb.safetensors", {"task_emb": torch.ones(384).double()}, r"expected task_emb \(384,\) in float32"),
-        ("task_emb.safetensors", {"other": torch.ones(384)}, r"expected task_emb \(384,\) in float32"),
-        ("task_emb.safetensors", {"task_emb": torch.full((384,), torch.nan)}, "holds NaN or infinite values"),
-    ],
-)
-def test_broken_folders_are_refused(settings, loaded, name, content, message):
+@pytest.mark.parametrize("content, message", [
+    (b"[]", "t2l.json: expected an object with the sha256"),
+    (b'{"sha256": 3}', "t2l.json: expected an object with the sha256"),
+    (b"{", "t2l.json: not valid JSON"),
+    ({"task_emb": torch.ones(3)}, r"task_emb.safetensors: expected task_emb \(384,\) in float32"),
+    ({"task_emb": torch.ones(384).double()}, r"expected task_emb \(384,\) in float32"),
+    ({"other": torch.ones(384)}, r"expected task_emb \(384,\) in float32"),
+    ({"task_emb": torch.full((384,), torch.nan)}, "task_emb.safetensors: .*holds NaN or infinite values"),
+])  # fmt: skip
+def test_broken_folders_are_refused(settings, loaded, content, message):
     (folder,) = folders(settings(mode="memory"), TEXTS[:1])
     if isinstance(content, bytes):
-        (folder / name).write_bytes(content)
+        (folder / "t2l.json").write_bytes(content)
     else:
-        save_file(content, folder / name)
+        save_file(content, folder / "task_emb.safetensors")
     with pytest.raises(ValueError, match=message):
         memory.peft_tensors(folder, settings(), torch.bfloat16)

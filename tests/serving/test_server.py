@@ -78,16 +78,14 @@ def test_what_clients_and_metrics_see(server):
 
 
 NAMES = (
-    "t2l:", "t2l: ", "t2l:\n\t", "t2l:\0", "t2l:a\0b", "t2l:" + "x" * 4001, "t2l:\u3000", "t2l/:x", "t2l//:x", "t2l/a/b:x",
-    "t2l/..:x", "t2l/nobody:hot", "t2l-0123456789abcdef", "t2lq-0123456789abcdef", "t2l/" + "x" * 500, "T2L:hot", " t2l:hot",
-    "t2l", "t2l-", "t2lq-", "../..", "t2l\u00e4hot",
+    "t2l:\n\t", "t2l:a\0b", "t2l:" + "x" * 4001, "t2l/:x", "t2l/a/b:x", "t2l/..:x", "t2l/nobody:hot", "t2l-0123456789abcdef",
+    "t2lq-", "t2l/" + "x" * 500, " t2l:hot", "../..", "t2l\u00e4hot",
 )  # fmt: skip
-BODIES = (b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b'{"model": 1}', b"[" * 5000, b'{"a":' * 2000)
-BODIES += tuple(json.dumps({"description": value}).encode() for value in (None, 1, [], " ", "\0", "x" * 4001, "\ud800"))
+BODIES = (b"", b"null", b"\xff\xfe", b"[" * 5000, b'{"description": 1}', b'{"description": "\\ud800"}')
 
 
 def test_bad_input_is_refused_and_the_server_lives(server):
-    """A status below 500 with a reason, and no traceback; tests of the endpoint have more bodies."""
+    """A status below 500 with a reason, and no traceback; tests of names and of the endpoint have more."""
     before, message = folders(server), [{"role": "user", "content": "hot"}]
     asked = [("/v1/chat/completions", {"model": name, "messages": message, "max_tokens": 1}) for name in NAMES]
     for path, body in (*asked, *(("/v1/t2l/adapters", body) for body in BODIES)):

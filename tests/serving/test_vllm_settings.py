@@ -55,35 +55,23 @@ def test_values_are_read():
     assert found == Settings(*expected)
 
 
-@pytest.mark.parametrize(
-    "name, value, message",
-    [
-        ("CHECKPOINT", "nowhere", "no such folder"),
-        ("CHECKPOINT", ",", "expected bundled names or folders, got ','"),
-        ("CHECKPOINT", "smollm2-135m,smollm2-135m", "different names"),
-        ("KERNELS", "yes", "expected 0 or 1, got 'yes'"),
-        ("WARMUP", "2", "expected 0 or 1"),
-        ("MODE", "ram", "expected one of disk, memory, got 'ram'"),
-        ("THREADS", "0", "expected a positive whole number, got '0'"),
-        ("STORE_BYTES", "4GiB", "expected a positive whole number"),
-        ("MAX_NAMES", "-1", "expected a positive whole number"),
-        ("CHECKPOINTS", "smollm2-135m", "expected one of T2L_VLLM_CHECKPOINT, "),
-    ],
-)
+@pytest.mark.parametrize("name, value, message", [
+    ("CHECKPOINT", "nowhere", "no such folder"), ("CHECKPOINT", ",", "expected bundled names or folders, got ','"),
+    ("CHECKPOINT", "smollm2-135m,smollm2-135m", "different names"), ("KERNELS", "yes", "expected 0 or 1, got 'yes'"),
+    ("MODE", "ram", "expected one of disk, memory, got 'ram'"), ("WARMUP", "2", "expected 0 or 1, got '2'"),
+    ("THREADS", "0", "expected a positive whole number, got '0'"), ("STORE_BYTES", "4GiB", "positive whole number"),
+    ("MAX_NAMES", "-1", "positive whole number"), ("CHECKPOINTS", "", "expected one of T2L_VLLM_CHECKPOINT, "),
+])  # fmt: skip
 def test_errors_name_the_variable(name, value, message):
     with pytest.raises(ValueError, match=f"^T2L_VLLM_{name}: .*{message}"):
         read({f"T2L_VLLM_{name}": value})
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path):
+def test_folders_that_cannot_be_used_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
-    for name, message in (("file", "expected a folder, got a file"), ("empty", "holds neither config.json")):
+    shutil.copytree(BUNDLED / "smollm2-135m", tmp_path / "a:b")
+    messages = {"file": "expected a folder, got a file", "empty": "holds neither config.json", "a:b": "are without ':'"}
+    for name, message in messages.items():
         with pytest.raises(ValueError, match=f"^T2L_VLLM_CHECKPOINT: .*{message}"):
             read({"T2L_VLLM_CHECKPOINT": str(tmp_path / name)})
-
-
-def test_a_folder_whose_name_cannot_be_asked_for_is_refused(tmp_path):
-    shutil.copytree(BUNDLED / "smollm2-135m", tmp_path / "a:b")
-    with pytest.raises(ValueError, match="T2L_VLLM_CHECKPOINT: expected folders whose names are without ':'"):
-        read({"T2L_VLLM_CHECKPOINT": str(tmp_path / "a:b")})

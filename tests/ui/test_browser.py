@@ -69,7 +69,7 @@ def test_times(window, desk):
     ask(one, [new], TEXT)
     said = one.locator("#times").inner_text()
     assert re.search(r"1 new adapter: encode \d+ ms, generate \d+ ms, attach \d+ ms; 3 rows in one batch: first", said), said
-    assert new in desk.side_by_side.held
+    assert new in desk.side_by_side._held
     ask(one, [new], TEXT)
     assert one.locator("#times").inner_text().startswith("adapters held already")
 
