@@ -125,10 +125,9 @@ class TrainingContext:
                 f"got {settings.validate_every}"
             )
         # On CPUs the backward pass of SDPA in bfloat16 is slower than eager attention at these lengths.
-        eager = device.type == "cpu" and settings.dtype == "bfloat16"
-        self.model, self.tokenizer = base_model.load(
-            settings.base_model, getattr(torch, settings.dtype), attention="eager" if eager else None
-        )
+        attention = "eager" if device.type == "cpu" and settings.dtype == "bfloat16" else None
+        dtype = getattr(torch, settings.dtype)
+        self.model, self.tokenizer = base_model.load(settings.base_model, dtype, attention=attention)
         # A folder of the same name may hold other weights when the run is resumed.
         self._base = content_checksum(dict(self.model.named_parameters()))
         self.model.requires_grad_(False).to(device)
@@ -192,7 +191,7 @@ class TrainingContext:
     ) -> Batch:
         """A batch of ``groups``, some of those ``of_step``; ``per_task``: the loss is the sum over tasks, not the mean."""
         weight = token_weights(self.settings.weighting, of_step, per_task)
-        return collate(groups, self.tokenizer.pad_token_id, weight, len(of_step), adapter)
+        return collate(groups, self.tokenizer.pad_token_id, weight, adapter)
 
     def validate(
         self,
@@ -220,14 +219,10 @@ class TrainingContext:
         group_size = 1 if one_sample else min(rows, settings.validation_samples)
         groups = [g for g in self.validation.all_groups(group_size, descriptions) if g.task in sums]
         per_batch = rows // group_size
-        for start in range(0, len(groups), per_batch):
-            mine = shard.of(groups[start : start + per_batch])
-            if not mine:
-                continue
-            batch = collate(
-                mine, self.tokenizer.pad_token_id, lambda s, g: 1 / (s.answer_len * counts[g.task]), len(mine), adapter
-            )
-            losses = self._objective.losses(batch, stack(mine)).tolist()
-            for task, loss in zip(batch.tasks, losses, strict=True):
+        batches = (shard.of(groups[start : start + per_batch]) for start in range(0, len(groups), per_batch))
+        for mine in filter(None, batches):
+            weight = lambda s, g: 1 / (s.answer_len * counts[g.task])  # noqa: E731
+            batch = collate(mine, self.tokenizer.pad_token_id, weight, adapter)
+            for task, loss in zip(batch.tasks, self._objective.losses(batch, stack(mine)).tolist(), strict=True):
                 sums[task] += loss
         return {self.tasks[task].name: loss for task, loss in sums.items()}

@@ -31,7 +31,6 @@ class Batch:
     ``labels [rows, answer]``: the answers, -100 before shorter ones.
     ``weights [rows]``: weight of each of a row's answer tokens in the step's loss.
     ``adapters [rows]``: index of each row's adapter in the stack.
-    ``fraction``: this batch's share of the step's groups.
     """
 
     groups: Sequence[Group]
@@ -40,7 +39,6 @@ class Batch:
     labels: Tensor
     weights: Tensor
     adapters: list[int]
-    fraction: float
 
     @property
     def tasks(self) -> list[int]:
@@ -62,16 +60,11 @@ def collate(
     groups: Sequence[Group],
     pad: int,
     weight: Callable[[Sample, Group], float],
-    of_step: int,
     adapter: Adapter | None = None,
 ) -> Batch:
-    """A batch of ``groups``.
+    """A batch of ``groups``, padded with token ``pad``.
 
-    Args:
-        pad: id of the padding token.
-        weight: (sample, group) -> weight of each of its answer tokens.
-        of_step: number of groups in the whole step.
-        adapter: None: group i uses adapter i.
+    ``weight``: (sample, group) -> weight of each of its answer tokens; ``adapter``: None: group i uses adapter i.
     """
     rows = [(index, sample, group) for index, group in enumerate(groups) for sample in group.samples]
     tokens = [torch.tensor(s.tokens) for _, s, _ in rows]
@@ -81,7 +74,7 @@ def collate(
     labels = padded([of[-s.answer_len :] for of, (_, s, _) in zip(tokens, rows, strict=True)], padding_value=IGNORED)
     weights = torch.tensor([weight(s, g) for _, s, g in rows])
     adapters = [index if adapter is None else adapter(index, group) for index, _, group in rows]
-    return Batch(groups, ids, mask, labels, weights, adapters, len(groups) / of_step)
+    return Batch(groups, ids, mask, labels, weights, adapters)
 
 
 def token_weights(kind: str, groups: Sequence[Group], per_task: bool) -> Callable[[Sample, Group], float]:
@@ -89,11 +82,11 @@ def token_weights(kind: str, groups: Sequence[Group], per_task: bool) -> Callabl
 
     ``kind``: "sample": the mean over samples of each sample's mean; "token": the mean over answer tokens.
     """
-    totals: Counter[int] = Counter()
+    totals: Counter[int | None] = Counter()
     for group in groups:
         for s in group.samples:
-            totals[group.task if per_task else -1] += 1 if kind == "sample" else s.answer_len
-    return lambda s, g: 1 / (totals[g.task if per_task else -1] * (s.answer_len if kind == "sample" else 1))
+            totals[group.task if per_task else None] += 1 if kind == "sample" else s.answer_len
+    return lambda s, g: 1 / (totals[g.task if per_task else None] * (s.answer_len if kind == "sample" else 1))
 
 
 class Objective:

@@ -276,25 +276,26 @@ def build(kind: type[S], values: dict[str, Any], origins: dict[str, str] | None 
     try:
         return kind(**_current(values))
     except ValidationError as error:
-        faults, last = [], ""
-        for fault in error.errors(include_url=False):
-            name = str(fault["loc"][0]) if fault["loc"] else ""
-            origin, message = origins.get(name, source), fault["msg"].removeprefix("Value error, ")
-            if fault["type"] == "extra_forbidden":
-                faults.append(f"{origin}: unknown field {short_repr(name)}")
-                last = f"; expected some of {sorted(kind.model_fields)}"
-            elif fault["type"] == "missing":
-                faults.append(f"{source}: missing field {name!r}: {kind.model_fields[name].description}")
-            elif not name:  # a check over several fields, whose message names them
-                faults.append(f"{source}: {message}")
-            else:
-                faults.append(f"{origin}: {name}: {message}, got {short_repr(fault['input'])}")
-        faults = list(dict.fromkeys(faults))
-        if len(faults) > MAX_LISTED:
-            last = f"; {len(faults) - MAX_LISTED} further faults" + last
-        raise ConfigError("; ".join(faults[:MAX_LISTED]) + last) from None
+        found = error.errors(include_url=False)
+        faults = [*dict.fromkeys(_told(kind, fault, origins, source) for fault in found)]
+        more = f"; {len(faults) - MAX_LISTED} further faults" if len(faults) > MAX_LISTED else ""
+        if any(fault["type"] == "extra_forbidden" for fault in found):
+            more += f"; expected some of {sorted(kind.model_fields)}"
+        raise ConfigError("; ".join(faults[:MAX_LISTED]) + more) from None
     except TypeError as error:  # keys that are not strings
         raise ConfigError(f"{source}: expected field names, got {error}") from None
+
+
+def _told(kind: type[Settings], fault: Mapping[str, Any], origins: Mapping[str, str], source: str) -> str:
+    """A fault that pydantic found, with its place."""
+    name, message = "".join(map(str, fault["loc"][:1])), fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "missing":
+        return f"{source}: missing field {name!r}: {kind.model_fields[name].description}"
+    if not fault["loc"]:  # a check over several fields, whose message names them
+        return f"{source}: {message}"
+    if fault["type"] == "extra_forbidden":
+        return f"{origins.get(name, source)}: unknown field {short_repr(name)}"
+    return f"{origins.get(name, source)}: {name}: {message}, got {short_repr(fault['input'])}"
 
 
 def rows(settings: Settings) -> list[tuple[str, str, str, str]]:

@@ -89,9 +89,10 @@ class SFT(HyperNetworkJob):
         return [self._context.collate(g, groups) for g in divide(groups, self.settings.tasks_per_batch, shard)]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        weight, stack = self.settings.generated_l2, model(self._conditions.augmented(batch.groups))
+        stack = model(self._conditions.augmented(batch.groups))
         losses = self._context.losses(batch, stack).sum()
-        return losses + weight * batch.fraction * generated_l2(stack) if weight else losses
+        weight = self.settings.generated_l2 * len(batch.groups) / self.settings.tasks_per_step
+        return losses + weight * generated_l2(stack) if weight else losses
 
     def validate(self, shard: Shard) -> dict[str, float]:
         stack = lambda groups: self.model(self._conditions.clean(groups))  # noqa: E731

@@ -73,7 +73,7 @@ def test_losses_of_rows(made, family, smoothing):
     """Every row of a padded batch as alone and unpadded, with all its logits made by the model itself."""
     model, handle, stack = made(family)
     step = groups()
-    batch = collate(step, 0, lambda sample, group: 1 / sample.answer_len, len(step))
+    batch = collate(step, 0, lambda sample, group: 1 / sample.answer_len)
     with torch.no_grad():
         ours = Objective(model, handle).losses(batch, stack, label_smoothing=smoothing)
     with torch.enable_grad():
@@ -91,7 +91,7 @@ def test_weighting(made):
     with torch.no_grad():
         for kind in ("sample", "token"):
             for per_task in (False, True):
-                batch = collate(step, 0, token_weights(kind, step, per_task), len(step))
+                batch = collate(step, 0, token_weights(kind, step, per_task))
                 rows = objective.losses(batch, stack)
                 totals = defaultdict(float)
                 for task, loss in zip(batch.tasks, rows.tolist(), strict=True):
@@ -118,13 +118,13 @@ def test_batches_add_up(made, kind, processes):
     step = groups()
     objective, weight = Objective(model, handle), token_weights(kind, step, False)
     with torch.no_grad():
-        whole = objective.losses(collate(step, 0, weight, len(step)), stack).sum() + generated_l2(stack)
+        whole = objective.losses(collate(step, 0, weight), stack).sum() + generated_l2(stack)
         total = torch.zeros(())
         for shard in (Shard(i, processes) for i in range(processes)):
             for part in divide(step, 2, shard):
-                batch = collate(part, 0, weight, len(step))
+                batch = collate(part, 0, weight)
                 own = stack[[step.index(group) for group in part]]
-                total += objective.losses(batch, own).sum() + batch.fraction * generated_l2(own)
+                total += objective.losses(batch, own).sum() + len(part) / len(step) * generated_l2(own)
     assert abs(total - whole) <= LOSS_ATOL
 
 
@@ -156,7 +156,7 @@ def test_neftune(made):
     step = groups([[(40, 2), (90, 1)], [(61, 1)], [(90, 4)], [(4, 2)]], (0, 0, 1, 2))
 
     def noise(part, alpha=5.0):
-        batch = collate(part, 0, token_weights("sample", step, False), len(step))
+        batch = collate(part, 0, token_weights("sample", step, False))
         objective.losses(batch, stack, neftune_alpha=alpha)
         return seen.pop()
 
