@@ -12,10 +12,8 @@ import torch
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import short_repr
 from t2l_engine.hypernetwork.checkpoint import has_described_prompts, read
-from t2l_engine.hypernetwork.contents import Contents
-from t2l_engine.hypernetwork.folder import resolve_checkpoint
+from t2l_engine.hypernetwork.folder import Contents, UndefinedEncoder, resolve_checkpoint
 from t2l_engine.hypernetwork.network import HyperNetwork, build_pooling, load
-from t2l_engine.hypernetwork.sakana_encoder import UndefinedEncoder
 from t2l_engine.library import AdapterLibrary, Match
 from t2l_engine.lora.handle import LoRAHandle
 from t2l_engine.text.config import AnyEncoderConfig, LLMEncoderConfig, OneHotConfig

@@ -17,8 +17,7 @@ from t2l_engine.files.text import to_json
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.checkpoint import read
 from t2l_engine.hypernetwork.convert import convert
-from t2l_engine.hypernetwork.folder import format_of
-from t2l_engine.hypernetwork.sakana_encoder import SFR_TEMPLATE
+from t2l_engine.hypernetwork.folder import SFR_TEMPLATE, format_of
 from t2l_engine.text.config import OneHotConfig
 from t2l_engine.text.encoder import OneHotEncoder
 

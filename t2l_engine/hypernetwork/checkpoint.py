@@ -17,20 +17,21 @@ from torch import Tensor
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import from_json, to_json
 from t2l_engine.files.weights import check_no_model, check_weights, read_safetensors, write_folder
-from t2l_engine.hypernetwork import sakana
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
-from t2l_engine.hypernetwork.contents import POOLING_PREFIX, UNUSED_PREFIX, Contents
 from t2l_engine.hypernetwork.folder import (
     BLOCKS,
     CONFIG_NAME,
     FORMAT,
+    POOLING_PREFIX,
+    UNUSED_PREFIX,
     WEIGHTS_NAME,
     CheckpointError,
+    Contents,
     check_blocks,
     format_of,
     native_blocks,
-    stated_encoder,
 )
+from t2l_engine.hypernetwork.sakana import SakanaFiles
 from t2l_engine.text.config import is_llm_encoder
 
 
@@ -39,7 +40,7 @@ def read(folder: Path, module_order: list[str] | None = None) -> Contents:
     try:
         if format_of(folder) == "native":
             return _read_native(folder, module_order)
-        return sakana.read(folder, module_order)
+        return SakanaFiles.open(folder, tensors=True).contents(module_order)
     except CheckpointError:
         raise
     except ConfigError as error:
@@ -50,7 +51,7 @@ def describe(folder: Path) -> dict[str, Any]:
     """The optional blocks of a checkpoint's ``config.json``, or the same from a folder in Sakana format."""
     if format_of(folder) == "native":
         return _optional(native_blocks(folder))
-    return sakana.describe(folder)
+    return SakanaFiles.open(folder).blocks()
 
 
 def has_described_prompts(about: Mapping[str, Any]) -> bool:
@@ -91,11 +92,8 @@ def _read_native(folder: Path, module_order: list[str] | None) -> Contents:
         for prefix in (UNUSED_PREFIX, POOLING_PREFIX)
     )
     state = {k: t for k, t in tensors.items() if not k.startswith((UNUSED_PREFIX, POOLING_PREFIX))}
-    contents = Contents(
-        config, state, unused, _optional(blocks), path, lambda: stated_encoder(blocks, config_path), pooling=pooling
-    )
     _check_pooling(path, blocks, pooling)
-    return contents
+    return Contents(config, state, unused, _optional(blocks), path, config_path, pooling=pooling)
 
 
 def _check_pooling(path: Path, blocks: Mapping[str, Any], pooling: Mapping[str, Tensor]) -> None:

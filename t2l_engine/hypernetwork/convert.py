@@ -25,8 +25,7 @@ from t2l_engine.files.yaml import read_yaml
 from t2l_engine.hypernetwork import sakana
 from t2l_engine.hypernetwork.checkpoint import read, write_native
 from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
-from t2l_engine.hypernetwork.contents import Contents
-from t2l_engine.hypernetwork.folder import BLOCKS, CONFIG_NAME, SAKANA_NAMES, CheckpointError, format_of
+from t2l_engine.hypernetwork.folder import BLOCKS, CONFIG_NAME, SAKANA_NAMES, CheckpointError, Contents, format_of
 from t2l_engine.hypernetwork.network import build, check_encoder
 
 FORMATS = ("native", "sakana")

@@ -1,21 +1,35 @@
-"""Finds a checkpoint's folder and format, and reads the ``config.json`` of the native format."""
+"""A checkpoint's folder: where it is, its format and contents, and the text encoder that it states."""
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from t2l_engine.files.errors import ConfigError, short_repr
-from t2l_engine.files.text import read_json
-from t2l_engine.hypernetwork.sakana_encoder import sakana_encoder_config
-from t2l_engine.text.config import AnyEncoderConfig, encoder_config_from_json
+from torch import Tensor
+
+from t2l_engine.files.errors import ConfigError, boolean, short_repr
+from t2l_engine.files.text import from_json, read_json
+from t2l_engine.hypernetwork.config import HyperNetworkConfig
+from t2l_engine.text.config import (
+    SAKANA_MAX_LENGTH,
+    AnyEncoderConfig,
+    EncoderConfig,
+    OneHotConfig,
+    encoder_config_from_json,
+)
+from t2l_engine.text.prompts import CHAT, check_prompt_form
 
 BUNDLED = Path(__file__).resolve().parents[1] / "checkpoints"
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "hypernet.safetensors"
 SAKANA_NAMES = ("hypermod.pt", "args.yaml", "adapter_config.json")
 FORMAT = "t2l_engine.hypernetwork.v1"
 BLOCKS = ("encoder", "base_model", "training", "reference")
+UNUSED_PREFIX, POOLING_PREFIX = "reference.", "pooling."
+#: Template of SakanaAI's code for the SFR encoders.
+SFR_TEMPLATE = "Instruct: Retrieve semantically similar text.\nQuery: {text}"
 
 
 class CheckpointError(ConfigError):
@@ -25,6 +39,46 @@ class CheckpointError(ConfigError):
     >>> issubclass(t2l.CheckpointError, ValueError)
     True
     """
+
+
+class UndefinedEncoder(ConfigError):
+    """A checkpoint names an encoder whose pooling is not known."""
+
+
+@dataclasses.dataclass
+class Contents:
+    """The configuration and tensors of a checkpoint of either format.
+
+    ``state``: under native keys; ``unused``: tensors of the Sakana format that generation ignores, under its keys;
+    ``blocks``: the optional blocks of ``config.json``, which ``source`` states; ``path``: of the weights file;
+    ``key_in_file``: native key -> the file's key, for errors.  ``pooling``: tensors of the encoder's trained pooling
+    (:class:`t2l_engine.text.llm_encoder.AttentionPooling`), empty for an encoder without one.
+    """
+
+    config: HyperNetworkConfig
+    state: dict[str, Tensor]
+    unused: dict[str, Tensor]
+    blocks: dict[str, Any]
+    path: Path
+    source: Path
+    key_in_file: Callable[[str], str] = str
+    pooling: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def encoder_config(self) -> AnyEncoderConfig | None:
+        """Of the encoder that the checkpoint was trained with, see :func:`stated_encoder`."""
+        return stated_encoder(self.blocks, self.source)
+
+    @property
+    def prompt_form(self) -> str:
+        """The prompt template of the training, "chat" unless the checkpoint states another; ConfigError if unknown."""
+        training = self.blocks.get("training") or {}
+        return check_prompt_form(training.get("prompt_form", CHAT), self.path.parent)
+
+
+def expect_shape(path: Path, key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """CheckpointError naming ``path`` and ``key`` unless ``tensor`` has ``shape``."""
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(f"{path}: {key}: expected shape {shape}, got {short_repr(tuple(tensor.shape))}")
 
 
 def bundled_checkpoints() -> list[str]:
@@ -100,11 +154,44 @@ def check_blocks(blocks: dict[str, Any], where: str) -> None:
 def stated_encoder(blocks: dict[str, Any], path: Path) -> AnyEncoderConfig | None:
     """The text encoder stated by the ``blocks`` of ``path``, None if there is none.
 
-    Raises UndefinedEncoder, a ConfigError, if converted Sakana arguments name an encoder whose pooling is not known.
+    Raises UndefinedEncoder, a ConfigError, if Sakana arguments name an encoder whose pooling is not known.
     """
     if blocks.get("encoder") is not None:
         return encoder_config_from_json(blocks["encoder"], f"{path}: encoder")
     args = blocks.get("reference", {}).get("args")
-    if isinstance(args, dict) and args.get("emb_model"):  # raises for an encoder without rules
-        return sakana_encoder_config(args, f"{path}: reference.args")
+    if isinstance(args, dict) and args:  # raises, since blocks of defined encoders are written
+        return sakana_encoder_config(args, f"{path}: reference.args" if path.name == CONFIG_NAME else str(path))
     return None
+
+
+def sakana_encoder_config(args: dict[str, Any], where: str) -> EncoderConfig | OneHotConfig:
+    """The encoder stated in the ``args.yaml`` of a checkpoint in Sakana format.
+
+    ``where`` names the file in errors.  SakanaAI's code defines the pooling of "gte" and "SFR" models and of the base model
+    itself (no ``emb_model``), and of no other.
+
+    Raises:
+        UndefinedEncoder: the pooling of the encoder is not defined.
+        ConfigError: a field has a wrong type; the message names it.
+    """
+    one_hot = args.get("use_one_hot_task_emb")
+    if one_hot is not None and boolean(f"{where}: use_one_hot_task_emb", one_hot):
+        return from_json(OneHotConfig, {"tasks": args.get("train_ds_names")}, f"{where}: train_ds_names")
+    name = args.get("emb_model")
+    if name is not None and not isinstance(name, str):
+        raise ConfigError(f"{where}: emb_model: expected a string, got {short_repr(name)}")
+    if not name:
+        base = args.get("model_dir")
+        if not isinstance(base, str) or not base.rstrip("/"):
+            raise UndefinedEncoder(
+                f"{where}: model_dir: expected the base model, which embeds the texts, got {short_repr(base)}"
+            )
+        return EncoderConfig(base.rstrip("/"), "last", SAKANA_MAX_LENGTH, dtype="bfloat16")
+    if "gte" in name:
+        return EncoderConfig(name, "cls", SAKANA_MAX_LENGTH)
+    if "SFR" in name:
+        return EncoderConfig(name, "last", SAKANA_MAX_LENGTH, template=SFR_TEMPLATE, dtype="bfloat16")
+    raise UndefinedEncoder(
+        f"{where}: emb_model: expected a 'gte' or 'SFR' model or none, whose pooling SakanaAI's code defines, "
+        f"got {short_repr(name)}; pass encoder=FOLDER (--encoder FOLDER)"
+    )

@@ -22,10 +22,16 @@ from t2l_engine.files.text import from_json, to_json
 from t2l_engine.files.weights import check_dtype, max_abs
 from t2l_engine.hypernetwork.checkpoint import read, write_native
 from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
-from t2l_engine.hypernetwork.contents import POOLING_PREFIX, Contents, expect_shape
-from t2l_engine.hypernetwork.folder import BLOCKS, CheckpointError, resolve_checkpoint
+from t2l_engine.hypernetwork.folder import (
+    BLOCKS,
+    POOLING_PREFIX,
+    CheckpointError,
+    Contents,
+    UndefinedEncoder,
+    expect_shape,
+    resolve_checkpoint,
+)
 from t2l_engine.hypernetwork.modules import MLP, Folded, NormedEmbedding, Offsets
-from t2l_engine.hypernetwork.sakana_encoder import UndefinedEncoder
 from t2l_engine.hypernetwork.task_encoders import TASK_ENCODERS
 from t2l_engine.ops import reference
 from t2l_engine.ops.reference import without_autocast

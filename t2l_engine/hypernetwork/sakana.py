@@ -8,6 +8,7 @@ process.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from pathlib import Path
@@ -20,10 +21,15 @@ from t2l_engine.files.errors import ConfigError, boolean, positive_number, short
 from t2l_engine.files.text import from_json, read_json, to_json
 from t2l_engine.files.torch_file import read_torch_file
 from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
-from t2l_engine.hypernetwork.contents import Contents, expect_shape
-from t2l_engine.hypernetwork.folder import BLOCKS, SAKANA_NAMES, CheckpointError, check_blocks
-from t2l_engine.hypernetwork.sakana_encoder import sakana_encoder_config
-from t2l_engine.text.config import AnyEncoderConfig, encoder_config_from_json
+from t2l_engine.hypernetwork.folder import (
+    BLOCKS,
+    SAKANA_NAMES,
+    CheckpointError,
+    Contents,
+    check_blocks,
+    expect_shape,
+    sakana_encoder_config,
+)
 
 #: Our block in args.yaml: facts of a converted native checkpoint that the Sakana format cannot express.
 OWN_BLOCK = "t2l_engine"
@@ -100,8 +106,8 @@ class SakanaFiles:
         check_blocks(self.own, f"{self.args_path}: {OWN_BLOCK}")
 
     @classmethod
-    def open(cls, folder: Path) -> SakanaFiles:
-        """The two configuration files in ``folder``; the weights are not read."""
+    def open(cls, folder: Path, tensors: bool = False) -> SakanaFiles:
+        """The two configuration files in ``folder``, and the ``tensors`` if asked for."""
         from t2l_engine.files.yaml import read_yaml  # here: only this format needs PyYAML
 
         weights, args_path, peft_path = (folder / name for name in SAKANA_NAMES)
@@ -116,15 +122,8 @@ class SakanaFiles:
         for path, value in zip((args_path, peft_path), values, strict=True):
             if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
                 raise CheckpointError(f"{path}: expected a mapping from names, got {short_repr(value)}")
-        return cls(*values, weights, args_path, peft_path)
-
-    def encoder_config(self) -> AnyEncoderConfig | None:
-        """The text encoder that the files state, None if they state none."""
-        if self.own.get("encoder") is not None:
-            return encoder_config_from_json(self.own["encoder"], f"{self.args_path}: {OWN_BLOCK}.encoder")
-        if self.own and not self.args.get("emb_model"):
-            return None  # converted from a native folder without encoder; without our block it would be the base model
-        return sakana_encoder_config(self.args, str(self.args_path))
+        state = read_torch_file(weights, CheckpointError) if tensors else {}
+        return cls(*values, weights, args_path, peft_path, state)
 
     def blocks(self) -> dict[str, Any]:
         """The optional blocks of a native folder, as far as the files state them."""
@@ -135,10 +134,8 @@ class SakanaFiles:
             if isinstance(name, str) and name:
                 blocks["base_model"] = name
         blocks["reference"] = {"args": self.args, "adapter_config": self.peft}
-        try:
+        with contextlib.suppress(ConfigError):  # unknown pooling: generating needs an encoder from the caller
             blocks["encoder"] = to_json(sakana_encoder_config(self.args, "args.yaml"))
-        except ConfigError:  # unknown pooling: generating needs an encoder from the caller
-            pass
         return blocks
 
     def contents(self, module_order: list[str] | None = None) -> Contents:
@@ -183,7 +180,7 @@ class SakanaFiles:
         applied = {"AB_offset": not recon or factorized, "mean_recon_target": z_scores, "std_recon_target": z_scores}
         native, unused = _rename(state, config, applied, self.weights)
         key_in_file = lambda key: sakana_key(key, encoder)  # noqa: E731
-        return Contents(config, native, unused, self.blocks(), self.weights, self.encoder_config, key_in_file)
+        return Contents(config, native, unused, self.blocks(), self.weights, self.args_path, key_in_file)
 
     # --- what the tensors say --------------------------------------------------------------------------------------
 
@@ -336,18 +333,6 @@ class SakanaFiles:
             if abs(a - b) > 1e-9 * b:
                 raise CheckpointError(f"{where}: {name} {a} contradicts the other fields, which say {b}")
         return exact
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    """See :func:`t2l_engine.hypernetwork.checkpoint.describe`."""
-    return SakanaFiles.open(folder).blocks()
-
-
-def read(folder: Path, module_order: list[str] | None = None) -> Contents:
-    """See :func:`t2l_engine.hypernetwork.checkpoint.read`."""
-    files = SakanaFiles.open(folder)
-    files.state = read_torch_file(files.weights, CheckpointError)
-    return files.contents(module_order)
 
 
 def _flag(values: dict[str, Any], name: str, default: bool, path: Path) -> bool:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 
 import t2l_engine as t2l
-from t2l_engine.hypernetwork.contents import Contents
+from t2l_engine.hypernetwork.folder import Contents
 from t2l_engine.text import base_model, packaged
 from t2l_engine.text.prompts import prompt_of
 

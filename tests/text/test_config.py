@@ -9,7 +9,7 @@ import torch
 
 from t2l_engine import ConfigError, EncoderConfig, TextEncoder
 from t2l_engine.files.text import from_json, to_json
-from t2l_engine.hypernetwork.sakana_encoder import sakana_encoder_config
+from t2l_engine.hypernetwork.folder import sakana_encoder_config
 from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, relative_frobenius
 from t2l_engine.text.config import LLMEncoderConfig, OneHotConfig, encoder_config_from_json
 
