@@ -48,7 +48,7 @@ def adapt(
     is optimistic, as the same examples choose the step.
     """
     began = time.perf_counter()
-    from t2l_engine.text.examples import read_examples
+    from t2l_engine.text.prompts import read_examples
 
     keep_freed_memory()
     need_packages()

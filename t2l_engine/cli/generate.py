@@ -69,7 +69,7 @@ def generate(options: Options, engine_options: Engine) -> None:
     --examples needs a checkpoint whose encoder reads examples.
     """
     from t2l_engine.text.base_model import config_of
-    from t2l_engine.text.examples import read_examples
+    from t2l_engine.text.prompts import read_examples
 
     _check(options, engine_options)
     given = enumerate(options.descriptions, start=1)

@@ -15,7 +15,7 @@ import torch
 from transformers import StoppingCriteriaList
 
 from t2l_engine.lora.handle import attach
-from t2l_engine.text.loading import positions
+from t2l_engine.text.encoder import positions
 from t2l_engine.text.prompts import NEXT_EXAMPLE, RAW, answer_in, continuation, prompt_ids, prompt_of
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
 """Text: task descriptions to embeddings, and inputs to prompts of a language model.
 
 May be imported: ``encoder`` (TextEncoder, OneHotEncoder), ``llm_encoder`` (LLMEncoder), ``config`` (their configurations),
-``prompts``, ``examples``, ``base_model`` and ``packaged`` (language models by name).  Imports ``files`` and ``ops``.
+``prompts``, ``base_model`` and ``packaged`` (language models by name).  Imports ``files`` and ``ops``.
 """

@@ -19,16 +19,16 @@ def config_of(name: str) -> Any:
     """
     from transformers import AutoConfig
 
-    folder = packaged.convert() if own_name(name) == LANGUAGE_MODEL else name
-    return AutoConfig.from_pretrained(_folder(str(folder)), trust_remote_code=False)
+    return AutoConfig.from_pretrained(_folder(name), trust_remote_code=False)
 
 
 def _folder(name: str) -> str:
-    if not (Path(name) / "config.json").is_file():
+    folder = str(packaged.convert()) if own_name(name) == LANGUAGE_MODEL else name
+    if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(
             f"base_model: expected {LANGUAGE_MODEL!r} or a local transformers folder with config.json, got {name!r}"
         )
-    return name
+    return folder
 
 
 def check_device(device: str) -> None:
@@ -51,23 +51,19 @@ def load(name: str, dtype: torch.dtype, attention: str | None = None):
         ValueError: the folder's weights are incomplete, it contains an adapter, its model needs custom code, or its
             tokenizer has no ``eos_token``.
     """
-    from transformers import GenerationConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    if own_name(name) == LANGUAGE_MODEL:
-        model, tokenizer = packaged.load(dtype, attn_implementation=attention)
-    else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        no_adapter(_folder(name), f"base_model {name!r}")
-        # trust_remote_code is False, not unset, for which transformers would ask at the terminal.
-        loaded = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation=attention, trust_remote_code=False, output_loading_info=True
-        )
-        model, info = cast("tuple[Any, dict[str, Any]]", loaded)
-        if info["missing_keys"]:  # transformers would initialise them at random
-            raise ValueError(f"base_model {name!r}: its weights lack {short_repr(sorted(info['missing_keys']))}")
-        model = model.eval()
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
+    folder = _folder(name)
+    no_adapter(folder, f"base_model {name!r}")
+    # trust_remote_code is False, not unset, for which transformers would ask at the terminal.
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention, trust_remote_code=False, output_loading_info=True
+    )
+    model, info = cast("tuple[Any, dict[str, Any]]", loaded)
+    if info["missing_keys"]:  # transformers would initialise them at random
+        raise ValueError(f"base_model {name!r}: its weights lack {short_repr(sorted(info['missing_keys']))}")
+    model = model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"base_model {name!r}: expected a tokenizer with an eos_token, at which answers end, got none")
     if tokenizer.pad_token is None:

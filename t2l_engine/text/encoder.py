@@ -19,8 +19,7 @@ from t2l_engine.files.text import is_unicode
 from t2l_engine.ops.reference import without_autocast
 from t2l_engine.text.bert import PackedBert, is_plain
 from t2l_engine.text.config import SAKANA_MAX_LENGTH, EncoderConfig, OneHotConfig
-from t2l_engine.text.loading import load, positions
-from t2l_engine.text.packaged import resolve
+from t2l_engine.text.packaged import no_adapter, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -170,8 +169,7 @@ class TextEncoder:
             raise ValueError(f"config: expected an EncoderConfig, got {type(config).__name__}, which has a class of its own")
         if dtype is not None:
             config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
-        model, tokenizer = load(resolve(config.name), getattr(torch, config.dtype), trust_remote_code)
-        model = model.to(device)  # pyright: ignore[reportArgumentType]  # as unbound method
+        model, tokenizer = load(config.name, config.dtype, device, trust_remote_code)
         return cls(model, tokenizer, config, cache_size=cache_size)
 
     @classmethod
@@ -387,3 +385,54 @@ class OneHotEncoder:
             raise ValueError("texts: expected at least one task name, got none")
         rows = torch.tensor([self._index[name] for name in texts], device=self.device)
         return nn.functional.one_hot(rows, self.embed_dim).float()
+
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+
+def load(name: str, dtype: str, device: str | torch.device, trust_remote_code: bool) -> tuple[PreTrainedModel, Any]:
+    """Model and tokenizer of a packaged encoder, local folder or hub name; raises as :meth:`TextEncoder.from_pretrained`.
+
+    Python code beside them runs with ``trust_remote_code`` only.
+    """
+    from transformers import AutoModel, AutoTokenizer, PreTrainedConfig
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    source = resolve(name)
+    no_adapter(source, f"encoder {source!r}")
+    try:
+        # Both files are only parsed here: code is refused before transformers could run it, or use another class instead.
+        values, _ = PreTrainedConfig.get_config_dict(source)
+        if not values:
+            raise OSError("no config.json")
+        if not trust_remote_code and ("auto_map" in values or "auto_map" in get_tokenizer_config(source)):
+            raise ValueError(
+                f"encoder {source!r}: brings Python code of its own (auto_map in its configuration), which runs only with "
+                "trust_remote_code=True (--trust-remote-code, which t2l train has not); read the code first"
+            )
+        if values.get("is_encoder_decoder"):
+            raise ValueError(f"encoder {source!r}: expected an encoder or a decoder, got an encoder-decoder model")
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model, info = AutoModel.from_pretrained(
+            source, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except OSError as error:
+        reason = str(error).partition("\n")[0][:300]
+        raise OSError(
+            f"encoder {source!r}: cannot be loaded ({reason}); pass encoder=FOLDER (--encoder FOLDER) or a configuration of "
+            "a local folder"
+        ) from error
+    # We pool the last hidden state, so a missing pooler, which transformers initialises at random, does not matter.
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise ValueError(f"encoder {source!r}: its weights lack {short_repr(missing)}")
+    return model.to(device), tokenizer
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """Number of positions of ``model`` in tokens, None if it states no limit."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1  # RoBERTa and its relatives count from padding_idx + 1
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -14,9 +14,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention, silu
 
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.text.config import LLMEncoderConfig
-from t2l_engine.text.encoder import CACHE_SIZE, TextEncoder, WorkedExamples, check_list, check_text
-from t2l_engine.text.loading import load
-from t2l_engine.text.packaged import resolve
+from t2l_engine.text.encoder import CACHE_SIZE, TextEncoder, WorkedExamples, check_list, check_text, load
 from t2l_engine.text.prompts import worked_example
 
 if TYPE_CHECKING:
@@ -143,8 +141,7 @@ class LLMEncoder(TextEncoder):
 
         ``pooling``: None: a new one with random parameters.
         """
-        model, tokenizer = load(resolve(config.name), getattr(torch, config.dtype), trust_remote_code)
-        model = model.to(device)  # pyright: ignore[reportArgumentType]  # as unbound method
+        model, tokenizer = load(config.name, config.dtype, device, trust_remote_code)
         if pooling is None:
             pooling = AttentionPooling(config, model.config.get_text_config().hidden_size)
         return cls(model, tokenizer, config, pooling.to(device), cache_size=cache_size)
@@ -198,9 +195,9 @@ class LLMEncoder(TextEncoder):
     def _states(self, tokens: list[dict[str, list[int]]]) -> list[Tensor]:
         self._current_modules()  # raises if adapters are in use
         batch, mask = self._padded(tokens)
-        with self._lock, _Recorded(self.model, self.config.layers) as recorded, contextlib.suppress(_LastLayer):
+        with self._lock, _recorded(self.model, self.config.layers) as outputs:
             self.model(**batch, attention_mask=mask.long(), use_cache=False)
-        states = [recorded.output(i) for i in self.config.layers]  # on several devices, where the model is
+        states = [outputs[i] for i in self.config.layers]  # on several devices, where the model is
         read = torch.stack([state[mask.to(state.device)].float().to(mask.device) for state in states], dim=1)
         read = read * (read.square().mean(dim=-1, keepdim=True) + EPS).rsqrt()
         return list(read.flatten(1).to(torch.bfloat16).split(mask.sum(dim=1).tolist()))
@@ -210,46 +207,36 @@ class _LastLayer(Exception):
     """The last layer that is read has run."""
 
 
-class _Recorded:
-    """Records the outputs of layers of ``model`` in this thread, and ends its forward pass after the last of them.
+@contextlib.contextmanager
+def _recorded(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Outputs of ``layers``, by index, of a forward pass in this thread, which ends after the last of them.
 
     By hooks, since transformers' ``output_hidden_states`` runs all layers.
     """
+    depth = model.config.get_text_config().num_hidden_layers
+    # Not of a vision model beside the text model, which may have as many.
+    text = getattr(model, "get_decoder", lambda: None)() or model
+    stack = next((m for m in text.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
+    modules = {} if stack is None else {i: stack[i - 1] if i else model.get_input_embeddings() for i in layers}
+    outputs: dict[int, Tensor] = {}
+    thread = threading.get_ident()
 
-    def __init__(self, model: PreTrainedModel, layers: Sequence[int]):
-        depth = model.config.get_text_config().num_hidden_layers
-        # Not of a vision model beside the text model, which may have as many.
-        text = getattr(model, "get_decoder", lambda: None)() or model
-        stack = next((m for m in text.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
-        self._wanted = f"encoder: expected a decoder with a list of its {depth} layers, got {type(model).__name__}"
-        if stack is None:
-            raise ConfigError(self._wanted)
-        self._outputs: dict[int, Tensor] = {}
-        self._thread, self._last = threading.get_ident(), layers[-1]
-        self._modules = {i: stack[i - 1] if i else model.get_input_embeddings() for i in layers}
-
-    def __enter__(self) -> _Recorded:
-        self._hooks = [
-            module.register_forward_hook(functools.partial(self._record, i)) for i, module in self._modules.items()
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def output(self, index: int) -> Tensor:
-        """Of layer ``index``; ConfigError where the forward pass did not run it."""
-        if index not in self._outputs:
-            raise ConfigError(self._wanted)
-        return self._outputs[index]
-
-    def _record(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() != self._thread:  # another thread may run the model meanwhile
+    def record(index: int, module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() != thread:  # another thread may run the model meanwhile
             return
-        self._outputs[index] = output[0] if isinstance(output, tuple) else output
-        if index == self._last:
+        outputs[index] = output[0] if isinstance(output, tuple) else output
+        if index == layers[-1]:
             raise _LastLayer
+
+    hooks = [module.register_forward_hook(functools.partial(record, i)) for i, module in modules.items()]
+    try:
+        with contextlib.suppress(_LastLayer):
+            yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(outputs) < len(layers):
+        raise ConfigError(f"encoder: expected a decoder with a list of its {depth} layers, got {type(model).__name__}")
 
 
 def condition_text(description: str, examples: Sequence[tuple[str, str]] = ()) -> str:

@@ -13,8 +13,8 @@ import t2l_engine as t2l
 from t2l_engine import ConfigError, attach
 from t2l_engine.hypernetwork import convert
 from t2l_engine.text.config import LLMEncoderConfig
-from t2l_engine.text.examples import read_examples
 from t2l_engine.text.llm_encoder import EPS, AttentionPooling, LLMEncoder, condition_text, pad_states
+from t2l_engine.text.prompts import read_examples
 
 CONFIG = LLMEncoderConfig("tiny", layers=(0, 1), queries=3, width=8, heads=2, blocks=2, max_length=128, max_examples=2)
 TEXTS = ["Name the capital of a country", "the drugs", "a", "name a drug of the country."]
