@@ -21,7 +21,7 @@ pytestmark = pytest.mark.emu
 
 TESTS = Path(__file__).parents[1]
 OPS = TESTS / "ops"
-HERE = [TESTS / "emu" / name for name in ("emulated_lora_counts.py", "emulated_hypernet_counts.py", "emulated_host.py")]
+HERE = [TESTS / "emu" / name for name in ("emulated_lora_traffic.py", "emulated_hypernet_traffic.py", "emulated_host.py")]
 RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
 
 
