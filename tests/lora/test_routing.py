@@ -235,6 +235,18 @@ def test_a_graph_keeps_the_segments_that_it_reads(model, handle, prompts, monkey
     assert known.seg_adapters.tolist() == [7] * 8 and captured.seg_adapters.tolist() == [3]
 
 
+def test_segments_are_made_once_a_step(model, handle, prompts, monkeypatch):
+    """For all linears together, and again where ids or the number of tokens change."""
+    made, make = [], AdapterBatch.from_rows
+    monkeypatch.setattr(AdapterBatch, "from_rows", lambda *of: made.append(of) or make(*of))
+    shorter = {key: value[:, :4] for key, value in prompts.items()}
+    for ids, batch, count in ((0, prompts, 1), (None, prompts, 1), (None, shorter, 2), (1, shorter, 3)):
+        if ids is not None:
+            handle.set([ids] * 8)
+        logits(model, batch)
+        assert len(made) == count
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_autocast(make_stack, grad):
     stack, x = make_stack({"q_proj": (16, 16)}), torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
