@@ -40,39 +40,45 @@ def test_an_unused_plugin_of_vllm_imports_nothing(monkeypatch):
     assert after - before == {"t2l_vllm"}
 
 
-def test_a_broken_native_library_raises(tmp_path):
-    """Present but unloadable: an ImportError that says what to do, unless the reference was asked for."""
-    package = Path(t2l_engine.__file__).parent
-    shutil.copytree(package, tmp_path / "t2l_engine", ignore=shutil.ignore_patterns("*.so", "__pycache__", "checkpoints"))
-    command = [sys.executable, "-c", "import t2l_engine; print(t2l_engine.ops.NATIVE)"]
-    environment = {k: v for k, v in os.environ.items() if k != "T2L_DISABLE_NATIVE"} | {"PYTHONPATH": str(tmp_path)}
-    absent = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert absent.stdout.strip() == "False", absent.stderr
-    (tmp_path / "t2l_engine" / "_C.so").write_bytes(b"not a library")
-    broken = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert broken.returncode != 0 and "present but does not load" in broken.stderr
-    root = Path(__file__).parents[1]
-    launch = f"import sys; sys.path.append({str(root)!r}); sys.argv = ['t2l', 'info', '--check']; "
-    launch += "import t2l_command as command; command.main()"
-    told = subprocess.run([sys.executable, "-c", launch], env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert told.returncode == 1 and told.stdout == "" and told.stderr.count("\n") == 1, "a line, no trace"
-    assert told.stderr.startswith(f"t2l: t2l_engine: {tmp_path / 't2l_engine' / '_C.so'} is present but does not load: ")
-    assert "file too short" in told.stderr, "the reason of the system"
-    asked = subprocess.run(
-        command, env={**environment, "T2L_DISABLE_NATIVE": "1"}, cwd=tmp_path, capture_output=True, text=True
-    )
-    assert asked.stdout.strip() == "False", asked.stderr
-
-
-def test_an_older_torch_is_the_reason(monkeypatch, tmp_path):
-    """Not the symbol that it happens to lack first."""
-    (tmp_path / "_C.so").write_bytes(b"not a library")
+@pytest.fixture
+def broken(monkeypatch, tmp_path):
+    """A native library that is none, in place of the package's."""
     monkeypatch.delenv(native.DISABLE_VARIABLE, raising=False)
     monkeypatch.setattr(native, "library_path", lambda: tmp_path / "_C.so")
+    (tmp_path / "_C.so").write_bytes(b"not a library")
+    return tmp_path / "_C.so"
+
+
+def test_a_broken_native_library_raises(broken, monkeypatch):
+    """Present but unloadable: an error, unless the reference was asked for; an absent one is none."""
+    with pytest.raises(ImportError, match="is present but does not load: .*file too short"):
+        native.load()
+    monkeypatch.setenv(native.DISABLE_VARIABLE, "1")
+    assert native.load() is False
+    monkeypatch.delenv(native.DISABLE_VARIABLE)
+    broken.unlink()
+    assert native.load() is False
+
+
+def test_the_command_reports_it_in_a_line(tmp_path):
+    package, root = Path(t2l_engine.__file__).parent, Path(__file__).parents[1]
+    shutil.copytree(package, tmp_path / "t2l_engine", ignore=shutil.ignore_patterns("*.so", "__pycache__", "checkpoints"))
+    library = tmp_path / "t2l_engine" / "_C.so"
+    library.write_bytes(b"not a library")
+    launch = f"import sys; sys.path.append({str(root)!r}); sys.argv = ['t2l', 'info', '--check']; "
+    launch += "import t2l_command as command; command.main()"
+    environment = {k: v for k, v in os.environ.items() if k != "T2L_DISABLE_NATIVE"} | {"PYTHONPATH": str(tmp_path)}
+    told = subprocess.run([sys.executable, "-c", launch], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert told.returncode == 1 and told.stdout == "" and told.stderr.count("\n") == 1, "a line, no trace"
+    assert told.stderr.startswith(f"t2l: t2l_engine: {library} is present but does not load: ")
+
+
+def test_an_older_torch_is_the_reason(broken, monkeypatch):
+    """Not the symbol that it happens to lack first."""
     monkeypatch.setattr(torch, "__version__", "2.10.1+cu128")
     with pytest.raises(ImportError, match=r"does not load: expected torch 2\.11 or later, got 2\.10\.1\+cu128\n") as caught:
         native.load()
-    assert (caught.value.name, caught.value.path) == ("t2l_engine._C", str(tmp_path / "_C.so"))
+    assert (caught.value.name, caught.value.path) == ("t2l_engine._C", str(broken))
 
 
 @pytest.mark.skipif(native.about() is None, reason="no native library is loaded")

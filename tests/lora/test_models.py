@@ -1,7 +1,6 @@
 """Adapters on the decoders of transformers, against PEFT on the same folders: every family, dtype, rank and row."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -175,57 +174,6 @@ def test_encoder_and_decoder(tmp_path, tokens):
             got = model(**inputs).logits
     assert_same_logits(got[[0, 2]], expected[[0, 2]], base[[0, 2]])
     assert torch.equal(got[1], base[1])
-
-
-def test_conv1d_by_the_name_of_its_argument(build, tmp_path):
-    model = build("GPT2")
-    stack = AdapterStack(
-        {"c_fc": torch.randn(1, 3, 2, 64)}, {"c_fc": torch.randn(1, 3, 256, 2)}, torch.ones(1),
-        paths={"c_fc": "transformer.h.{layer}.mlp.c_fc"},
-    )  # fmt: skip
-    layer, x = model.transformer.h[0].mlp, torch.randn(5, 64)
-    with torch.no_grad(), attach(model, stack).use(0):
-        assert torch.equal(layer.c_fc(x=x), layer.c_fc(x)) and not torch.equal(layer.c_fc(x), layer.c_fc.base(x))
-
-
-# --- what PEFT folders may say ---------------------------------------------------------------------------------------
-
-
-PATTERNS = {
-    "rank_pattern": {"v_proj": 2, "model.layers.1.self_attn.q_proj": 8},
-    "alpha_pattern": {"model.layers.0.mlp.down_proj": 20, "q_proj": 3},
-}
-
-
-@pytest.mark.parametrize(
-    ("family", "config"),
-    [
-        *((family, {"use_rslora": True}) for family in ("Llama", "Phi3", "GPT2")),
-        *(("Llama", PATTERNS | {"use_rslora": rslora}) for rslora in (False, True)),
-        *((family, {"layers_to_transform": [i]}) for family, i in (("Llama", 0), ("Phi3", 1), ("GPT2", 1))),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "+".join(value),
-)
-def test_folders_read_and_written(build, tmp_path, tokens, family, config):
-    """PEFT's folder gives PEFT's logits here, merged too, and the folder written from it gives them in PEFT."""
-    model = build(family)
-    config = settings(family, FAMILIES[family][2], r=4, lora_alpha=6, **config)
-    adapted = make_peft(model, tmp_path / "peft", **config)
-    stack = AdapterStack.from_peft(tmp_path / "peft")
-    stack.save_pretrained(tmp_path / "ours")
-    with torch.no_grad():
-        base, expected = model(tokens).logits, adapted(tokens).logits
-    assert stack.partial == ("layers_to_transform" in config)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT looks for no other layers
-        assert_same_logits(peft_logits(model, tmp_path / "ours", tokens), expected, base)
-    assert_same_logits(our_logits(model, stack, 0, tokens), expected, base)
-    before, handle = snapshot(model), attach(model, stack)
-    handle.merge(0)
-    with torch.no_grad():
-        assert_same_logits(model(tokens).logits, expected, base)
-    handle.detach()
-    assert_untouched(model, before)
 
 
 @pytest.mark.parametrize(("family", "tied"), [("Llama", False), ("Llama", True), ("Gemma2", True), ("GPT2", True)], ids=str)
