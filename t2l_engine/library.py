@@ -238,15 +238,12 @@ def _descriptions(path: Path) -> dict[str, list[str]]:
         raise ConfigError(f"{path}: expected an object of names and descriptions, got {short_repr(found)}")
     for name, texts in found.items():
         _check_name(name, str(path))
-        if not isinstance(texts, list) or not texts or not all(map(_is_description, texts)):
+        strings = isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
+        if not strings or not all(text.strip() and is_unicode(text) for text in texts):
             raise ConfigError(f"{path}: {name}: expected a list of descriptions, got {short_repr(texts)}")
         if not (path.parent / name / CONFIG_NAME).is_file():
             raise FileNotFoundError(f"{path.parent / name / CONFIG_NAME}: not found, but {path.name} names {name}")
     return found
-
-
-def _is_description(text: object) -> bool:
-    return isinstance(text, str) and bool(text.strip()) and is_unicode(text)
 
 
 def _digest(descriptions: Mapping[str, Sequence[str]], encoder: TextEncoder) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from t2l_engine.adapters import peft_write
 from t2l_engine.adapters.peft import PeftAdapter
 from t2l_engine.files.errors import short_repr
-from t2l_engine.files.weights import max_abs, replacing
+from t2l_engine.files.weights import is_finite, max_abs, replacing
 
 #: ``model_type`` of a transformers configuration -> architecture of its GGUF file, and whether rows of q and k are permuted.
 ARCHITECTURES = {
@@ -87,7 +87,11 @@ def write(
                 full, most = f"{name}.weight.lora_{side}", max_abs(values)
                 if 0 < most < torch.finfo(dtype).smallest_normal:
                     raise ValueError(f"{full}: holds values that are too small for {dtype}: the largest is {most:.3g}")
-                _add(writer, full, values.to(dtype), gguf.GGMLQuantizationType[tensor])
+                values = values.to(dtype).contiguous()
+                if not is_finite(values):
+                    raise ValueError(f"{full}: holds values that exceed the range of {dtype}")
+                raw = values.view(torch.uint8) if dtype == torch.bfloat16 else values  # numpy lacks it
+                writer.add_tensor(full, raw.numpy(), raw_dtype=gguf.GGMLQuantizationType[tensor])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -98,13 +102,3 @@ def interleaved(B: Tensor, heads: int) -> Tensor:
     """Rows of ``B [out, r]`` in the order of GGUF's ``llama``: row 2i + s of a head is row s * size / 2 + i."""
     out, rank = B.shape
     return B.view(heads, 2, out // heads // 2, rank).transpose(1, 2).reshape(out, rank)
-
-
-def _add(writer: Any, name: str, values: Tensor, kind: Any) -> None:
-    if not bool(values.isfinite().all()):
-        raise ValueError(f"{name}: holds values that exceed the range of {values.dtype}")
-    values = values.contiguous()
-    if values.dtype == torch.bfloat16:  # numpy lacks it
-        writer.add_tensor(name, values.view(torch.uint8).numpy(), raw_dtype=kind)
-    else:
-        writer.add_tensor(name, values.numpy())

@@ -297,21 +297,17 @@ class ShardedLoRALinear(LoRALinear):
         self._check("an input", x, (*x.shape[:-1], n_in))
         batch = self._routing.segments(x.shape[:-1])
         segments = (batch.seg_indptr, batch.seg_adapters, batch.max_seg_len)
-        if self._sharding.group is None:
-            y = self.base(*args, **kwargs)
-            self._check("an output", y, (*x.shape[:-1], n_out))
-            y, inner = y.contiguous(), x.to(y.dtype).contiguous()
-            for m in self.adapted_modules:
-                lora_add_op(y, inner, m.lora_A, m.lora_B, m.scaling, *segments, m.ranks)
-            return y
-        sums = [self._sum(x, m, segments) for m in self.adapted_modules]
+        summed = self._sharding.group is not None
+        sums = [self._sum(x, m, segments) for m in self.adapted_modules if summed]
         y = self.base(*args, **kwargs)
         for _, work in sums:
             work.wait()
         self._check("an output", y, (*x.shape[:-1], n_out))
         y = y.contiguous()
-        for m, (total, _) in zip(self.adapted_modules, sums, strict=True):
-            lora_add_op(y, total.to(y.dtype), self._identities[m.key][0], m.lora_B, m.scaling, *segments, m.ranks)
+        inner = [total.to(y.dtype) for total, _ in sums] or [x.to(y.dtype).contiguous()] * len(self.adapted_modules)
+        for m, v in zip(self.adapted_modules, inner, strict=True):
+            A = self._identities[m.key][0] if summed else m.lora_A
+            lora_add_op(y, v, A, m.lora_B, m.scaling, *segments, m.ranks)
         return y
 
     def _sum(self, x: Tensor, m: AdaptedModule, segments: Segments) -> tuple[Tensor, Any]:

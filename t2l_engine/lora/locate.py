@@ -219,8 +219,9 @@ def find_sharding(model: nn.Module, name: str, targets: dict[int, Target]) -> Sh
         raise ValueError(f"model: the weight of {divided[0]} is divided by fully_shard; attach the adapters before that")
     found = {i: sharding(target.linear, target.path, target.columns is not None) for i, target in targets.items()}
     (first, common), *others = found.items()
+    alike = lambda one: one and (one.features, one.group is None, one.shard)  # noqa: E731  # the same in all processes
     for layer, other in others:
-        if (other and other.comparable) != (common and common.comparable):
+        if alike(other) != alike(common):
             raise ValueError(
                 f"model: {name}: expected layers divided alike among processes, got others in {first} and {layer}"
             )

@@ -21,11 +21,6 @@ class Sharding(NamedTuple):
     features: tuple[int, int]
     group: Any
 
-    @property
-    def comparable(self) -> tuple:
-        """Equal for linears that are divided alike; all processes agree on whether two are equal."""
-        return self.features, self.group is None, self.shard
-
 
 def is_distributed(weight: object) -> bool:
     """Whether ``weight`` is a DTensor; torch.distributed is not imported for it."""

@@ -305,13 +305,9 @@ def _segments(
 
 
 def lora_delta(x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks) -> Tensor:
-    acc, shape = accumulation_dtype(x, lora_A), x.shape[:-1]
-    x = _tokens(x)
-    delta = torch.zeros(x.shape[0], lora_B.shape[1], dtype=acc, device=x.device)
-    for lo, hi, a, r in _segments(seg_indptr, seg_adapters, max_seg_len, ranks, lora_A, len(x)):
-        v = (x[lo:hi].to(acc) @ lora_A[a, :r].to(acc).mT) * scaling[a].to(acc)
-        delta[lo:hi] = v @ lora_B[a, :, :r].to(acc).mT
-    return delta.to(x.dtype).view(*shape, lora_B.shape[1])
+    delta = x.new_zeros(*x.shape[:-1], lora_B.shape[1], dtype=accumulation_dtype(x, lora_A))
+    _add(x, [(delta, lora_A, lora_B, ranks)], scaling, seg_indptr, seg_adapters, max_seg_len, None)
+    return delta.to(x.dtype)
 
 
 def lora_add_(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, bad_ids=None) -> None:

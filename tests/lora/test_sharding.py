@@ -113,21 +113,6 @@ def test_each_process_generates_its_part(divided, kind):
     assert [int(own["parameters"]) for own in found] == [c.num_parameters - saved] * 2
 
 
-HALF = worker.INNER // 2
-REFUSED = {
-    "gradients": "RuntimeError: model.layers.0.mlp.down_proj: adapters of a linear that is divided among processes have",
-    "whole": f"ValueError: like: up_proj: expected the in/out features ({worker.HIDDEN}, {HALF}) of this pr",
-    "differentiable": "ValueError: stack: up_proj is divided among processes (tensor parallelism), where",
-    "input": f"expected an input (1, 2, {HALF}) of this process as a plain tensor, got Tensor (1, 2, ",
-    "distributed": "as a plain tensor, got DTensor",
-}
-
-
-@pytest.mark.parametrize("call", REFUSED)
-def test_what_is_refused(divided, call):
-    assert REFUSED[call] in divided[0]["errors"][call]
-
-
 @pytest.fixture
 def mesh(tmp_path):
     """Of one process."""
@@ -149,6 +134,26 @@ def divide(mesh):
         return parallel.parallelize_module(model, mesh, plans)
 
     return make
+
+
+def test_what_is_refused(mesh, divide):
+    from torch.distributed.tensor import DTensor, Replicate
+
+    plans = {f"layers.{i}.down_proj": "RowwiseParallel" for i in range(worker.LAYERS)}
+    stack, model = worker.stack("torch"), divide(worker.Plain(), plans)
+    lora, linear, x = attach(model, stack), model.layers[0]["down_proj"], torch.zeros(1, 2, worker.INNER)
+    with lora.use(0):
+        with pytest.raises(RuntimeError, match="down_proj: adapters of a linear that is divided among processes have no gr"):
+            linear(x)
+        shape = rf"\(1, 2, {worker.INNER}\)"
+        for wrong, got in ((x[..., 1:], "Tensor"), (DTensor.from_local(x, mesh, [Replicate()]), "DTensor")):
+            with (
+                torch.no_grad(),
+                pytest.raises(RuntimeError, match=f"an input {shape} of this .* a plain tensor, got {got} "),
+            ):
+                linear(wrong)
+    with pytest.raises(ValueError, match="stack: down_proj is divided among processes"), lora.differentiable(stack, 0):
+        pass
 
 
 def test_fully_sharded_weights_are_refused(mesh):
