@@ -36,11 +36,7 @@ DTYPES = {
 def write(
     adapter: PeftAdapter, file: Path, config: Any, dtype: torch.dtype | None, description: str, prompt_prefix: str
 ) -> None:
-    """Write ``adapter``, which must have a rank that is not 0, for the base model with the transformers ``config``.
-
-    Raises ValueError for an unknown architecture or module, heads that do not fit, a scaling out of range, or values that
-    are not finite in ``dtype``; ImportError without the package ``gguf``.
-    """
+    """See :meth:`.stack.AdapterStack.save_gguf`; ``adapter`` must have a rank that is not 0."""
     import gguf
 
     if not hasattr(gguf.Keys.Adapter, "LORA_TASK_NAME"):

@@ -97,15 +97,7 @@ class PeftAdapter:
 
 
 def read(directory: Path, dtype: torch.dtype | None) -> PeftAdapter:
-    """Read one PEFT LoRA folder; ``dtype`` of A and B, None = the widest in the file.
-
-    Modules of one folder may have different scalings (``alpha_pattern``, ``rank_pattern``).  The most common one becomes the
-    adapter's; B of the other modules is multiplied by the ratio, in float32, and rounded once.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        AdapterError: the folder is not plain LoRA, or damaged; the message names file and field or key.
-    """
+    """One PEFT LoRA folder, read as :meth:`.stack.AdapterStack.from_peft` says."""
     try:
         return _read(directory, dtype)
     except ConfigError as error:

@@ -29,11 +29,7 @@ def check_place(directory: Path) -> None:
 
 
 def config(adapter: PeftAdapter, base_model_name_or_path: str | None, fold: bool) -> dict[str, Any]:
-    """The fields of adapter_config.json; ``adapter`` must have a rank that is not 0.
-
-    The scaling is in ``lora_alpha``, or with ``fold`` in B, see :func:`state_dict`.  Raises ValueError for a scaling out of
-    range.
-    """
+    """See :meth:`.stack.AdapterStack.peft_config`; ``adapter`` must have a rank that is not 0."""
     rank_of = {path: len(a) for path, (a, _) in matrices(adapter).items()}
     r = max(rank_of.values())
     scaling = float(adapter.scaling[0])
@@ -63,11 +59,7 @@ def config(adapter: PeftAdapter, base_model_name_or_path: str | None, fold: bool
 def state_dict(
     adapter: PeftAdapter, dtype: torch.dtype | None, adapter_name: str | None, prefix: str, fold: bool
 ) -> dict[str, Tensor]:
-    """A and B under PEFT's keys, each at its true rank: new contiguous tensors in ``dtype`` (None = float32) on the CPU.
-
-    ``fold``: B is multiplied by the scaling, and rounded to ``dtype`` after that.  ``adapter_name``: part of the keys, as in
-    a model's parameters; None as in a file.  Raises ValueError for an argument, or values that are not finite in ``dtype``.
-    """
+    """See :meth:`.stack.AdapterStack.state_dict_peft`."""
     dtype = torch.float32 if dtype is None else dtype
     check_dtype(dtype)
     # What torch takes as the name of a module.
@@ -90,10 +82,7 @@ def state_dict(
 def write(
     adapter: PeftAdapter, directory: Path, base_model_name_or_path: str | None, dtype: torch.dtype | None, fold: bool
 ) -> None:
-    """Write :func:`config` and :func:`state_dict` as a PEFT folder.
-
-    Raises ValueError as they do, FileExistsError beside a checkpoint or a model.
-    """
+    """Write :func:`config` and :func:`state_dict` as a PEFT folder."""
     check_place(directory)
     state = state_dict(adapter, dtype, None, PREFIX, fold)
     write_folder(directory, WEIGHTS_NAME, state, CONFIG_NAME, config(adapter, base_model_name_or_path, fold))
@@ -101,15 +90,13 @@ def write(
 
 def matrices(adapter: PeftAdapter) -> dict[str, tuple[Tensor, Tensor]]:
     """Path -> views of A ``[rank, in]`` and B ``[out, rank]``, of every module whose rank is not 0."""
-    return {
-        module.replace(LAYER, str(layer)): (
-            adapter.lora_A[module][0, layer, :rank],
-            adapter.lora_B[module][0, layer, :, :rank],
-        )
-        for module, ranks in adapter.ranks.items()
-        for layer, rank in enumerate(ranks[0].tolist())
-        if rank
-    }
+    found = {}
+    for module, ranks in adapter.ranks.items():
+        A, B = adapter.lora_A[module][0], adapter.lora_B[module][0]
+        for layer, rank in enumerate(ranks[0].tolist()):
+            if rank:
+                found[module.replace(LAYER, str(layer))] = A[layer, :rank], B[layer, :, :rank]
+    return found
 
 
 def _targets(adapter: PeftAdapter, full_paths: list[str]) -> dict[str, Any]:

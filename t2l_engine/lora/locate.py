@@ -102,10 +102,7 @@ def find(model: nn.Module, name: str, path: str, packed: Packed | None = None) -
 
     A linear matches if its path ends with ``name`` and has one layer index (none for a ``path`` without ``{layer}``).  If
     linears at several paths match (in a vision tower and in the language model), those at ``path`` are taken, else those in
-    the decoder (transformers' ``get_decoder``).
-
-    Raises:
-        ValueError: no linear or linears at several paths match; the message names them.
+    the decoder (transformers' ``get_decoder``).  Raises ValueError, naming them, unless linears at one path match.
     """
     groups = _candidates(model, name, path)
     if not groups:
@@ -258,8 +255,7 @@ def find_all(
 ) -> dict[str, dict[int, Target]]:
     """Module name of ``stack`` -> its linears by layer, checked to fit; those of ``known`` are not looked at again.
 
-    Raises ValueError as :func:`find`, :func:`check_layers` and :func:`check_features`, and if two modules are the same place
-    of the model.
+    Raises ValueError for what is missing or does not fit, and if two modules are the same place of the model.
     """
     found: dict[str, dict[int, Target]] = {}
     for name, path in stack.paths.items():
