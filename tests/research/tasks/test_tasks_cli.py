@@ -70,10 +70,10 @@ def test_files_that_are_kept(call, fails, tmp_path):
     call("synthetic -o out")
     assert {path: path.read_bytes() for path in files} == files
     (tmp_path / "out" / "descriptions.json").unlink()
-    first = min(files)
-    first.write_text("mine")
-    fails(f"{first.name}: exists; expected no file of a task's name, or overwrite=True (--force)", "synthetic -o out")
-    assert first.read_text() == "mine" and not (tmp_path / "out" / "descriptions.json").exists()
+    last = max(files)
+    last.write_text("mine")
+    fails(f"{last.name}: exists; expected no file of a task's name, or overwrite=True (--force)", "synthetic -o out")
+    assert last.read_text() == "mine" and not (tmp_path / "out" / "descriptions.json").exists()
     call("synthetic -o out --force")
     assert {path: path.read_bytes() for path in files} == files
 
