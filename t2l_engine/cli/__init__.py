@@ -16,6 +16,7 @@ import typer
 import t2l_engine
 from t2l_engine.cli import adapt, chat, cost, evaluate, export, folders, generate, info, serve_flags, tasks, train, ui
 from t2l_engine.cli.common import say
+from t2l_engine.cli.options import takes
 
 STATUS = (
     "Exit status: 0 done; 1 an expected error, one line 't2l: ...' on standard error; 2 wrong usage; 130 interrupted. "
@@ -34,7 +35,7 @@ for command in (
     generate.generate, adapt.adapt, chat.chat, ui.ui, evaluate.evaluate, folders.convert, export.export, folders.show,
     cost.cost, info.info, serve_flags.serve_flags,
 ):  # fmt: skip
-    app.command(epilog=STATUS)(command)
+    app.command(epilog=STATUS)(takes(command))
 app.add_typer(train.app, name="train")
 app.add_typer(tasks.app, name="tasks")
 

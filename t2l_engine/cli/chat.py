@@ -13,7 +13,6 @@ import typer
 
 from t2l_engine.cli.common import BaseDType, DType, EngineOptions, named, say, standard_input
 from t2l_engine.cli.desk import Desk, open_desk
-from t2l_engine.cli.options import takes
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.text import is_unicode
 
@@ -156,7 +155,6 @@ def _lines(interactive: bool) -> Iterator[str]:
         yield line
 
 
-@takes
 def chat(
     engine: EngineOptions,
     task: Annotated[str, typer.Option(help="Task description; change it with /task.")],

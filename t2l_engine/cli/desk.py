@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t2l_engine.cli.common import DType, EngineOptions, base_model_of, expect_descriptions, named
+from t2l_engine.cli.common import DType, EngineOptions, base_model_of, expect_descriptions
 from t2l_engine.cli.export import GGUF, save_gguf
 from t2l_engine.text import packaged
 
@@ -43,9 +43,7 @@ def open_desk(options: EngineOptions, *, slots: int, max_new_tokens: int, dtype:
     engine, folder = options.load()
     expect_descriptions(folder)
     name = base_model_of(folder, options.base_model)
-    with named({"base_model": "--base-model"}):
-        model, tokenizer = models.load(name, dtype.torch)
+    model, tokenizer = models.load(name, dtype.torch)
     side_by_side = SideBySide(engine, model, tokenizer, slots=slots)
-    with named({"max_new_tokens": "--max-new-tokens"}):
-        side_by_side.check_length(max_new_tokens)
+    side_by_side.check_length(max_new_tokens)
     return Desk(side_by_side, name)

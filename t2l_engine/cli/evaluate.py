@@ -12,8 +12,7 @@ import typer
 from tqdm import tqdm
 
 from t2l_engine.cli import common
-from t2l_engine.cli.common import BaseDType, DType, EngineOptions, console, named, say, split_names
-from t2l_engine.cli.options import takes
+from t2l_engine.cli.common import BaseDType, DType, EngineOptions, console, say, split_names
 from t2l_engine.files.weights import write_text
 from t2l_engine.hypernetwork.checkpoint import describe, trained_tasks
 from t2l_engine.research.evaluation.settings import Settings
@@ -26,10 +25,6 @@ if TYPE_CHECKING:
 
 #: Kinds of files that --plot writes.
 PLOTS = (".png", ".svg", ".pdf")
-#: Parameters that errors of the evaluation begin with.
-NAMED = {name: f"--{name.replace('_', '-')}" for name in (
-    "methods", "oracle", "library", "precision", "run_code", "max_prompt_tokens", "base_model", "held_out_descriptions",
-)} | {"also": "--also, --multi-task"}  # fmt: skip
 #: Measure of the printed table -> its title.
 TITLES = {"score": "score, %", "containment": "containment, %", "rouge_l": "ROUGE-L, %"}
 Measure = enum.Enum("Measure", {name: name for name in TITLES}, type=str)
@@ -87,7 +82,6 @@ class Options:
         return [*counts]
 
 
-@takes
 def evaluate(options: Options, engine_options: EngineOptions, settings: Settings) -> None:
     """Evaluate a checkpoint's adapters, their baselines, the base model and further adapters on a task folder."""
     common.keep_freed_memory()
@@ -98,15 +92,14 @@ def evaluate(options: Options, engine_options: EngineOptions, settings: Settings
 
     options.check(settings)
     check_device(options.device)
-    with named(NAMED):
-        tasks, by_split = _load_tasks(options)
-        checkpoints = _checkpoints(options, engine_options)
-        methods = _methods(options, tasks, by_split["train"], checkpoints)
-        _, engine, folder = checkpoints[0]
-        trained = sorted(trained_tasks(describe(folder)))
-        groups = _groups([task.name for task in tasks], set(trained), options.manifest, apart=bool(settings.precision))
-        model_name = common.base_model_of(folder, engine_options.base_model)
-        answerer, tokenizer = _answerer(options, model_name)
+    tasks, by_split = _load_tasks(options)
+    checkpoints = _checkpoints(options, engine_options)
+    methods = _methods(options, tasks, by_split["train"], checkpoints)
+    _, engine, folder = checkpoints[0]
+    trained = sorted(trained_tasks(describe(folder)))
+    groups = _groups([task.name for task in tasks], set(trained), options.manifest, apart=bool(settings.precision))
+    model_name = common.base_model_of(folder, engine_options.base_model)
+    answerer, tokenizer = _answerer(options, model_name)
     _say_other_bases(options, [folder for _, _, folder in checkpoints], model_name)
     if not has_chat(tokenizer):
         methods = without_chat(methods)
@@ -118,13 +111,12 @@ def evaluate(options: Options, engine_options: EngineOptions, settings: Settings
         bar.set_postfix(method=method)
         bar.update(count)
 
-    with named(NAMED):
-        evaluation = run.Evaluation(
-            answerer, tokenizer, tasks, methods, settings,
-            pools=by_split["train"], validation=by_split["val"], groups=groups, progress=progress,
-        )  # fmt: skip
-        with tqdm(total=evaluation.answers, unit="answer") as bar:
-            result = evaluation.run()
+    evaluation = run.Evaluation(
+        answerer, tokenizer, tasks, methods, settings,
+        pools=by_split["train"], validation=by_split["val"], groups=groups, progress=progress,
+    )  # fmt: skip
+    with tqdm(total=evaluation.answers, unit="answer") as bar:
+        result = evaluation.run()
     groups = {group: [name for name in of if name in result["tasks"]] for group, of in groups.items()}
     own = {"batch_size": options.batch_size, "held_out_descriptions": options.held_out_descriptions}
     _write(options, {

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from t2l_engine.cli.common import DEFAULT_CHECKPOINT, EngineOptions, Json, base_model_of, named, print_json
-from t2l_engine.cli.options import takes
 
 if TYPE_CHECKING:
     from t2l_engine.adapters.stack import AdapterStack
@@ -62,7 +61,6 @@ class Engine(EngineOptions):
                 raise ValueError(f"--{name.replace('_', '-')}: expected none, since {why}, got {value!r}")
 
 
-@takes
 def export(options: Options, engine: Engine) -> None:
     """Export a checkpoint as a single file for the C++ library, or one adapter as a GGUF file for llama.cpp.
 
@@ -127,8 +125,7 @@ def _adapter_file(source: str, output: Path, dtype: Any, options: Engine) -> dic
         with named({"texts[0]": "SOURCE"}):
             stack, what = engine.generate([source]), "description"
         base = base_model_of(folder, options.base_model)
-    with named({"base_model": "--base-model"}):
-        config = config_of(base)
+    config = config_of(base)
     save_gguf(stack, 0, output, config, dtype=dtype, description=source if engine else "", engine=engine)
     return {"dtype": "float32" if dtype is None else str(dtype).removeprefix("torch."), "base_model": base, what: source}
 

@@ -16,7 +16,6 @@ from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.cli import common
 from t2l_engine.cli.common import EngineOptions, Json, named
 from t2l_engine.cli.export import GGUF, save_gguf
-from t2l_engine.cli.options import takes
 from t2l_engine.engine import TextToLoRA
 from t2l_engine.files.weights import write_text
 from t2l_engine.hypernetwork.checkpoint import describe
@@ -59,7 +58,6 @@ class Engine(EngineOptions):
     base_model: Annotated[str, typer.Option(help="What adapters state; default: as the checkpoint; GGUF: a folder.")] = ""
 
 
-@takes
 def generate(options: Options, engine_options: Engine) -> None:
     """Write one PEFT adapter folder, or GGUF file, per description, replacing existing adapters.
 
@@ -77,13 +75,12 @@ def generate(options: Options, engine_options: Engine) -> None:
     shots = None if options.examples is None else read_examples(options.examples)
     engine, folder = engine_options.load()
     for line, text in lines.items():  # an error names file and line
-        with named({"texts[0]": line, "examples[0]": "--examples", "examples": "--examples"}):
+        with named({"texts[0]": line, "examples[0]": "--examples"}):
             engine.encoder.prepare([text], None if shots is None else [shots])
     name, config, ending = engine_options.base_model or describe(folder).get("base_model"), None, ""
     base = name and packaged.hub_name(name)
     if options.form is Format.gguf:
-        with named({"base_model": "--base-model"}):
-            config, ending = config_of(common.base_model_of(folder, engine_options.base_model)), GGUF
+        config, ending = config_of(common.base_model_of(folder, engine_options.base_model)), GGUF
     library = None if options.library is None else _open_library(options.library, base, options.top_k)
     texts, index, results = list(lines.values()), options.output / INDEX_NAME, []
     names = [f"{i}{ending}" for i in range(len(texts))] if options.several else [ending and f"adapter{ending}"]

@@ -11,12 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
+from t2l_engine.cli.common import named
+
 
 def takes(function: Callable[..., None]) -> Callable[..., None]:
     """A command whose options are the parameters of ``function``; in place of a dataclass among them, its fields.
 
     The type of a field is annotated as a parameter of a typer command is; or its metadata holds ``help`` and further
-    arguments of ``typer.Option``.
+    arguments of ``typer.Option``.  An error that begins with the name of a parameter or field begins with its option.
     """
     hints = typing.get_type_hints(function, include_extras=True)
     groups: dict[str, list[inspect.Parameter]] = {}
@@ -26,11 +28,18 @@ def takes(function: Callable[..., None]) -> Callable[..., None]:
         if dataclasses.is_dataclass(hint):
             groups[own.name] = [_parameter(*of) for of in _fields(hint)]
         every += groups.get(own.name, [own.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hint)])
+    options = {p.name: p.annotation.__metadata__[0] for p in every}
+    flags = {
+        name: (option.param_decls or [f"--{name.replace('_', '-')}"])[0]
+        for name, option in options.items()
+        if isinstance(option, typer.models.OptionInfo)
+    }
 
     @functools.wraps(function)
     def command(**values: Any) -> None:
         made = {name: hints[name](**{p.name: values.pop(p.name) for p in of}) for name, of in groups.items()}
-        function(**made, **values)
+        with named(flags):
+            function(**made, **values)
 
     command.__signature__ = inspect.Signature(every)  # pyright: ignore[reportAttributeAccessIssue]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in every}

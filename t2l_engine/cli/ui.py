@@ -14,7 +14,6 @@ import typer
 
 from t2l_engine.cli.common import FREE_TEXT_CHECKPOINT, BaseDType, Checkpoint, DType, EngineOptions, keep_freed_memory, say
 from t2l_engine.cli.desk import open_desk
-from t2l_engine.cli.options import takes
 from t2l_engine.text.encoder import OneHotEncoder
 
 #: Limits of the landmarks on the map: bytes of their adapters, and their number.
@@ -31,7 +30,6 @@ class Engine(EngineOptions):
     checkpoint: Checkpoint = FREE_TEXT_CHECKPOINT
 
 
-@takes
 def ui(
     engine: Engine,
     host: Annotated[str, typer.Option(help="Bind address; beyond loopback it has no authentication.")] = "127.0.0.1",

@@ -106,7 +106,7 @@ def test_a_task_split_of_a_manifest(train, base_model, tasks, tmp_path):
     for arguments, message in (
         (("--task-split", "in-family"), f"--task-split: {tasks} has no task that {path} lists as 'in-family'"),
         (("--names", "first,last"), f"--names: expected tasks that {path} lists as 'train', got 'last'"),
-        (("--task-split", "none"), "task_split: expected one of"),
+        (("--task-split", "none"), "--task-split: expected one of"),
     ):
         code, _, err = train("sft", settings, *command, *arguments, "-o", tmp_path / "out")
         assert code == 1 and message in err.splitlines()[-1], err

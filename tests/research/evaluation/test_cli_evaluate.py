@@ -289,7 +289,7 @@ def test_a_tokenizer_without_chat_template(run, base_model, tasks, tmp_path):
     *((("--also", text), "--also: expected NAME=DIR, got " + repr(text)) for text in ("", "other", "=dir", "other=")),
     *((("--shots", text), "--shots: expected different numbers from 1, comma-separated, got " + repr(text))
       for text in ("", "0", "3,3", "03,3", "three", "-1")),
-    (("--also", "base={checkpoint}"), "--also, --multi-task: expected methods with names of their own, got two called 'ba"),
+    (("--also", "base={checkpoint}"), "--also: expected methods with names of their own, got two called 'ba"),
     (("--methods", "base", "--precision", 5), "--precision: expected at least two methods"),
     (("--held-out-descriptions", 2), "--held-out-descriptions: expected fewer than the 2 descriptions of task again, got 2"),
     (("--oracle", "{folder}"), "--oracle: {folder}: "), (("--library", "{folder}"), "--library: {folder}: "),
