@@ -3,7 +3,10 @@
 import dataclasses
 
 import pytest
+import torch
 
+import t2l_engine as t2l
+from t2l_engine.hypernetwork.folder import BUNDLED
 from t2l_engine.serving.checkpoints import Checkpoint
 from t2l_engine.serving.vllm.settings import Settings
 
@@ -22,6 +25,17 @@ def settings(tmp_path):
 @pytest.fixture(scope="session")
 def bundled():
     return Checkpoint.load("smollm2-135m", "smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def changed(tmp_path_factory):
+    """Folder of another checkpoint for the same model."""
+    net = t2l.HyperNetwork.from_pretrained(BUNDLED / "smollm2-135m")
+    with torch.no_grad():
+        next(iter(net.heads.values())).weight.mul_(2)
+    folder = tmp_path_factory.mktemp("changed")
+    net.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import asyncio
 import copy
 import dataclasses
-import fcntl
 import logging
 import shutil
 import threading
@@ -72,7 +71,7 @@ def test_what_waits_is_generated_together(settings, loaded, monkeypatch):
 
 
 def test_the_event_loop_only_waits(settings, loaded, held):
-    """Encoder, hypernetwork and writing run in the generator's thread, and the loop takes steps while they do."""
+    """Store, encoder and hypernetwork run in the generator's thread, and the loop takes steps while they do."""
     steps = []
 
     async def run():
@@ -87,23 +86,6 @@ def test_the_event_loop_only_waits(settings, loaded, held):
     generator = Generator(settings())
     assert asyncio.run(run()).is_dir()
     assert steps == [False] * 100 and len(held.threads) == 1 and threading.get_ident() not in held.threads
-
-
-def test_the_event_loop_does_not_wait_for_the_store(settings, loaded):
-    """Another process that starts has it locked for as long as it looks at every folder."""
-    generator = Generator(settings())
-    (folder,) = gather(generator, TEXTS[:1])
-
-    async def run():
-        with (folder.parent / ".used").open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            waiter = asyncio.ensure_future(generator.folder(None, TEXTS[0]))
-            for _ in range(100):
-                await asyncio.sleep(0.001)
-            assert not waiter.done()
-        return await waiter
-
-    assert asyncio.run(run()) == folder and (generator.generated, generator.passes) == (1, 1)
 
 
 def test_a_store_that_cannot_be_opened_names_the_variable(settings, loaded, tmp_path):
@@ -141,12 +123,8 @@ def test_a_checkpoint_is_loaded_once_in_the_generators_thread(settings, bundled,
     assert len(threads) == 1 and threads[0] != threading.get_ident()
 
 
-def test_checkpoints_have_adapters_of_their_own(settings, tmp_path):
-    net = t2l.HyperNetwork.from_pretrained(BUNDLED / "smollm2-135m")
-    with torch.no_grad():
-        next(iter(net.heads.values())).weight.mul_(2)
-    net.save_pretrained(tmp_path / "other")
-    generator = Generator(settings(checkpoints={"first": "smollm2-135m", "other": str(tmp_path / "other")}))
+def test_checkpoints_have_adapters_of_their_own(settings, changed):
+    generator = Generator(settings(checkpoints={"first": "smollm2-135m", "other": changed}))
 
     async def run():
         return await asyncio.gather(*(generator.folder(name, TEXTS[0]) for name in (None, "first", "other")))

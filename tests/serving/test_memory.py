@@ -7,9 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import t2l_engine as t2l
 from t2l_engine.adapters.peft import CONFIG_NAME, WEIGHTS_NAME
-from t2l_engine.hypernetwork.folder import BUNDLED
 from t2l_engine.serving import checkpoints
 from t2l_engine.serving.vllm import memory
 from t2l_engine.serving.vllm.generator import Generator
@@ -44,17 +42,6 @@ def test_both_modes_give_the_same_bits(settings, loaded):
             assert all(torch.equal(made[key], stored[key].to(dtype)) and made[key].dtype == dtype for key in stored)
 
 
-def test_one_thread_where_vllm_lets_nobody_change_them(bundled, monkeypatch):
-    """Its workers on CPUs replace the function; rounding depends on the number of threads."""
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: pytest.fail("replaced"))
-    before, seen = torch.get_num_threads(), []
-    hypernetwork = bundled.engine.hypernetwork
-    generate = hypernetwork.generate
-    monkeypatch.setattr(hypernetwork, "generate", lambda emb: seen.append(torch.get_num_threads()) or generate(emb))
-    checkpoints.adapter(hypernetwork, torch.zeros(384))
-    assert seen == [1] and torch.get_num_threads() == before
-
-
 def test_each_call_gives_new_tensors(settings, loaded):
     """vLLM multiplies B in place, each time it loads an adapter."""
     (folder,) = folders(settings(mode="memory"), TEXTS[:1])
@@ -71,20 +58,24 @@ def test_each_call_gives_new_tensors(settings, loaded):
     assert memory._load.cache_info().currsize == 1
 
 
-def test_an_adapter_has_the_same_bits_with_any_number_of_threads():
-    """In float32, where no rounding hides a difference of the task encoder, whose product depends on threads."""
+def test_an_adapter_has_the_same_bits_with_any_number_of_threads(monkeypatch):
+    """In float32, where no rounding hides a difference of the task encoder, whose product depends on threads.
+
+    vLLM's workers on CPUs replace the function that sets their number.
+    """
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: pytest.fail("replaced"))
     shape = HyperShape("tiny", 2, 64, 64, 64, embed_dim=384, latent_size=128, head_in_size=32, rank=4)
     net, task_emb = shape.make(), shape.task_embeddings(16)
     threads = torch.get_num_threads()
     encoded, made = [], []
     try:
         for number in (1, 2, 3, 4, 5, 7):
-            torch.set_num_threads(number)
+            torch._C.set_num_threads(number)
             encoded.append(torch.cat([net.task_encoder(row[None]) for row in task_emb]))
             made.append([checkpoints.adapter(net, row) for row in task_emb])
             assert torch.get_num_threads() == number
     finally:
-        torch.set_num_threads(threads)
+        torch._C.set_num_threads(threads)
     for stacks in made[1:]:
         for found, expected in zip(stacks, made[0], strict=True):
             assert torch.equal(found.lora_A["q_proj"], expected.lora_A["q_proj"])
@@ -93,16 +84,12 @@ def test_an_adapter_has_the_same_bits_with_any_number_of_threads():
         pytest.skip("equal as they must be, but torch's product does not depend on threads here")
 
 
-def test_only_a_checkpoint_of_the_worker_is_used(settings, loaded, tmp_path):
+def test_only_a_checkpoint_of_the_worker_is_used(settings, loaded, changed):
     (folder,) = folders(settings(mode="memory"), TEXTS[:1])
-    net = t2l.HyperNetwork.from_pretrained(BUNDLED / "smollm2-135m")
-    with torch.no_grad():
-        next(iter(net.heads.values())).weight.mul_(2)
-    net.save_pretrained(tmp_path / "smollm2-135m")
-    other = settings(checkpoints={"smollm2-135m": str(tmp_path / "smollm2-135m")})
+    other = settings(checkpoints={"smollm2-135m": changed})
     with pytest.raises(ValueError, match="checkpoint: expected that of the adapter, sha256 [0-9a-f]{16}, among"):
         memory.peft_tensors(folder, other, torch.bfloat16)
-    both = settings(checkpoints={"changed": str(tmp_path / "smollm2-135m"), "here": "smollm2-135m"})
+    both = settings(checkpoints={"changed": changed, "here": "smollm2-135m"})
     assert memory.peft_tensors(folder, both, torch.bfloat16), "by its contents, whatever its name"
 
 
