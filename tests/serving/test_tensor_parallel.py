@@ -26,9 +26,8 @@ def test_two_ranks(sharded, tiny_model, stack_for, make_stack, tmp_path):
     stack = t2l.AdapterStack.cat(ranks).to(dtype=torch.bfloat16)
     folder = {name: str(tmp_path / name) for name in ("model", "checkpoint", "misfit", "0", "1")}
     model.save_pretrained(folder["model"])
-    HyperShape("", 3, 128, 128, 64, embed_dim=384, latent_size=16, head_in_size=8).make().save_pretrained(
-        folder["checkpoint"]
-    )
+    network = HyperShape("", 3, 128, 128, 64, embed_dim=384, latent_size=16, head_in_size=8).make()
+    network.save_pretrained(folder["checkpoint"])
     make_stack({"q_proj": (128, 64)}, num_layers=3).save_pretrained(folder["misfit"])
     for i in range(2):
         stack.save_pretrained(folder[str(i)], i, dtype=torch.bfloat16)
@@ -39,7 +38,7 @@ def test_two_ranks(sharded, tiny_model, stack_for, make_stack, tmp_path):
     plan = {
         "model": folder["model"], "folders": [folder["0"], folder["1"]], "prompts": prompts, "calls": CALLS, "tokens": 1,
         "logprobs": 20, "llm": flags | {"tensor_parallel_size": 2, "fully_sharded_loras": sharded},
-        "checkpoint": folder["checkpoint"], "texts": TEXTS, "refused": [folder["misfit"]] * 12,  # more than vLLM's queues hold
+        "checkpoint": folder["checkpoint"], "texts": TEXTS, "refused": [folder["misfit"]] * 12,  # vLLM's queues hold less
     }  # fmt: skip
     made = vllm_process.llm(plan, {
         "T2L_VLLM_KERNELS": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1", "T2L_VLLM_CHECKPOINT": folder["checkpoint"],
