@@ -65,9 +65,9 @@ def split(examples: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], l
     Raises ConfigError for fewer than FEWEST different inputs.
     """
     different = sorted(pool(Example(x, (y,), "train") for x, y in examples), key=input_digest)
-    if len(different) < FEWEST:
-        raise ConfigError(f"examples: expected at least {FEWEST} different inputs, got {len(different)}")
     order = [(example.input, example.outputs[0]) for example in different]
+    if len(order) < FEWEST:
+        raise ConfigError(f"examples: expected at least {FEWEST} different inputs, got {len(order)}")
     count = min(max(1, len(order) // HELD_OUT), MOST_HELD_OUT)
     return order[count:], order[:count]
 

@@ -53,6 +53,8 @@ class Job(ABC):
 
     settings: Settings
     model: nn.Module
+    #: Of the loss that a step minimises; the log says the loss in ones.
+    unit = 1.0
 
     def __init__(self) -> None:
         #: State of :meth:`improved`, with the ``step`` of the last improvement; saved with the run's state.
@@ -77,10 +79,6 @@ class Job(ABC):
     @abstractmethod
     def data(self) -> dict[str, Any]:
         """Digests of the run's input data; a run is resumed only with equal ones."""
-
-    def reported(self, loss: float) -> float:
-        """The loss to log, from the value that the step minimises."""
-        return loss
 
     def clip(self, limit: float) -> Tensor:
         """Clip gradients to the L2 norm ``limit`` (0: no clipping); returns the norm before clipping."""
@@ -256,8 +254,7 @@ class _Run:
                 (loss * self.shard.world_size).backward()  # DDP averages over processes; the loss is a sum
             total += loss.detach().double()
         counts = [sum(getattr(batch, name, 0) for batch in batches) for name in COUNTS]
-        loss, *counts = self.sum([float(total), *counts])
-        loss = job.reported(loss)
+        loss, *counts = self.sum([float(total) * job.unit, *counts])
         self.check_finite("loss", loss, step + 1)
         norm = float(job.clip(settings.grad_clip))
         self.check_finite("the gradient's norm", norm, step + 1)

@@ -103,6 +103,7 @@ class LoRA(loop.Job):
         self.settings, self._context, self._tasks, self.folder = settings, context, list(tasks), folder
         self._shared = settings.mode == MULTI_TASK  # one adapter for all tasks
         self.names = [MULTI_TASK] if self._shared else [context.tasks[i].name for i in self._tasks]
+        self.unit = 1 / len(self.names)  # the log says the mean over adapters
         self._descriptions = trained_descriptions(context.tasks, settings.held_out_descriptions)
         validated = [bool(context.validation.kept[i]) for i in self._tasks]
         self._validated = [any(validated)] if self._shared else validated  # by adapter: whether validation selects it
@@ -131,9 +132,6 @@ class LoRA(loop.Job):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self._context.losses(batch, model()).sum()
-
-    def reported(self, loss: float) -> float:
-        return loss / len(self.names)  # the mean over adapters
 
     def clip(self, limit: float) -> Tensor:
         """Clip the gradient of each adapter by its own norm; returns the largest norm."""

@@ -21,7 +21,6 @@ from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import read_json
 from t2l_engine.hypernetwork.config import same_scaling
 from t2l_engine.hypernetwork.modules import STD_EPS
-from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task, read_descriptions
 from t2l_engine.research.training import loop
 from t2l_engine.research.training.context import Modules
@@ -150,7 +149,7 @@ class Reconstruction(HyperNetworkJob):
         super().__init__(settings, tasks, library.base_model, device, folder)
         self._library = library
         self._statistics: dict[str, dict[str, Tensor]] = {}  # module -> offsets that invert the z-scores
-        self._unit = spread(library.stack) if settings.target == "raw" else 1.0
+        self.unit = spread(library.stack) if settings.target == "raw" else 1.0
         self._targets: dict[str, tuple[Tensor, Tensor]] = {}
         for module, A in library.stack.lora_A.items():
             sides = {"A": A, "B": library.stack.lora_B[module]}
@@ -162,7 +161,7 @@ class Reconstruction(HyperNetworkJob):
         config = self._config(
             library.modules, rank=library.rank, lora_alpha=library.scaling * library.rank, scaling="plain",
             head_bias=settings.target != "z-score",
-            output_scale=DELTA_W_SCALING**-0.5 if settings.target == "delta-w" else self._unit,
+            output_scale=DELTA_W_SCALING**-0.5 if settings.target == "delta-w" else self.unit,
         )  # fmt: skip
         net, pooling = self._new(config, hyperinit=False)
         if settings.target == "raw":
@@ -194,39 +193,31 @@ class Reconstruction(HyperNetworkJob):
 
     def loss(self, model: nn.Module, batch: Sequence[Group]) -> Tensor:
         distances = self._distances(model(self._conditions.augmented(batch)), batch)
-        return distances.sum() / (self.settings.tasks_per_step * self._unit)
-
-    def reported(self, loss: float) -> float:
-        return loss * self._unit
+        return distances.sum() / (self.settings.tasks_per_step * self.unit)
 
     def validate(self, shard: Shard) -> dict[str, float]:
         """The loss of every task, with its first held-out description (its first one if none is held out)."""
-        names = self._library.names
+        names, size = self._library.names, self.settings.tasks_per_batch
         groups = [Group(task, self._conditions.val[task][0], (), "") for task in range(len(names))]
         found = dict.fromkeys(names, 0.0)
-        size = self.settings.tasks_per_batch
         for start in range(0, len(groups), size):
-            mine = shard.of(groups[start : start + size])
-            if mine:
+            if mine := shard.of(groups[start : start + size]):
                 distances = self._distances(self.model(self._conditions.clean(mine)), mine)
                 found.update({names[g.task]: d for g, d in zip(mine, distances.tolist(), strict=True)})
         return found
 
-    def _denormalised(self) -> HyperNetwork:
-        """A copy that generates A and B themselves: z-scores inverted by offsets, the unit folded into the heads."""
+    def write(self, folder: Path, step: int, *, best: bool) -> None:
+        """What is written generates A and B themselves: z-scores are inverted by offsets, the unit is in the heads."""
         net = copy.deepcopy(self._net)
         for module, values in self._statistics.items():
             for name, value in values.items():
                 setattr(net.offsets[module], name, value)
-        if self._unit != 1.0:
+        if self.unit != 1.0:
             net.config = dataclasses.replace(net.config, output_scale=1.0)
             for parameter in net.heads.parameters():
-                parameter.data *= self._unit  # a power of two: exact
-        return net
-
-    def write(self, folder: Path, step: int, *, best: bool) -> None:
+                parameter.data *= self.unit  # a power of two: exact
         stated = {"method": "reconstruction", **self._library.prompt, "tasks": self._library.digests}
-        self._write(self._denormalised(), folder, step, **stated)
+        self._write(net, folder, step, **stated)
 
     def data(self) -> dict[str, Any]:
         return {"adapters": self._library.digests}

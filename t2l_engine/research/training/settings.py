@@ -300,19 +300,14 @@ def _told(kind: type[Settings], fault: Mapping[str, Any], origins: Mapping[str, 
 
 def rows(settings: Settings) -> list[tuple[str, str, str, str]]:
     """(field, value, "default" if it was not set, description) of every field."""
-    chosen = settings.model_fields_set
-    return [
-        (name, _plain(getattr(settings, name)), "" if name in chosen else "default", about)
-        for name, _, about in fields(type(settings))
-    ]
+    chosen, found = settings.model_fields_set, fields(type(settings))
+    return [(n, _plain(getattr(settings, n)), "" if n in chosen else "default", about) for n, _, about in found]
 
 
 def fields(kind: type[Settings]) -> list[tuple[str, str, str]]:
     """(field, default, description) of every field of ``kind``."""
-    return [
-        (name, "required" if field.is_required() else _plain(field.default), field.description or "")
-        for name, field in kind.model_fields.items()
-    ]
+    known = kind.model_fields.items()
+    return [(n, "required" if of.is_required() else _plain(of.default), of.description or "") for n, of in known]
 
 
 def _plain(value: Any) -> str:

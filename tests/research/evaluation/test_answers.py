@@ -306,38 +306,32 @@ def test_verified_is_what_decoding_gives(tiny_model, answerer):
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2"])
-def test_a_common_prefix_is_computed_once(tiny_model, answerer, stack_for, family):
+def test_a_common_prefix_is_computed_once(tiny_model, answerer, stack_for, family, monkeypatch):
     """The same answers as one by one, from fewer tokens; of Llama with an adapter."""
     changes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128} if family == "GPT2" else {}
     tokenizer = char_tokenizer()
     model, seen = tiny_model(family, vocab_size=len(tokenizer), **changes), []
     lora = attach(model, stack_for(model, ["q_proj"])) if family == "Llama" else None
     model.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True)
-    ends = set(range(len(tokenizer)))
-    asked = []
-    for task in ("Say the colour of the thing: ", "Repeat what comes after the colon: "):
-        for word in ("the", "red", "cats", "is", "on", "blue thing"):
-            for text in ("a", "b?", "cde"):
-                asked.append(Query(f"{task}{word}\n", accepted=(text, *"xyzXYZ")))
-    maker = answerer(model=model, tokenizer=tokenizer, batch_size=64)
-    maker.__dict__["_ends"] = ends
+    tasks, words = (
+        ("Say the colour of the thing: ", "Repeat what comes after: "),
+        ("the", "red", "cats", "is", "on", "blue thing"),
+    )
+    queries = [Query(f"{task}{word}\n", accepted=("a", "b?", "cde", *"xyzXYZ")) for task in tasks for word in words]
     use = lambda keys: lora.use([1] * len(keys)) if lora else contextlib.nullcontext()  # noqa: E731
-    logits = []
-    for size, few in ((7, 10**9), (64, 4)):
+    found = []
+    for size, few in ((9, 10**9), (64, 4)):
         maker = answerer(model=model, tokenizer=tokenizer, batch_size=size)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(answers, "FEWEST_SHARED", few)
-            seen.clear()
-            found = {}
-            for indices in maker._batches(asked, [maker.tokens(q.prompt) for q in asked]):
-                batch = [asked[i] for i in indices]
-                prompts = [maker.tokens(q.prompt) for q in batch]
-                rows = maker._logits(batch, prompts, use)
-                texts = [(q.prompt, text, n) for n, q in zip(indices, batch, strict=True) for text in q.accepted]
-                found |= dict(zip(texts, (row for row, _ in rows), strict=True))
-            logits.append((found, sum(seen)))
-    (alone, many), (together, few) = logits
-    assert alone.keys() == together.keys() and few < 0.6 * many
+        monkeypatch.setattr(answers, "FEWEST_SHARED", few)
+        seen.clear()
+        rows = {}
+        for indices in maker._batches(queries, [maker.tokens(query.prompt) for query in queries]):
+            batch = [queries[i] for i in indices]
+            logits = iter([row for row, _ in maker._logits(batch, [maker.tokens(query.prompt) for query in batch], use)])
+            rows |= {(i, text): next(logits) for i in indices for text in queries[i].accepted}
+        found.append((rows, sum(seen)))
+    (alone, many), (together, few) = found
+    assert len(alone) == len(together) == 9 * len(queries) and few < 0.6 * many
     for key, row in alone.items():
         assert (together[key] - row).abs().max() <= LOSS_ATOL, key
 

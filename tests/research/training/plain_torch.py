@@ -70,3 +70,15 @@ def answer_losses(model, sample, smoothing=0.0):
     logs = nn.functional.log_softmax(model(tokens[None]).logits[0].double(), dim=-1)[-sample.answer_len - 1 : -1]
     chosen = logs.gather(1, tokens[-sample.answer_len :, None])[:, 0]
     return -(1 - smoothing) * chosen - smoothing * logs.mean(dim=1)
+
+
+@torch.no_grad()
+def validation_loss(model, examples, task, stack_of, description_of=lambda turn: 0):
+    """Mean over the used ``examples`` of ``task``; ``stack_of(i)``: the adapter of example i, as a stack of one."""
+    losses = []
+    for turn, i in enumerate(examples.kept[task]):
+        stack = stack_of(i)
+        modules = {name: (A, stack.lora_B[name]) for name, A in stack.lora_A.items()}
+        with applied(model, modules, stack.paths, stack.scaling, [0]):
+            losses.append(answer_losses(model, examples.sample(task, i, description_of(turn))).mean())
+    return torch.stack(losses).mean()

@@ -12,8 +12,8 @@ from torch import nn
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.training import context, sft
 from t2l_engine.research.training.sampling import Shard
-from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.text import base_model as base_models
+from tests.research.training import small_runs
 
 #: Family -> (what its tiny configuration needs, linears, where these are, their features).
 LINEARS = {
@@ -138,19 +138,12 @@ def test_linears_that_are_not_there(tiny_model):
 # --- steps -------------------------------------------------------------------------------------------------------------
 
 
-def settings(kind, folder, names, **changes):
-    values = {"base_model": str(folder), "target_modules": names, "rank": 2, "tasks_per_batch": 2, "validate_every": 0}
-    if kind is SFTSettings:
-        values |= {"encoder": "one-hot", "latent_size": 16, "head_in_size": 8}
-    return kind(**values | {"steps": 2, "warmup_steps": 0, "learning_rate": 1e-2} | changes)
-
-
 def test_a_run_starts_from_its_seed(base_model, tasks):
     """Whatever random numbers were drawn before."""
     found = []
     for seed in (0, 0, 1):
         torch.rand(3)
-        fit = context.TrainingContext(settings(SFTSettings, base_model, ("q_proj",), seed=seed), tasks, torch.device("cpu"))
+        fit = context.TrainingContext(small_runs.sft(base_model, seed=seed), tasks, torch.device("cpu"))
         job = sft.SFT(fit.settings, fit)
         found.append((job.model.state_dict(), [batch.ids for batch in job.batches(0, Shard())]))
         fit.close()
@@ -163,8 +156,8 @@ def test_examples_of_the_splits_are_needed(base_model, tasks):
     """Validation needs some of one task; what is too long does not count."""
 
     def load(**changes):
-        values = settings(SFTSettings, base_model, ("q_proj",), max_tokens=6, **changes)
-        return context.TrainingContext(values, tasks, torch.device("cpu"))
+        settings = small_runs.sft(base_model, **{"max_tokens": 6, "validate_every": 0, "validation_samples": 8} | changes)
+        return context.TrainingContext(settings, tasks, torch.device("cpu"))
 
     assert [len(load(validate_every=1).validation.kept[i]) for i in (0, 1)] == [5, 5]
     for path in tasks.glob("*.jsonl"):

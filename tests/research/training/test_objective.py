@@ -11,9 +11,8 @@ from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.training import context, sft
 from t2l_engine.research.training.objective import Objective, collate, generated_l2, token_weights
 from t2l_engine.research.training.sampling import Group, Sample, Shard, divide
-from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.testing.numerics import GRADIENT_RTOL, LOSS_ATOL, STANDARD_ERRORS
-from tests.research.training import plain_torch
+from tests.research.training import plain_torch, small_runs
 
 #: Family -> (what its tiny configuration needs, linears to adapt).
 FAMILIES = {
@@ -212,10 +211,7 @@ def test_validation(base_model, tasks):
     found = []
     noisy = {"label_smoothing": 0.2, "neftune_alpha": 5.0, "lora_dropout": 0.5, "weighting": "token"}
     for changes in ({}, noisy):
-        settings = SFTSettings(
-            base_model=str(base_model), target_modules=("q_proj", "v_proj"), encoder="one-hot", dtype="float32", rank=2,
-            latent_size=8, head_in_size=4, tasks_per_batch=2, samples_per_task=2, validation_samples=5, **changes,
-        )  # fmt: skip
+        settings = small_runs.sft(base_model, samples_per_task=2, validation_samples=5, **changes)
         fit = context.TrainingContext(settings, tasks, torch.device("cpu"))
         job = sft.SFT(settings, fit)
         with torch.no_grad():

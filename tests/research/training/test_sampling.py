@@ -20,7 +20,7 @@ from t2l_engine.research.training.sampling import Examples, Group, Sample, Shard
 from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, STANDARD_ERRORS
 from t2l_engine.text.encoder import EncoderConfig
-from t2l_engine.text.prompts import answer_of, prompt_of, raw_prompt
+from t2l_engine.text.prompts import prompt_of, raw_prompt
 
 EXAMPLES = examples(max_examples=25)
 
@@ -139,20 +139,9 @@ def test_prompts(tokenizer):
     told = Examples([one], tokenizer, 99, with_description=True)
     assert words(tokenizer, told.sample(0, 0, 0))[:5] == ["<user>", "Say", "the", "first", "word."]
     assert words(tokenizer, told.sample(0, 0, 1))[1:] == ["Say", "the", "last", "word.", *words(tokenizer, plain)[1:]]
-
-
-def test_raw_prompts(tokenizer):
-    """Plain text without the template, as evaluations show it."""
-    one = task("one", ["red cat"])
-    for with_description, prompt in (
-        (False, raw_prompt("", "red cat")),
-        (True, raw_prompt("Say the first word.", "red cat")),
-    ):
-        made = Examples([one], tokenizer, 99, with_description=with_description, template="raw").sample(0, 0, 0)
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        assert list(made.tokens[: -made.answer_len]) == ids
-        assert words(tokenizer, made)[-2:] == ["red", "</s>"] and made.answer_len == 2
-    assert answer_of("raw", "red") == " red" and answer_of("chat", "red") == "red"
+    raw = Examples([one], tokenizer, 99, with_description=True, template="raw").sample(0, 0, 0)
+    assert list(raw.tokens[:-2]) == tokenizer(raw_prompt("Say the first word.", "red cat"))["input_ids"]
+    assert words(tokenizer, raw)[-2:] == ["red", "</s>"] and raw.answer_len == 2
     with pytest.raises(ValueError, match="prompt_form: expected one of chat, raw, got 'loud'"):
         prompt_of("loud", tokenizer, "red")
     tokenizer.chat_template = None  # as those of many base models
