@@ -1,7 +1,6 @@
 """Families of specifications, and the specifications drawn from them.
 
-A family is a section of ``families.txt`` and a :class:`Rule` of the module for what it reads (``lists``, ``words``,
-``records``, ``texts``).  To add one, copy both and change them.
+A family is a section of ``families.txt`` and a :class:`Rule` in ``rules.py``.  To add one, copy both and change them.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from t2l_specs.english import (
     TOPICS,
     UNITS,
 )
-from t2l_specs.inputs import FIELDS
+from t2l_specs.inputs import FIELDS, READERS, Maker
 
 #: Families with their phrases, and phrases of further descriptions.
 FAMILIES, FURTHER = "families.txt", "further.txt"
@@ -45,13 +44,13 @@ class Rule(NamedTuple):
 
     Attributes:
         make: an input for given parameters.
-        answer: the answer for given parameters to an input; a pure function that gives a text that is not empty, for every
-            input of the kind that the family reads, also for those of other families: so specifications can be compared.
+        answer: the answer for given parameters to what the family's reader makes of an input; a pure function that gives a
+            text that is not empty, for every input of that kind, also of other families: so specifications can be compared.
         valid: whether parameters go together.
     """
 
-    make: Callable[[Any, Draw], str]
-    answer: Callable[[Any, str], str]
+    make: Maker
+    answer: Callable[[Any, Any], str]
     valid: Callable[[Any], bool] = lambda p: True
 
 
@@ -76,6 +75,10 @@ class Family:
     def constant(self) -> bool:
         """Whether one answer may be given to most inputs."""
         return self.name == "constant"
+
+    def read(self, text: str) -> Any:
+        """An input, read back."""
+        return READERS[self.reads](text)
 
     def phrases(self, use: str, *, further: bool = False) -> tuple[str, ...]:
         """The phrases that descriptions are made of, by use: do, noun, ask, held or given; see :mod:`.wordings`.
@@ -179,7 +182,7 @@ class Specification:
 
     def answer(self, text: str) -> str:
         """The answer to an input."""
-        return self.family.rule.answer(self.params, text)
+        return self.family.rule.answer(self.params, self.family.read(text))
 
     def stream(self, seed: int) -> Iterator[Example]:
         """Its examples, none twice, balanced; each split has no more than half of one answer (and one or two examples),

@@ -1,13 +1,14 @@
-"""Inputs: how they are laid out, and how they are read back.
+"""Inputs: how they are made and laid out, and how they are read back.
 
-A maker takes a :class:`Draw` and lays its input out in one of the seen ways, or in one of the unseen ways for split "test".
-A reader takes any text, so that every specification answers every input of its kind.
+A maker takes the parameters ``p`` of a specification and a :class:`Draw`.  It lays its input out in one of the seen ways, or
+in one of the unseen ways for split "test".  A reader takes any text, so that every specification answers every input of its kind.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from t2l_specs.draw import Draw
 from t2l_specs.english import (
@@ -24,6 +25,7 @@ from t2l_specs.english import (
     with_article,
 )
 
+Maker = Callable[[Any, Draw], str]
 NONE = "none"
 _SEPARATORS = ((", ", "; ", " | "), (" / ", "\n"))
 
@@ -41,9 +43,9 @@ def items(text: str) -> list[str]:
     return [item.strip() for item in re.split(r"[,;|/\n]", text) if item.strip()] or [NONE]
 
 
-def of_kind(text: str, kind: str) -> list[str]:
-    """The items of a list that are of ``kind``."""
-    return [word for word in items(text) if word in KINDS[kind]]
+def of_kind(words: Sequence[str], kind: str) -> list[str]:
+    """The words that are of ``kind``."""
+    return [word for word in words if word in KINDS[kind]]
 
 
 def mixed(draw: Draw, kind: str, inside: int, outside: int) -> list[str]:
@@ -56,22 +58,35 @@ def mixed(draw: Draw, kind: str, inside: int, outside: int) -> list[str]:
     return draw.sample(words, len(words))
 
 
-def of_kinds(draw: Draw, kind: str, inside: int, outside: int) -> str:
-    """A list of ``inside`` different words of ``kind`` and ``outside`` of other kinds."""
-    return listing(draw, mixed(draw, kind, inside, outside))
+def of_kinds(inside: int | tuple[int, int], outside: int | tuple[int, int]) -> Maker:
+    """Lists of ``inside`` different words of the kind ``p.kind`` and ``outside`` of other kinds; pairs are bounds."""
+    return lambda p, draw: listing(draw, mixed(draw, p.kind, _count(draw, inside), _count(draw, outside)))
 
 
-def nouns(draw: Draw, low: int, high: int) -> str:
-    """A list of ``low`` to ``high`` different nouns."""
-    return listing(draw, draw.sample(NOUNS, draw.number(low, high)))
+def nouns(low: int, high: int) -> Maker:
+    """Lists of ``low`` to ``high`` different nouns."""
+    return lambda p, draw: listing(draw, draw.sample(NOUNS, draw.number(low, high)))
 
 
-def lengths(draw: Draw, count: int) -> str:
-    """A list of ``count`` nouns of different lengths."""
-    words: list[str] = []
-    while len(words) < count:
-        words += [w for w in [draw.pick(NOUNS)] if len(w) not in map(len, words)]
-    return listing(draw, words)
+def lengths(count: int) -> Maker:
+    """Lists of ``count`` nouns of different lengths."""
+
+    def make(p: Any, draw: Draw) -> str:
+        words: list[str] = []
+        while len(words) < count:
+            words += [w for w in [draw.pick(NOUNS)] if len(w) not in map(len, words)]
+        return listing(draw, words)
+
+    return make
+
+
+def either(one: Maker, other: Maker) -> Maker:
+    """Inputs of ``one`` or ``other``, each with probability one half."""
+    return lambda p, draw: (one if draw.chance() else other)(p, draw)
+
+
+def _count(draw: Draw, count: int | tuple[int, int]) -> int:
+    return draw.number(*count) if isinstance(count, tuple) else count
 
 
 def put(words: Sequence[str]) -> str:
@@ -87,9 +102,9 @@ def at(words: Sequence[str], index: int) -> str:
 # --- single words and numbers ------------------------------------------------------------------------------------------
 
 
-def one_word(draw: Draw, words: Sequence[str] = NOUNS) -> str:
+def one_word(words: Sequence[str] = NOUNS) -> Maker:
     """One of ``words``."""
-    return draw.layout(("{}", "word: {}"), ("the word {}", '"{}"')).format(draw.pick(words))
+    return lambda p, draw: draw.layout(("{}", "word: {}"), ("the word {}", '"{}"')).format(draw.pick(words))
 
 
 def word(text: str) -> str:
@@ -97,9 +112,9 @@ def word(text: str) -> str:
     return re.sub(r"^\W+|\W+$", "", text.split()[-1]) or NONE
 
 
-def one_number(draw: Draw, low: int, high: int) -> str:
+def one_number(low: int, high: int) -> Maker:
     """A number from ``low`` to ``high``."""
-    return draw.layout(("{}", "number: {}"), ("the number {}", "no. {}")).format(draw.number(low, high))
+    return lambda p, draw: draw.layout(("{}", "number: {}"), ("the number {}", "no. {}")).format(draw.number(low, high))
 
 
 def number(text: str) -> int:
@@ -107,9 +122,9 @@ def number(text: str) -> int:
     return int((re.findall(r"-?\d+", text) or ["0"])[-1])
 
 
-def numbers_list(draw: Draw, low: int, high: int, count: int) -> str:
+def numbers_list(low: int, high: int, count: int) -> Maker:
     """``count`` different numbers from ``low`` to ``high``."""
-    return listing(draw, draw.sample(range(low, high + 1), count))
+    return lambda p, draw: listing(draw, draw.sample(range(low, high + 1), count))
 
 
 def numbers(text: str) -> list[int]:
@@ -120,7 +135,7 @@ def numbers(text: str) -> list[int]:
 # --- dates and times ---------------------------------------------------------------------------------------------------
 
 
-def one_date(draw: Draw, low: int = 1950, high: int = 2049) -> str:
+def one_date(p: Any, draw: Draw, low: int = 1950, high: int = 2049) -> str:
     """A date of the years from ``low`` to ``high``; days are 1 to 28."""
     y, m, d = draw.number(low, high), draw.number(1, 12), draw.number(1, 28)
     seen = (f"{d} {MONTHS[m - 1]} {y}", f"{y}-{m:02}-{d:02}", f"{MONTHS[m - 1]} {d}, {y}")
@@ -136,7 +151,7 @@ def date(text: str) -> tuple[int, int, int]:
     return (found[0], found[1], found[2]) if len(found) == 3 else (2000, 1, 1)
 
 
-def one_time(draw: Draw) -> str:
+def one_time(p: Any, draw: Draw) -> str:
     """A time of day."""
     h, m = draw.number(0, 23), draw.number(0, 59)
     half = f"{(h + 11) % 12 + 1}:{m:02}"
@@ -155,38 +170,36 @@ def time(text: str) -> tuple[int, int]:
 
 # --- records, names, files, quantities ---------------------------------------------------------------------------------
 
-FIELDS = {
-    "name": lambda draw: draw.pick(NAMES),
-    "surname": lambda draw: draw.pick(SURNAMES),
-    "age": lambda draw: str(draw.number(5, 80)),
-    "city": lambda draw: draw.pick(KINDS["city"]),
-    "country": lambda draw: draw.pick(KINDS["country"]),
-    "job": lambda draw: draw.pick(KINDS["job"]),
-    "pet": lambda draw: draw.pick(("cat", "dog", "hamster", "parrot", "rabbit", "goldfish", "pony", "canary")),
-    "colour": lambda draw: draw.pick(KINDS["colour"]),
-    "sport": lambda draw: draw.pick(KINDS["sport"]),
-    "day": lambda draw: draw.pick(DAYS),
-    "month": lambda draw: draw.pick(MONTHS),
-    "item": lambda draw: draw.pick(KINDS["piece of clothing"]),
-    "price": lambda draw: f"${draw.number(2, 99)}",
-    "room": lambda draw: str(draw.number(100, 399)),
-    "language": lambda draw: draw.pick(KINDS["language"]),
-    "phone": lambda draw: f"555 {draw.number(1000, 9999)}",
-    "code": lambda draw: f"{draw.pick('ABCDEFGHKLMNPRSTUVWXYZ')}{draw.number(100, 999)}",
-    "drink": lambda draw: draw.pick(KINDS["drink"]),
-    "team": lambda draw: draw.pick(STRINGS),
-    "floor": lambda draw: str(draw.number(1, 9)),
-}
+#: Field of a record -> the pools of its value's parts.
+FIELDS: dict[str, tuple[Sequence[object], ...]] = {
+    "name": (NAMES,), "surname": (SURNAMES,), "age": (range(5, 81),), "city": (KINDS["city"],),
+    "country": (KINDS["country"],), "job": (KINDS["job"],),
+    "pet": (("cat", "dog", "hamster", "parrot", "rabbit", "goldfish", "pony", "canary"),),
+    "colour": (KINDS["colour"],), "sport": (KINDS["sport"],), "day": (DAYS,), "month": (MONTHS,),
+    "item": (KINDS["piece of clothing"],), "price": ([f"${n}" for n in range(2, 100)],), "room": (range(100, 400),),
+    "language": (KINDS["language"],), "phone": ([f"555 {n}" for n in range(1000, 10_000)],),
+    "code": ("ABCDEFGHKLMNPRSTUVWXYZ", range(100, 1000)), "drink": (KINDS["drink"],), "team": (STRINGS,),
+    "floor": (range(1, 10),),
+}  # fmt: skip
 _FIELD_NAMES = tuple(FIELDS)
 
 
-def one_record(draw: Draw, *wanted: str, others: int = 2, values: dict[str, str] | None = None) -> str:
+def record_with(*params: str, others: int | tuple[int, int] = 2) -> Maker:
+    """Records of the fields that the parameters ``params`` name, and ``others`` more."""
+    return lambda p, draw: one_record(draw, *(getattr(p, name) for name in params), others=_count(draw, others))
+
+
+def one_record(draw: Draw, *wanted: str, others: int = 2, **values: str) -> str:
     """A record of the fields ``wanted`` and ``others`` more, in random order; ``values`` fixes some."""
     names = list(wanted)
     while len(names) < len(wanted) + others:
         names += [name for name in [draw.pick(_FIELD_NAMES)] if name not in names]
-    made = {name: (values or {}).get(name) or FIELDS[name](draw) for name in draw.sample(names, len(names))}
+    made = {name: values.get(name) or _field(draw, name) for name in draw.sample(names, len(names))}
     return write_record(made, *draw.layout(((": ", ", "), (" = ", "; ")), ((": ", " | "), (": ", "\n"))))
+
+
+def _field(draw: Draw, name: str) -> str:
+    return "".join(str(draw.pick(pool)) for pool in FIELDS[name])
 
 
 def write_record(fields: dict[str, str], between: str = ": ", after: str = ", ") -> str:
@@ -200,7 +213,7 @@ def record(text: str) -> dict[str, str]:
     return {part[0]: part[1] for part in parts if len(part) == 2}
 
 
-def one_person(draw: Draw) -> str:
+def one_person(p: Any, draw: Draw) -> str:
     """A first name and a surname, sometimes with a title."""
     title = draw.layout(("", "", "Mr ", "Ms "), ("Dr ", "Prof. "))
     return f"{title}{draw.pick(NAMES)} {draw.pick(SURNAMES)}"
@@ -212,7 +225,7 @@ def person(text: str) -> tuple[str, str]:
     return names[0], names[-1]
 
 
-def one_file(draw: Draw) -> str:
+def one_file(p: Any, draw: Draw) -> str:
     """A path of a file in a folder."""
     stem, folder, further = draw.pick(NOUNS), draw.pick(STRINGS), draw.pick(STRINGS)
     stem += draw.pick(("", f"_{draw.number(1, 99)}"))
@@ -235,14 +248,15 @@ def fill(draw: Draw, frames: tuple[Sequence[str], Sequence[str]], word: str) -> 
     return capital(frame.format(w=word, a=with_article(word), name=draw.pick(NAMES), day=draw.pick(DAYS)))
 
 
-def mention(draw: Draw, kind: str) -> str:
-    """A sentence that mentions one thing of ``kind``, and none of another kind."""
+def mention(p: Any, draw: Draw, kind: str = "") -> str:
+    """A sentence that mentions one thing of ``kind``, or of ``p.kind``, and none of another kind."""
+    kind = kind or p.kind
     return fill(draw, SENTENCES[kind], draw.pick(KINDS[kind]))
 
 
-def sentence(draw: Draw) -> str:
+def sentence(p: Any, draw: Draw) -> str:
     """A sentence about anything."""
-    return mention(draw, draw.pick(KIND_NAMES))
+    return mention(p, draw, draw.pick(KIND_NAMES))
 
 
 def tokens(text: str) -> list[str]:
@@ -280,3 +294,10 @@ def filled(pattern: str, parts: dict[str, str]) -> str:
         made += parts.get(key, pattern[i])
         i += len(key) or 1
     return made
+
+
+#: What a family reads -> its reader.
+READERS: dict[str, Callable[[str], Any]] = {
+    "list": items, "numbers": numbers, "word": word, "number": number, "quantity": number, "date": date, "time": time,
+    "record": record, "person": person, "file": file, "text": str,
+}  # fmt: skip

@@ -13,13 +13,13 @@ from typing import Any
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Task
-from t2l_specs import lists, records, texts, words
+from t2l_specs import rules
 from t2l_specs.draw import Draw
 from t2l_specs.family import Family, Specification, read_families
 from t2l_specs.wordings import FRAMES, HELD_FRAMES, wordings
 from t2l_specs.wordings import further as further_wordings
 
-FAMILIES: dict[str, Family] = read_families(lists.RULES | words.RULES | records.RULES | texts.RULES)
+FAMILIES: dict[str, Family] = read_families(rules.LISTS | rules.WORDS | rules.RECORDS | rules.TEXTS)
 #: Version of families, phrases, words and rules: another one makes another suite.
 VERSION = 1
 SPECIFICATIONS, EXAMPLES = 2400, 60
@@ -118,7 +118,7 @@ def more_trained(found: Iterable[Placed], held_out: Iterable[Placed], seed: int)
 def _like(placed: Placed, others: Iterable[Placed], seed: int) -> list[Placed]:
     """Those of ``others`` that give all of its answers to the probe inputs of ``placed``."""
     spec = placed.spec
-    probes = [(e.input, e.outputs[0]) for e in spec.examples(_PROBES, seed)]
+    probes = _probes(spec, seed)
     return [o for o in others if o.spec.family.reads == spec.family.reads and _agrees(o.spec, probes)]
 
 
@@ -162,14 +162,14 @@ class _Known:
     def __init__(self, seed: int):
         self.seed = seed
         self._values: set[tuple[str, tuple[Any, ...]]] = set()
-        self._of_kind: dict[str, list[tuple[Placed, list[tuple[str, str]]]]] = {}
+        self._of_kind: dict[str, list[tuple[Placed, list[tuple[Any, str]]]]] = {}
 
     def add(self, placed: Placed) -> bool:
         """Whether ``placed`` is unlike all before it; it is then one of them."""
         spec = placed.spec
         if (spec.family.name, spec.values) in self._values:
             return False
-        probes = [(e.input, e.outputs[0]) for e in spec.examples(_PROBES, self.seed)]
+        probes = _probes(spec, self.seed)
         others = self._of_kind.setdefault(spec.family.reads, [])
         for other, other_probes in others:
             # One that is trained must not answer the probes of one that is held out; those of one kind must differ.
@@ -186,12 +186,14 @@ class _Known:
         return True
 
 
-def _agrees(spec: Specification, probes: list[tuple[str, str]]) -> bool:
+def _probes(spec: Specification, seed: int) -> list[tuple[Any, str]]:
+    """The probe inputs of ``spec``, as they are read, with its answers."""
+    return [(spec.family.read(e.input), e.outputs[0]) for e in spec.examples(_PROBES, seed)]
+
+
+def _agrees(spec: Specification, probes: list[tuple[Any, str]]) -> bool:
     answer_of, params = spec.family.rule.answer, spec.params  # asked some million times
-    for text, answer in probes:
-        if answer_of(params, text) != answer:
-            return False
-    return True
+    return all(answer_of(params, read) == answer for read, answer in probes)
 
 
 def _next(family: Family, draw: Draw, before: list[Placed], known: _Known) -> Placed | None:
