@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,8 @@ KINDS: dict[str, list[str]] = {kind: entry["words"] for kind, entry in _DATA["ki
 KIND_OF: dict[str, str] = {word: kind for kind, words in KINDS.items() for word in words}
 KIND_NAMES = list(KINDS)
 #: Words of plain things, in lower case and countable: what can be listed, spelled or put into the plural.
-NOUNS: list[str] = [
-    *_DATA["objects"],
-    *(
-        word
-        for entry in _DATA["kinds"].values()
-        if entry["group"] in ("creature", "thing", "person")
-        for word in entry["words"]
-    ),
-]
+NOUNS: list[str] = list(_DATA["objects"])
+NOUNS += (w for of in _DATA["kinds"].values() if of["group"] in ("creature", "thing", "person") for w in of["words"])
 NAMES, SURNAMES, DAYS, MONTHS = (_DATA[key] for key in ("names", "surnames", "days", "months"))
 TOPICS: dict[str, list[str]] = _DATA["topics"]
 #: What it is for -> sentences with slots: those that are seen in training, and unseen ones.
@@ -92,44 +86,21 @@ def plural(noun: str) -> str:
         return _DATA["kinds"][noun]["plural"]
     if noun.lower() in _DATA["plurals"]:
         return _DATA["plurals"][noun.lower()]
-    if noun.endswith(("s", "x", "ch", "sh", "z")):
-        return noun + "es"
-    return noun[:-1] + "ies" if _consonant_y(noun) else noun + "s"
+    return _with_s(noun, "s", "x", "ch", "sh", "z")
 
 
-def third_person(verb: str) -> str:
-    """``verb`` after "she"; by rule where it is not in the word list."""
+def verb_forms(verb: str) -> Sequence[str]:
+    """The third person, past and -ing form of ``verb``; by rule where it is not in the word list."""
     if verb in VERBS:
-        return VERBS[verb][0]
-    if verb.endswith(("s", "x", "ch", "sh", "z", "o")):
-        return verb + "es"
-    return verb[:-1] + "ies" if _consonant_y(verb) else verb + "s"
+        return VERBS[verb]
+    past = verb + "d" if verb.endswith("e") else verb[:-1] + "ied" if _consonant_y(verb) else verb + "ed"
+    stem = verb[:-1] if verb.endswith("e") and not verb.endswith("ee") else verb
+    return _with_s(verb, "s", "x", "ch", "sh", "z", "o"), past, stem + "ing"
 
 
-def past(verb: str) -> str:
-    """The simple past of ``verb``; by rule where it is not in the word list."""
-    if verb in VERBS:
-        return VERBS[verb][1]
-    if verb.endswith("e"):
-        return verb + "d"
-    return verb[:-1] + "ied" if _consonant_y(verb) else verb + "ed"
-
-
-def ing(verb: str) -> str:
-    """The -ing form of ``verb``; by rule where it is not in the word list."""
-    if verb in VERBS:
-        return VERBS[verb][2]
-    return (verb[:-1] if verb.endswith("e") and not verb.endswith("ee") else verb) + "ing"
-
-
-def comparative(adjective: str) -> str:
-    """``adjective`` with -er or "more"."""
-    return ADJECTIVES[adjective][0] if adjective in ADJECTIVES else f"more {adjective}"
-
-
-def superlative(adjective: str) -> str:
-    """``adjective`` with -est or "most"."""
-    return ADJECTIVES[adjective][1] if adjective in ADJECTIVES else f"most {adjective}"
+def degrees(adjective: str) -> Sequence[str]:
+    """The comparative and superlative of ``adjective``; with "more" and "most" where it is not in the word list."""
+    return ADJECTIVES.get(adjective) or (f"more {adjective}", f"most {adjective}")
 
 
 def number_word(number: int) -> str:
@@ -163,6 +134,13 @@ def listed(words: list[str], conjunction: str = "and") -> str:
     'salt, oil or tea'
     """
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {conjunction} {words[-1]}"
+
+
+def _with_s(word: str, *endings: str) -> str:
+    """``word`` with -s, or -es after one of ``endings``."""
+    if word.endswith(endings):
+        return word + "es"
+    return word[:-1] + "ies" if _consonant_y(word) else word + "s"
 
 
 def _consonant_y(word: str) -> bool:

@@ -102,7 +102,7 @@ def read_families(rules: Mapping[str, Rule]) -> dict[str, Family]:
     pools = _pools()
     families = {}
     for name, lines in sections(FAMILIES).items():
-        if name != "frames":
+        if name not in ("frames", "given"):
             params: dict[str, tuple[Any, ...]] = {}
             for parameter, _, values in (line.partition(" ") for line in lines["param"]):
                 params[parameter] = (*params.get(parameter, ()), *_values(values, pools))

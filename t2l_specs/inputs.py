@@ -1,7 +1,8 @@
 """Inputs: how they are made and laid out, and how they are read back.
 
 A maker takes the parameters ``p`` of a specification and a :class:`Draw`.  It lays its input out in one of the seen ways, or
-in one of the unseen ways for split "test".  A reader takes any text, so that every specification answers every input of its kind.
+in one of the unseen ways for split "test".  A reader takes any text, so that every specification answers every input of its
+kind.
 """
 
 from __future__ import annotations

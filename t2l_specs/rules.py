@@ -24,6 +24,7 @@ PLACES = MAPS["places"]
 _BOTH_WAYS = english.OPPOSITES | {b: a for a, b in english.OPPOSITES.items()}
 _VERB, _ADJECTIVE = inputs.one_word(english.VERB_WORDS), inputs.one_word(english.ADJECTIVE_WORDS)
 _NAME = rf"\b({'|'.join(NAMES)})\b"
+_SLOT = "<(.*?)>"
 _PATTERNS = {
     "first name": _NAME,
     "day of the week": rf"\b({'|'.join(english.DAYS)})\b",
@@ -60,6 +61,11 @@ def _with_one(draw, pattern):
     """A list with one noun in which ``pattern`` is found."""
     words = [draw.pick(nouns_like(pattern)), *draw.sample(nouns_like(pattern, False), 3)]
     return inputs.listing(draw, draw.sample(words, 4))
+
+
+def _like(words, pattern):
+    """The first word in which ``pattern`` is found."""
+    return next((w for w in words if re.search(pattern, w.lower())), NONE)
 
 
 def _insert(words, new, where):
@@ -118,14 +124,8 @@ LISTS = {
         inputs.nouns(4, 5), lambda p, words: put([w for i, w in enumerate(words) if i != PLACES[p.place] % len(words)])
     ),
     "next_to": Rule(_with_neighbour, lambda p, words: _neighbour(words, KINDS[p.kind], 1 if p.side == "after" else -1)),
-    "pick_initial": Rule(
-        lambda p, draw: _with_one(draw, f"^{p.letter}"),
-        lambda p, words: at([w for w in words if w.lower().startswith(p.letter)], 0),
-    ),
-    "pick_ending": Rule(
-        lambda p, draw: _with_one(draw, f"{p.letter}$"),
-        lambda p, words: at([w for w in words if w.lower().endswith(p.letter)], 0),
-    ),
+    "pick_initial": Rule(lambda p, draw: _with_one(draw, f"^{p.letter}"), lambda p, words: _like(words, f"^{p.letter}")),
+    "pick_ending": Rule(lambda p, draw: _with_one(draw, f"{p.letter}$"), lambda p, words: _like(words, f"{p.letter}$")),
     "pick_length": Rule(inputs.lengths(4), lambda p, words: (max if p.which == "longest" else min)(words, key=len)),
     "insert_word": Rule(inputs.nouns(3, 4), lambda p, words: put(_insert(words, p.new, p.where))),
     "odd_one_out": Rule(
@@ -224,7 +224,7 @@ def _double(text, index):
 
 
 def _form(start, verb):
-    return english.ing(verb) if start.endswith(("is", "are", "were", "am")) else verb
+    return english.verb_forms(verb)[2] if start.endswith(("is", "are", "were", "am")) else verb
 
 
 WORDS = {
@@ -257,11 +257,11 @@ WORDS = {
     "template": Rule(inputs.one_word(), lambda p, word: p.template.replace("___", word)),
     "article": Rule(inputs.one_word(), lambda p, word: capital(p.template.replace("___", with_article(word)))),
     "amount": Rule(inputs.one_word(), lambda p, word: f"{p.amount} {plural(word)}"),
-    "habit": Rule(_VERB, lambda p, word: f"{p.who} {english.third_person(word)} {p.when}"),
-    "past": Rule(_VERB, lambda p, word: f"{p.who} {english.past(word)} {p.when}"),
+    "habit": Rule(_VERB, lambda p, word: f"{p.who} {english.verb_forms(word)[0]} {p.when}"),
+    "past": Rule(_VERB, lambda p, word: f"{p.who} {english.verb_forms(word)[1]} {p.when}"),
     "verb_form": Rule(_VERB, lambda p, word: f"{p.start} {_form(p.start, word)}"),
-    "compare": Rule(_ADJECTIVE, lambda p, word: f"{p.start} {english.comparative(word)} {p.end}"),
-    "superlative": Rule(_ADJECTIVE, lambda p, word: f"the {english.superlative(word)} {p.thing} of all"),
+    "compare": Rule(_ADJECTIVE, lambda p, word: f"{p.start} {english.degrees(word)[0]} {p.end}"),
+    "superlative": Rule(_ADJECTIVE, lambda p, word: f"the {english.degrees(word)[1]} {p.thing} of all"),
     "opposite": Rule(
         inputs.one_word(list(_BOTH_WAYS)), lambda p, word: f"{p.template.replace('___', word)} {_BOTH_WAYS.get(word, NONE)}"
     ),
@@ -321,16 +321,6 @@ def _value(fields, name):
     return fields.get(name) or NONE
 
 
-def _slots(template):
-    return [part.split(">")[0] for part in template.split("<")[1:]]
-
-
-def _fill(template, fields):
-    for name in _slots(template):
-        template = template.replace(f"<{name}>", _value(fields, name))
-    return template
-
-
 def _write_name(names, pattern):
     """``names`` (first, last) by a pattern of First, FIRST, first, F, f and the same for the last name."""
     first, last = names
@@ -377,7 +367,8 @@ RECORDS = {
         valid=lambda p: p.first != p.second,
     ),
     "record_template": Rule(
-        lambda p, draw: inputs.one_record(draw, *_slots(p.template), others=1), lambda p, fields: _fill(p.template, fields)
+        lambda p, draw: inputs.one_record(draw, *re.findall(_SLOT, p.template), others=1),
+        lambda p, fields: re.sub(_SLOT, lambda slot: _value(fields, slot[1]), p.template),
     ),
     "field_wrap": Rule(inputs.record_with("field"), lambda p, fields: p.marks[0] + _value(fields, p.field) + p.marks[1]),
     "field_names": Rule(inputs.record_with(others=3), lambda p, fields: p.sep.join(fields) or NONE),
@@ -469,7 +460,7 @@ def _third(text, name):
     index = next((i for i, w in enumerate(words[1:], 1) if w in english.VERBS), None)
     words[0] = capital(name)
     if index is not None:
-        words[index] = english.third_person(words[index])
+        words[index] = english.verb_forms(words[index])[0]
     return " ".join(words)
 
 

@@ -23,8 +23,6 @@ FAMILIES: dict[str, Family] = read_families(rules.LISTS | rules.WORDS | rules.RE
 #: Version of families, phrases, words and rules: another one makes another suite.
 VERSION = 1
 SPECIFICATIONS, EXAMPLES = 2400, 60
-#: train: trained.  in-family: held out, of families in train.  out-of-family: held out, of other families.
-TASK_SPLITS = ("train", "in-family", "out-of-family")
 #: Descriptions of a task, of which the last HELD_OUT are held out.
 DESCRIPTIONS, HELD_OUT = len(FRAMES) + len(HELD_FRAMES), len(HELD_FRAMES)
 #: Most specifications of a family that is held out whole, of one seed.
@@ -77,7 +75,8 @@ def stream(seed: int) -> Iterator[Placed]:
     while draws:
         for name in list(draws):
             full = FAMILIES[name].held_out and len(made[name]) == _MOST_OUT_OF_FAMILY
-            placed = None if full else _next(FAMILIES[name], draws[name], made[name], known)
+            new = () if full else filter(known.add, _candidates(FAMILIES[name], draws[name], made[name], seed))
+            placed = next(iter(new), None)
             if placed is None:
                 del draws[name]
             else:
@@ -196,26 +195,20 @@ def _agrees(spec: Specification, probes: list[tuple[Any, str]]) -> bool:
     return all(answer_of(params, read) == answer for read, answer in probes)
 
 
-def _next(family: Family, draw: Draw, before: list[Placed], known: _Known) -> Placed | None:
-    """A specification of ``family`` that does what none before it does; None where none is found."""
+def _candidates(family: Family, draw: Draw, before: list[Placed], seed: int) -> Iterator[Placed]:
+    """Draws of ``family`` after those ``before``; in turns, those of trained values in a new combination come first."""
     several = sum(len(pool) > 1 for pool in family.params.values()) > 1
     if several and not family.held_out and len(before) % _COMBINED == _COMBINED - 1:
         trained = [placed.spec.values for placed in before if placed.task_split == "train"]
         pools = {name: [values[i] for values in trained] for i, name in enumerate(family.params)}
         for values in _draws(dataclasses.replace(family, params=pools), draw):
-            placed = Placed(Specification(family, values, len(before)), "in-family", "combination")
-            if known.add(placed):
-                return placed
+            yield Placed(Specification(family, values, len(before)), "in-family", "combination")
     for values in _draws(family, draw):
-        placed = _placed(Specification(family, values, len(before)), known.seed)
-        if known.add(placed):
-            return placed
-    return None
+        yield _placed(Specification(family, values, len(before)), seed)
 
 
 def _draws(family: Family, draw: Draw) -> Iterator[tuple[Any, ...]]:
-    drawn = (family.draw(draw) for _ in range(_MAX_DRAWS))
-    return (values for values in drawn if values is not None)
+    return (values for _ in range(_MAX_DRAWS) if (values := family.draw(draw)) is not None)
 
 
 def _placed(spec: Specification, seed: int) -> Placed:

@@ -13,7 +13,7 @@ from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.research.tasks.examples import split
 from t2l_engine.research.tasks.folder import Example, Task
 from t2l_specs.draw import Draw
-from t2l_specs.english import past, plural
+from t2l_specs.english import plural, verb_forms
 
 MIN_EXAMPLES, MAX_EXAMPLES = 20, 120
 
@@ -89,7 +89,7 @@ _MAKERS: dict[str, Callable[[Draw], Iterator[tuple[str, str]]]] = {
     "syn_food_in_list": _kind(FOODS, COLOURS, OBJECTS),
     "syn_upper_case": _each(NOUNS, str.upper),
     "syn_first_letter": _each(NOUNS + COLOURS, lambda word: word[0]),
-    "syn_past_tense": _each(VERBS, past),
+    "syn_past_tense": _each(VERBS, lambda verb: verb_forms(verb)[1]),
     "syn_plural": _each(NOUNS, plural),
     "syn_longer_word": _longer,
     "syn_twice": _each(NOUNS, lambda word: f"{word} {word}"),

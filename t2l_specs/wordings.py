@@ -1,8 +1,8 @@
 """Descriptions of a specification: sentences made of its family's phrases, frames around them, and its parameters.
 
 ``families.txt`` has the phrases of every family: ``do`` imperatives, ``noun`` what the answer is, ``ask`` questions,
-``held`` imperatives that are held out, and ``given`` what the input is called, if not as in GIVEN.  A phrase may have
-alternatives, ``[write|give] the word``, and parameters: ``{n}``, ``{text.q}`` (in quotation marks), ``{kind.plural}``,
+``held`` imperatives that are held out, and ``given`` what the input is called, if not as in section ``given``.  A phrase may
+have alternatives, ``[write|give] the word``, and parameters: ``{n}``, ``{text.q}`` (in quotation marks), ``{kind.plural}``,
 ``{kind.a}`` (with its article), ``{n.word}`` (three) and ``{pair[0]}``.
 
 Frames name what they take: ``{do}``, ``{noun}``, ``{ask}``, ``{held}``, ``{given}``, ``{example}``; a capital letter begins
@@ -15,7 +15,7 @@ knowledge of what is held out.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from t2l_engine.files.errors import ConfigError
@@ -25,53 +25,26 @@ from t2l_specs.english import number_word, plural, with_article
 from t2l_specs.family import FAMILIES, FURTHER, Specification, sections
 
 FRAMES, HELD_FRAMES, EXAMPLES = (sections(FAMILIES)["frames"][key] for key in ("frame", "held_frame", "example"))
-#: What a family reads -> how a description may call it.
-GIVEN = {
-    "list": "a list[| of words| of items]",
-    "word": "a[| single] word",
-    "text": "a [sentence|short text|short message]",
-    "number": "a number",
-    "numbers": "a list of numbers",
-    "date": "a date",
-    "time": "a time of day",
-    "record": "a record[| with named fields]",
-    "person": "a person's name",
-    "file": "a file path",
-    "quantity": "a quantity [with|and] its unit",
-}
 _CHOICE = re.compile(r"\[([^\[\]]*\|[^\[\]]*)\]")
 
 
 class Text(str):
     """A string parameter in a phrase; ``mark`` is the quotation mark of the sentence."""
 
-    mark: str
-
-    def __new__(cls, value: str, mark: str) -> Text:
-        made = super().__new__(cls, value)
-        made.mark = mark
-        return made
+    mark = '"'
+    a = property(with_article)
+    plural = property(plural)
 
     @property
     def q(self) -> str:
         mark = self.mark if self.mark not in self else "'" if '"' in self else '"'
         return f"{mark}{self}{mark}"
 
-    @property
-    def a(self) -> str:
-        return with_article(self)
-
-    @property
-    def plural(self) -> str:
-        return plural(str(self))
-
 
 class Number(int):
     """A number parameter in a phrase."""
 
-    @property
-    def word(self) -> str:
-        return number_word(self)
+    word = property(number_word)
 
 
 def wordings(spec: Specification, seed: int, example: tuple[str, str]) -> tuple[list[str], list[str]]:
@@ -80,21 +53,11 @@ def wordings(spec: Specification, seed: int, example: tuple[str, str]) -> tuple[
     Args:
         example: input and answer that some of them quote.
 
-    Raises ConfigError naming the family if its phrases do not give so many.
+    Raises ConfigError naming the specification if the phrases of its family do not give so many.
     """
-    draw = Draw(f"{seed}/wordings/{spec.family.name}/{spec.values!r}")
-    phrases = {use: _Turns(draw, spec.family.phrases(use)) for use in ("do", "noun", "ask", "held")}
-    made: dict[str, bool] = {}
-    for frames, held in ((FRAMES, False), (HELD_FRAMES, True)):
-        for frame in frames:
-            for _ in range(50):
-                sentence = _sentence(spec, frame, phrases, example, draw)
-                if sentence not in made:
-                    break
-            else:
-                raise ConfigError(f"{spec.name}: expected more phrases: no further description with {frame!r}")
-            made[sentence] = held
-    return [text for text, held in made.items() if not held], [text for text, held in made.items() if held]
+    writer = _Writer(spec, Draw(f"{seed}/wordings/{spec.family.name}/{spec.values!r}"), example)
+    trained, held = ([writer.write(lambda frame=frame: frame) for frame in frames] for frames in (FRAMES, HELD_FRAMES))
+    return trained, held
 
 
 def further(spec: Specification, seed: int, example: tuple[str, str], known: Iterable[str], count: int) -> list[str]:
@@ -103,56 +66,62 @@ def further(spec: Specification, seed: int, example: tuple[str, str], known: Ite
     Raises ConfigError naming the specification if the phrases of its family do not give so many.
     """
     draw = Draw(f"{seed}/further/{spec.family.name}/{spec.values!r}")
-    phrases = {use: _Turns(draw, spec.family.phrases(use, further=True)) for use in ("do", "noun", "ask")}
-    frames = _Turns(draw, sections(FURTHER)["frames"]["frame"])
-    made, taken = [], {normalise(text) for text in known}
-    tries = 50 if spec.family.phrases("do", further=True) else 0  # families that are held out whole have none
-    for _ in range(count):
-        for _ in range(tries):
-            sentence = _sentence(spec, frames.next(), phrases, example, draw)
-            if normalise(sentence) not in taken:
-                break
-        else:
-            raise ConfigError(f"{spec.name}: expected more phrases: no further description beside {len(taken)}")
-        taken.add(normalise(sentence))
-        made.append(sentence)
-    return made
+    writer, frames = _Writer(spec, draw, example, known, further=True), _turns(draw, sections(FURTHER)["frames"]["frame"])
+    return [writer.write(lambda: next(frames)) for _ in range(count)]
 
 
-class _Turns:
-    """Phrases in random order, again and again."""
+class _Writer:
+    """Writes descriptions that differ from each other and from those ``known``, with the phrases in turns."""
 
-    def __init__(self, draw: Draw, phrases: tuple[str, ...]):
-        self._draw, self._phrases, self._left = draw, phrases, []
+    def __init__(self, spec: Specification, draw: Draw, example: tuple[str, str], known: Iterable[str] = (), further=False):
+        self.spec, self.draw, self.example, self.taken = spec, draw, example, set(map(normalise, known))
+        uses = {use: spec.family.phrases(use, further=further) for use in ("do", "noun", "ask", "held")}
+        self.phrases = {use: _turns(draw, phrases) for use, phrases in uses.items()}
+        self.tries = 50 if uses["do"] else 0  # families that are held out whole have no further phrases
 
-    def next(self) -> str:
-        self._left = self._left or self._draw.shuffled(self._phrases)
-        return self._left.pop()
+    def write(self, frame: Callable[[], str]) -> str:
+        for _ in range(self.tries):
+            sentence = self._sentence(frame())
+            if normalise(sentence) not in self.taken:
+                self.taken.add(normalise(sentence))
+                return sentence
+        raise ConfigError(f"{self.spec.name}: expected more phrases: no further description beside {len(self.taken)}")
+
+    def _sentence(self, frame: str) -> str:
+        spec, draw = self.spec, self.draw
+        mark = draw.pick(('"', '"', "'"))
+        said = {name: _said(value, mark) for name, value in zip(spec.family.params, spec.values, strict=True)}
+        of_kind = sections(FAMILIES)["given"][spec.family.reads]
+        given = _choose(draw.pick(spec.family.phrases("given") or of_kind), draw)
+
+        def phrase(match: re.Match[str]) -> str:
+            name = match[1]
+            if name == "example":
+                return draw.pick(EXAMPLES).format(x=self.example[0], y=self.example[1])
+            if name == "given":
+                return given
+            if name == "given_the":
+                return re.sub("^an? ", "the ", given)
+            text = _choose(next(self.phrases[name.lower()]), draw).format(**said)
+            return text[0].upper() + text[1:] if name[0].isupper() else text
+
+        return re.sub(r"\{(\w+)\}", phrase, _choose(frame, draw)).strip()
 
 
-def _sentence(spec: Specification, frame: str, phrases: dict[str, _Turns], example: tuple[str, str], draw: Draw) -> str:
-    mark = draw.pick(('"', '"', "'"))
-    said = {name: _said(value, mark) for name, value in zip(spec.family.params, spec.values, strict=True)}
-    given = _choose(draw.pick(spec.family.phrases("given") or (GIVEN[spec.family.reads],)), draw)
-
-    def phrase(match: re.Match[str]) -> str:
-        name = match[1]
-        if name == "example":
-            return draw.pick(EXAMPLES).format(x=example[0], y=example[1])
-        if name == "given":
-            return given
-        if name == "given_the":
-            return re.sub("^an? ", "the ", given)
-        text = _choose(phrases[name.lower()].next(), draw).format(**said)
-        return text[0].upper() + text[1:] if name[0].isupper() else text
-
-    return re.sub(r"\{(\w+)\}", phrase, _choose(frame, draw)).strip()
+def _turns(draw: Draw, values: Sequence[str]) -> Iterator[str]:
+    """``values`` in random order, again and again."""
+    while True:
+        yield from reversed(draw.shuffled(values))
 
 
 def _said(value: Any, mark: str) -> Any:
     if isinstance(value, tuple):
         return tuple(_said(part, mark) for part in value)
-    return Number(value) if isinstance(value, int) else Text(value, mark)
+    if isinstance(value, int):
+        return Number(value)
+    text = Text(value)
+    text.mark = mark
+    return text
 
 
 def _choose(text: str, draw: Draw) -> str:
