@@ -41,14 +41,12 @@ POOLS: dict[str, tuple[Any, ...]] = {
     name: tuple(tuple(value) if isinstance(value, list) else value for value in values)
     for name, values in _DATA["pools"].items()
 }
-#: What a description says -> what it means: a place its index, a part of a date its pattern, a time its hours.
+#: What a description says -> what it means: a place its index, letters their regular expression, a time its hours.
 MAPS: dict[str, dict[str, Any]] = _DATA["maps"]
 #: (unit, smaller unit) -> how many of the latter one of the former is.
 UNITS: dict[tuple[str, str], int] = {tuple(units): factor for units, factor in _DATA["conversions"]}
 
-_ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
-eighteen nineteen""".split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_ONES, _TENS = _DATA["ones"].split(), _DATA["tens"].split()
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -16,19 +17,9 @@ from typing import Any, NamedTuple
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Example
+from t2l_engine.research.tasks.rows import expect
 from t2l_specs.draw import Draw
-from t2l_specs.english import (
-    KIND_NAMES,
-    KINDS,
-    MAPS,
-    NAMES,
-    NOUNS,
-    POOLS,
-    REPLIES,
-    STRINGS,
-    TOPICS,
-    UNITS,
-)
+from t2l_specs.english import KIND_NAMES, KINDS, MAPS, NAMES, NOUNS, POOLS, REPLIES, STRINGS, TOPICS, UNITS
 from t2l_specs.inputs import FIELDS, READERS, Maker
 
 #: Families with their phrases, and phrases of further descriptions.
@@ -136,20 +127,14 @@ def _pools() -> dict[str, tuple[Any, ...]]:
     """The pools of values that ``families.txt`` names."""
     ends = ("com", "org", "net", "co.uk", "io", "edu")
     pairs = Draw("label pairs")
+    listed = {"kinds": KIND_NAMES, "containers": KINDS["container"], "fields": FIELDS, "conversions": UNITS, "nouns": NOUNS,
+              "names": NAMES, "strings": STRINGS, "replies": REPLIES}  # fmt: skip
     return {
         **POOLS,
-        **{name: tuple(meanings) for name, meanings in MAPS.items()},
-        "kinds": tuple(KIND_NAMES),
+        **{name: tuple(values) for name, values in (MAPS | listed).items()},
         "kind_triples": _triples(KIND_NAMES, 400),
         "topic_triples": _triples(list(TOPICS), 300),
         "label_pairs": (*POOLS["common_labels"], *(tuple(pairs.sample(NOUNS, 2)) for _ in range(60))),
-        "containers": tuple(KINDS["container"]),
-        "fields": tuple(FIELDS),
-        "conversions": tuple(UNITS),
-        "nouns": tuple(NOUNS),
-        "names": tuple(NAMES),
-        "strings": tuple(STRINGS),
-        "replies": tuple(REPLIES),
         "domains": tuple(f"{word}.{ends[i % len(ends)]}" for i, word in enumerate(STRINGS[:60])),
     }
 
@@ -214,9 +199,8 @@ class Specification:
 
     def examples(self, count: int, seed: int) -> tuple[Example, ...]:
         """``count`` examples of :meth:`stream`; ConfigError where there are fewer, or for a number below one."""
-        if count < 1:
-            raise ConfigError(f"examples: expected a number of at least 1, got {count}")
-        found = tuple(example for _, example in zip(range(count), self.stream(seed), strict=False))
+        expect(count > 0, "examples", "a number of at least 1", count)
+        found = tuple(itertools.islice(self.stream(seed), count))
         if len(found) < count:
             raise ConfigError(f"examples: {self.name} has {len(found)} different inputs, expected {count}")
         return found

@@ -42,9 +42,8 @@ def read(values: dict[str, Any], examples: int | None, where: str) -> Manifest:
         spec = placed.spec
         made = _tier(placed), digest(spec, seed)
         if wanted.get(spec.name) != made:
-            raise ConfigError(
-                f"{where}: {spec.name}: expected {short_repr(wanted.get(spec.name))}, this package makes {made}"
-            )
+            found = short_repr(wanted.get(spec.name))
+            raise ConfigError(f"{where}: {spec.name}: expected {found}, this package makes {made}")
         of = task(spec, EXAMPLES if examples is None else examples, seed)
         about = spec.family.name, placed.task_split, "t2l tasks synthetic --suite specs", ("Apache-2.0",), True
         splits = {name: frozenset(found) for name, found in prefixes(of).items()}

@@ -11,20 +11,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from t2l_specs import english
 from t2l_specs.draw import Draw
-from t2l_specs.english import (
-    DAYS,
-    KIND_NAMES,
-    KINDS,
-    MONTHS,
-    NAMES,
-    NOUNS,
-    POOLS,
-    SENTENCES,
-    STRINGS,
-    SURNAMES,
-    with_article,
-)
+from t2l_specs.english import DAYS, KIND_NAMES, KINDS, MONTHS, NAMES, NOUNS, SENTENCES, STRINGS, SURNAMES, with_article
 
 Maker = Callable[[Any, Draw], str]
 NONE = "none"
@@ -230,7 +219,7 @@ def one_file(p: Any, draw: Draw) -> str:
     """A path of a file in a folder."""
     stem, folder, further = draw.pick(NOUNS), draw.pick(STRINGS), draw.pick(STRINGS)
     stem += draw.pick(("", f"_{draw.number(1, 99)}"))
-    return f"{draw.layout((folder,), (f'{folder}/{further}',))}/{stem}.{draw.pick(POOLS['extensions'])}"
+    return f"{draw.layout((folder,), (f'{folder}/{further}',))}/{stem}.{draw.pick(english.POOLS['extensions'])}"
 
 
 def file(text: str) -> tuple[str, str, str]:

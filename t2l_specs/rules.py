@@ -4,23 +4,11 @@ import datetime
 import re
 
 from t2l_specs import english, inputs
-from t2l_specs.english import (
-    KIND_NAMES,
-    KIND_OF,
-    KINDS,
-    MAPS,
-    MONTHS,
-    NAMES,
-    NOUNS,
-    nouns_like,
-    nouns_of,
-    plural,
-    with_article,
-)
+from t2l_specs.english import KIND_NAMES, KIND_OF, KINDS, MAPS, NAMES, NOUNS, nouns_like, nouns_of, plural, with_article
 from t2l_specs.family import Rule
 from t2l_specs.inputs import NONE, at, capital, filled, first_or_last, mention, mentioned, of_kind, put, tokens, write_record
 
-PLACES = MAPS["places"]
+PLACES, LETTERS = MAPS["places"], MAPS["letter_parts"]
 _BOTH_WAYS = english.OPPOSITES | {b: a for a, b in english.OPPOSITES.items()}
 _VERB, _ADJECTIVE = inputs.one_word(english.VERB_WORDS), inputs.one_word(english.ADJECTIVE_WORDS)
 _NAME = rf"\b({'|'.join(NAMES)})\b"
@@ -69,8 +57,8 @@ def _like(words, pattern):
 
 
 def _insert(words, new, where):
-    index = {"at the start": 0, "at the end": len(words), "after the first word": 1, "before the last word": len(words) - 1}
-    return [*words[: index[where]], new, *words[index[where] :]]
+    index = MAPS["insert_places"][where]
+    return [*words[:index], new, *words[index:]]
 
 
 def _odd_one(words):
@@ -91,7 +79,7 @@ def _alphabetical(words, order):
 
 
 def _alternating(word):
-    return "".join(c.upper() if i % 2 == 0 else c for i, c in enumerate(word))
+    return re.sub("(.)(.?)", lambda pair: pair[1].upper() + pair[2], word)
 
 
 _CASES = {"capital letters": str.upper, "title case": str.title, "alternating case": _alternating}
@@ -192,30 +180,8 @@ LISTS = {
 # --- words, numbers and quantities ------------------------------------------------------------------------------------
 
 
-def _capitals(text, style):
-    """``text``, in small letters, with the letters of ``style`` in capitals."""
-    if style == "only the vowels":
-        return re.sub("[aeiou]", lambda vowel: vowel[0].upper(), text)
-    start, end = {
-        "all letters": (0, None),
-        "only the first letter": (0, 1),
-        "only the second letter": (1, 2),
-        "only the last letter": (max(len(text) - 1, 0), None),
-        "all letters but the first": (1, None),
-    }[style]
-    return text[:start] + text[start:end].upper() + ("" if end is None else text[end:])
-
-
-def _cut_at(text, what):
-    """(the letters that ``what`` names, the others)."""
-    count = MAPS["letter_parts"][what]
-    return (text[:count], text[count:]) if count > 0 else (text[count:], text[:count])
-
-
-def _mark(text, what, marks):
-    part, rest = _cut_at(text, what)
-    part = marks[0] + part + marks[1]
-    return part + rest if MAPS["letter_parts"][what] > 0 else rest + part
+def _upper(found):
+    return found[0].upper()
 
 
 def _double(text, index):
@@ -241,13 +207,16 @@ WORDS = {
         lambda p, draw: inputs.one_word(nouns_like(p.letter))(p, draw), lambda p, word: word.replace(p.letter, "") or NONE
     ),
     "mask_vowels": Rule(inputs.one_word(), lambda p, word: re.sub("[aeiou]", p.mark, word.lower())),
-    "word_case": Rule(inputs.one_word(), lambda p, word: _capitals(word.lower(), p.style)),
+    "word_case": Rule(inputs.one_word(), lambda p, word: re.sub(MAPS["capitals"][p.style], _upper, word.lower())),
     "spell": Rule(inputs.one_word(nouns_of(1, 7)), lambda p, word: p.sep.join(word[:20])),
     "cut": Rule(
         lambda p, draw: inputs.one_word(nouns_of(p.n + 1))(p, draw), lambda p, word: first_or_last(word, p.side, p.n)
     ),
-    "drop_letters": Rule(inputs.one_word(nouns_of(5)), lambda p, word: _cut_at(word, p.what)[1] or NONE),
-    "letter_marks": Rule(inputs.one_word(nouns_of(5)), lambda p, word: _mark(word, p.what, p.marks)),
+    "drop_letters": Rule(inputs.one_word(nouns_of(5)), lambda p, word: re.sub(LETTERS[p.what], "", word) or NONE),
+    "letter_marks": Rule(
+        inputs.one_word(nouns_of(5)),
+        lambda p, word: re.sub(LETTERS[p.what], lambda part: part[0].join(p.marks), word),
+    ),
     "double_letter": Rule(inputs.one_word(nouns_of(4)), lambda p, word: _double(word, PLACES[p.place])),
     "reverse_word": Rule(inputs.one_word(nouns_of(1, 6)), lambda p, word: word[::-1] + p.end),
     "move_letter": Rule(inputs.one_word(), lambda p, word: word[1:] + word[0] + p.end),
@@ -332,7 +301,7 @@ def _write_name(names, pattern):
 def _write_date(day, pattern):
     """A date (year, month, day) by a pattern of YYYY, YY, Month, Mon, MM, M, DD and D."""
     y, m, d = day
-    month = MONTHS[m - 1]
+    month = english.MONTHS[m - 1]
     parts = {"YYYY": f"{y:04}", "YY": f"{y % 100:02}", "Month": month, "Mon": month[:3], "MM": f"{m:02}", "M": str(m),
              "DD": f"{d:02}", "D": str(d)}  # fmt: skip
     return filled(pattern, parts)
@@ -350,7 +319,7 @@ def _write_time(time, pattern):
 def _other_day(day, by, what):
     days = MAPS["days_apart"][by]
     shifted = datetime.date(*day) + datetime.timedelta(days if what == "later" else -days)
-    return f"{shifted.day} {MONTHS[shifted.month - 1]} {shifted.year}"
+    return f"{shifted.day} {english.MONTHS[shifted.month - 1]} {shifted.year}"
 
 
 def _other_time(time, by, what):
@@ -437,7 +406,7 @@ def _review(p, draw):
 
 def _phrase(p, draw):
     words = draw.pick(english.ADJECTIVE_WORDS), draw.pick(NOUNS)
-    return draw.layout(*english.FRAMES["phrase"]).format(*words, draw.pick(MONTHS))
+    return draw.layout(*english.FRAMES["phrase"]).format(*words, draw.pick(english.MONTHS))
 
 
 def _cased(text, case):

@@ -10,9 +10,9 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Task
+from t2l_engine.research.tasks.rows import expect
 from t2l_specs import rules
 from t2l_specs.draw import Draw
 from t2l_specs.family import Family, Specification, read_families
@@ -53,13 +53,10 @@ def suite(specifications: int = SPECIFICATIONS, seed: int = 0) -> list[Placed]:
 
     Raises ConfigError if there are not so many.
     """
-    if isinstance(specifications, bool) or not isinstance(specifications, int) or specifications < len(FAMILIES):
-        raise ConfigError(
-            f"specifications: expected a number of at least {len(FAMILIES)}, the families, got {short_repr(specifications)}"
-        )
+    enough = type(specifications) is int and specifications >= len(FAMILIES)
+    expect(enough, "specifications", f"a number of at least {len(FAMILIES)}, the families", specifications)
     found = list(itertools.islice(stream(seed), specifications))
-    if len(found) < specifications:
-        raise ConfigError(f"specifications: expected at most {len(found)}, got {specifications}")
+    expect(len(found) == specifications, "specifications", f"at most {len(found)}", specifications)
     return found
 
 
@@ -168,17 +165,13 @@ class _Known:
         spec = placed.spec
         if (spec.family.name, spec.values) in self._values:
             return False
-        probes = _probes(spec, self.seed)
+        probes, trained = _probes(spec, self.seed), placed.task_split == "train"
         others = self._of_kind.setdefault(spec.family.reads, [])
         for other, other_probes in others:
-            # One that is trained must not answer the probes of one that is held out; those of one kind must differ.
-            if placed.task_split != "train" and other.task_split == "train":
-                alike = _agrees(other.spec, probes)
-            elif placed.task_split == "train" and other.task_split != "train":
-                alike = _agrees(spec, other_probes)
-            else:
-                alike = _agrees(other.spec, probes) and _agrees(spec, other_probes)
-            if alike:
+            # Two are alike if both answer the probes of the other; a trained and a held-out one, if the trained one does.
+            other_trained = other.task_split == "train"
+            answered = trained > other_trained or _agrees(other.spec, probes)
+            if answered and (trained < other_trained or _agrees(spec, other_probes)):
                 return False
         self._values.add((spec.family.name, spec.values))
         others.append((placed, probes))

@@ -9,9 +9,9 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.research.tasks.examples import split
 from t2l_engine.research.tasks.folder import Example, Task
+from t2l_engine.research.tasks.rows import expect
 from t2l_specs.draw import Draw
 from t2l_specs.english import plural, verb_forms
 
@@ -27,8 +27,8 @@ def suite(examples: int = MAX_EXAMPLES, seed: int = 0) -> list[Task]:
 
     Raises ConfigError unless ``examples`` is in [20, 120].
     """
-    if isinstance(examples, bool) or not isinstance(examples, int) or not MIN_EXAMPLES <= examples <= MAX_EXAMPLES:
-        raise ConfigError(f"examples: expected a number from {MIN_EXAMPLES} to {MAX_EXAMPLES}, got {short_repr(examples)}")
+    valid = type(examples) is int and MIN_EXAMPLES <= examples <= MAX_EXAMPLES
+    expect(valid, "examples", f"a number from {MIN_EXAMPLES} to {MAX_EXAMPLES}", examples)
     tasks = []
     for name, descriptions in _DATA["descriptions"].items():
         made: dict[str, str] = {}
