@@ -32,8 +32,9 @@ def of_split(split):
     return [placed for placed in placed_ones() if placed.task_split == split]
 
 
-def outcome(placed):
-    return [(e.input, e.outputs[0]) for e in all_tasks()[placed.spec.name].examples]
+def agrees(placed, pairs):
+    """Whether a specification gives all the answers of ``pairs``."""
+    return all(placed.spec.answer(text) == answer for text, answer in pairs)
 
 
 def in_tuples(value):
@@ -70,34 +71,29 @@ def test_two_hundred_inputs(family):
 
 # --- tasks -------------------------------------------------------------------------------------------------------------
 
+#: What a family reads -> the layouts that inputs of split "test" have, and no others.
+UNSEEN = {
+    "list": r" / |\n", "numbers": r" / |\n", "record": r" \| |\n", "word": '^"|^the word ',
+    "number": r"^the number |^no\. ", "person": r"^(Dr|Prof\.) ", "file": "/.*/", "time": r"^at |\.m\.",
+    "quantity": "^exactly|^a total",
+}  # fmt: skip
 
-def test_inputs_and_answers_are_short_and_in_one_split():
-    for made in all_tasks().values():
-        splits = collections.Counter(e.split for e in made.examples)
-        assert splits == {"train": 39, "val": 6, "test": 15} and shared_inputs(made.examples) == 0, made.name
-        for example in made.examples:
+
+def test_inputs_and_answers():
+    """They are short; each input is in one split, test inputs in layouts of their own; no constant solves a task."""
+    assert UNSEEN.keys() <= {placed.spec.family.reads for placed in placed_ones()}
+    for spec in (placed.spec for placed in placed_ones()):
+        examples = all_tasks()[spec.name].examples
+        splits = collections.Counter(e.split for e in examples)
+        assert splits == {"train": 39, "val": 6, "test": 15} and shared_inputs(examples) == 0, spec.name
+        for example in examples:
             assert len(example.input.split()) <= 25 and len(example.outputs[0].split()) <= 20, example
             assert example.input.strip() == example.input and example.outputs[0].strip(), example
-
-
-def test_test_inputs_have_layouts_of_their_own():
-    unseen = {
-        "list": r" / |\n", "numbers": r" / |\n", "record": r" \| |\n", "word": '^"|^the word ',
-        "number": r"^the number |^no\. ", "person": r"^(Dr|Prof\.) ", "file": "/.*/", "time": r"^at |\.m\.",
-        "quantity": "^exactly|^a total",
-    }  # fmt: skip
-    assert unseen.keys() <= {placed.spec.family.reads for placed in placed_ones()}
-    for placed in placed_ones():
-        if pattern := unseen.get(placed.spec.family.reads):
-            for example in all_tasks()[placed.spec.name].examples:
-                assert bool(re.search(pattern, example.input)) is (example.split == "test"), (placed.spec.name, example)
-
-
-def test_no_constant_solves_a_specification():
-    for placed in placed_ones():
-        answers = collections.Counter(answer for _, answer in outcome(placed))
-        share = max(answers.values()) / sum(answers.values())
-        assert (len(answers) == 1) if placed.spec.family.constant else (share <= 0.6), (placed.spec.name, share)
+            if pattern := UNSEEN.get(spec.family.reads):
+                assert bool(re.search(pattern, example.input)) is (example.split == "test"), (spec.name, example)
+        answers = collections.Counter(e.outputs[0] for e in examples)
+        most = max(answers.values())
+        assert (len(answers) == 1) if spec.family.constant else (most <= 0.6 * len(examples)), (spec.name, most)
 
 
 def check_states_every_parameter(spec, text):
@@ -169,19 +165,15 @@ def test_no_held_out_description_is_trained():
 def test_no_two_specifications_do_the_same_and_none_that_is_held_out_is_trained_under_another_name():
     kinds = collections.defaultdict(list)
     for placed in placed_ones():
-        kinds[placed.spec.family.reads].append((placed, outcome(placed)[::2]))
+        pairs = [(e.input, e.outputs[0]) for e in all_tasks()[placed.spec.name].examples[::2]]
+        kinds[placed.spec.family.reads].append((placed, placed.task_split == "train", pairs))
     for group in kinds.values():
-        for i, (one, pairs) in enumerate(group):
-            for j, (other, other_pairs) in enumerate(group[:i]):
-                if one.task_split == other.task_split == "train" and (i + j) % 10:
+        for i, (one, trained, pairs) in enumerate(group):
+            for j, (other, other_trained, other_pairs) in enumerate(group[:i]):
+                if trained and other_trained and (i + j) % 10:
                     continue  # of the pairs of trained ones, a sample
-                own = all(other.spec.answer(x) == y for x, y in pairs)
-                its = all(one.spec.answer(x) == y for x, y in other_pairs)
-                trained = one.task_split == "train", other.task_split == "train"
-                names = one.spec.name, other.spec.name
-                assert (
-                    not (own and its) and not (own and trained == (False, True)) and not (its and trained == (True, False))
-                ), names
+                own = trained > other_trained or agrees(other, pairs)
+                assert not own or not (trained < other_trained or agrees(one, other_pairs)), (one.spec.name, other.spec.name)
 
 
 @pytest.mark.slow
@@ -199,8 +191,7 @@ def test_the_whole_suite():
             known = [value in trained for value in values(placed)]
             assert all(known) is (placed.new == "combination"), placed.spec.name
             assert len(known) > 1 or placed.new == "value", placed.spec.name
-    assert {name: split for name, (split, _) in wanted.items()} == {p.spec.name: manifest_split(p) for p in every}
-    assert all(wanted[placed.spec.name][1] == digest(placed.spec, 0) for placed in every[::4])
+    assert wanted == {placed.spec.name: stored(placed) for placed in every}
 
 
 def test_a_larger_suite_begins_with_the_smaller_and_other_seeds_make_others():
@@ -218,22 +209,16 @@ def test_more_specifications_of_families_that_are_held_out(monkeypatch):
     names = {placed.spec.name for placed in (*found, *more)}
     assert len(names) == len(found) + len(more)  # numbers go on
     for placed in more:
-        pairs = [(e.input, e.outputs[0]) for e in placed.spec.examples(32, 1)]
-        for other in found:
-            if other.spec.family.reads == placed.spec.family.reads and (
-                other.task_split == "train" or other.spec.family == placed.spec.family
-            ):
-                answers = all(other.spec.answer(text) == answer for text, answer in pairs)
-                assert not answers, (placed.spec.name, other.spec.name)
+        family, pairs = placed.spec.family, [(e.input, e.outputs[0]) for e in placed.spec.examples(32, 1)]
+        beside = (o for o in found if o.task_split == "train" or o.spec.family == family)
+        assert not [o.spec.name for o in beside if o.spec.family.reads == family.reads and agrees(o, pairs)]
     assert suite.more_out_of_family([*found, *more], 1) == []
 
 
 def test_more_is_trained_but_what_is_held_out():
-    trained = [placed for placed in placed_ones() if placed.task_split == "train"][:300]
+    trained = of_split("train")[:300]
     assert suite.more_trained(placed_ones(), [], 0)[:300] == trained
-    held = [
-        dataclasses.replace(placed, task_split="in-family", new="value") for placed in trained[::100]
-    ]  # as if drawn once more
+    held = [dataclasses.replace(p, task_split="in-family", new="value") for p in trained[::100]]  # as if drawn once more
     assert suite.more_trained(trained, held, 1) == [placed for i, placed in enumerate(trained) if i % 100]
 
 
@@ -252,20 +237,18 @@ def packaged():
     return {name: (split, found) for split, names in values["tiers"].items() for name, found in names.items()}
 
 
-def manifest_split(placed):
-    stored = {split: name for name, split in manifests.STORED_TASK_SPLITS.items()}
-    return stored[placed.task_split] + (f", new {placed.new}" if placed.new else "")
+def stored(placed):
+    """What the packaged manifest should say of a specification."""
+    tier = {"train": "train", "in-family": "sibling", "out-of-family": "novel"}[placed.task_split]
+    return tier + (f", new {placed.new}" if placed.new else ""), digest(placed.spec, 0)
 
 
 def test_the_packaged_manifest_is_this_suite():
     wanted = packaged()
-    for placed in placed_ones()[::4]:
-        assert wanted[placed.spec.name] == (manifest_split(placed), digest(placed.spec, 0))
+    assert all(wanted[placed.spec.name] == stored(placed) for placed in placed_ones()[::4])
 
 
-@functools.cache
-def small_values():
-    return fixed.build(140)
+small_values = functools.cache(lambda: fixed.build(140))
 
 
 @pytest.fixture
@@ -281,8 +264,8 @@ def test_commands(t2l_tasks, small, tmp_path):
 
     made = "synthetic --suite specs --specifications 140"
     assert run(f"{made} --examples 20 -o {{here}}/all")[0] == f"{tmp_path}/all: 140 tasks, 2800 examples\n"
-    expected = [task(p.spec, 20, 0) for p in placed_ones()[:140]]
-    assert load_tasks(tmp_path / "all", None) == sorted(expected, key=lambda t: t.name)
+    tasks = [task(p.spec, 20, 0) for p in placed_ones()[:140]]
+    assert load_tasks(tmp_path / "all", None) == sorted(tasks, key=lambda t: t.name)
     check = "check {here}/all --manifest {small}"
     assert run(f"{check} --examples 20")[0] == f"{tmp_path}/all: 140 tasks as in manifest {small}\n"
     assert run("select {here}/all --manifest {small} --task-split out-of-family --permissive -o {here}/out")[2] is None
@@ -298,17 +281,11 @@ def test_commands(t2l_tasks, small, tmp_path):
         ("check {here}/all --manifest skills --examples 20", "expected none with manifest"),
     ):
         assert message in str(run(command)[2]), command
-
-
-def test_check_finds_what_was_changed(small, tmp_path):
-    tasks = [task(p.spec, 20, 0) for p in placed_ones()[:140]]
-    wanted = manifests.read(small, 20)
-    write_tasks(
-        tmp_path / "tasks", [Task(t.name, t.descriptions[::-1], t.examples[1:]) if t is tasks[0] else t for t in tasks]
-    )
-    assert sorted(map(str, manifests.check(tmp_path / "tasks", wanted))) == [
-        f"{tasks[0].name}: 1 examples of split 'train' missing",
-        f"{tasks[0].name}: {suite.DESCRIPTIONS} descriptions reworded",
+    changed = Task(tasks[0].name, tasks[0].descriptions[::-1], tasks[0].examples[1:])
+    write_tasks(tmp_path / "all", [changed, *tasks[1:]], overwrite=True)
+    assert sorted(map(str, manifests.check(tmp_path / "all", manifests.read(small, 20)))) == [
+        f"{changed.name}: 1 examples of split 'train' missing",
+        f"{changed.name}: {suite.DESCRIPTIONS} descriptions reworded",
     ]
 
 
