@@ -23,16 +23,12 @@ class Desk:
 
     def save(self, description: str, path: Path) -> None:
         """Write the adapter of ``description`` to FILE.gguf, or as a PEFT folder.  Raises ValueError or OSError."""
-
-        def work() -> None:
-            engine = self.side_by_side.engine
-            stack = engine.generate([description])
-            if path.suffix.lower() == GGUF:
-                save_gguf(stack, 0, path, self.side_by_side.model.config, description=description, engine=engine)
-            else:
-                stack.save_pretrained(path, base_model_name_or_path=packaged.hub_name(self.base_model))
-
-        self.side_by_side.run(work)
+        engine = self.side_by_side.engine
+        stack = self.side_by_side.run(lambda: engine.generate([description]))
+        if path.suffix.lower() == GGUF:
+            save_gguf(stack, 0, path, self.side_by_side.model.config, description=description, engine=engine)
+        else:
+            stack.save_pretrained(path, base_model_name_or_path=packaged.hub_name(self.base_model))
 
 
 def open_desk(options: EngineOptions, *, slots: int, max_new_tokens: int, dtype: DType) -> Desk:

@@ -51,20 +51,13 @@ class Options:
         return self.file is not None or len(self.descriptions) > 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Engine(EngineOptions):
-    """``base_model`` is also the name that PEFT folders state."""
-
-    base_model: Annotated[str, typer.Option(help="What adapters state; default: as the checkpoint; GGUF: a folder.")] = ""
-
-
-def generate(options: Options, engine_options: Engine) -> None:
+def generate(options: Options, engine_options: EngineOptions) -> None:
     """Write one PEFT adapter folder, or GGUF file, per description, replacing existing adapters.
 
     A single description as argument is written to DIR itself; several, or those of --file, to DIR/0, DIR/1, ..., with
     DIR/index.json as their index.  --json prints a list of objects with description, folder (of GGUF, file), rank, scaling,
     modules and parameters; with --library, also the stored adapters that were used, with similarity and weight.
-    --examples needs a checkpoint whose encoder reads examples.
+    --examples needs a checkpoint whose encoder reads examples.  PEFT folders state --base-model, of which a name is enough.
     """
     from t2l_engine.text.base_model import config_of
     from t2l_engine.text.prompts import read_examples
@@ -102,7 +95,7 @@ def generate(options: Options, engine_options: Engine) -> None:
         common.print_json(results)
 
 
-def _check(options: Options, engine: Engine) -> None:
+def _check(options: Options, engine: EngineOptions) -> None:
     """Errors for options that do not go together, and for an output that is not to be replaced."""
     output, index, generates = options.output, options.output / INDEX_NAME, options.min_similarity != -1
     if bool(options.descriptions) == (options.file is not None):

@@ -23,7 +23,6 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Task folder to wri
 Manifest = Annotated[str, typer.Option(help="Packaged manifest, or a file of one.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the tasks of a folder, including those of other names.")]
 
-
 Suite = enum.Enum("Suite", {"words": "words", "specs": "specs"}, type=str)
 #: Task splits of a manifest.
 TaskSplit = enum.Enum("TaskSplit", {name: name for name in ("train", "in-family", "out-of-family")}, type=str)
@@ -35,9 +34,7 @@ def import_sni(
     output: Output,
     descriptions: Annotated[Path | None, typer.Option(help="JSON {task name or number: [description, ...]}.")] = None,
     tasks: Annotated[str, typer.Option(help="Comma-separated names or numbers of tasks; default: all.")] = "",
-    licence: Annotated[
-        list[str], typer.Option(help="Allowed, such as 'CC BY'; may be repeated; default: any or none.")
-    ] = (),
+    licence: Annotated[list[str], typer.Option(help="Allowed one ('CC BY'); may be repeated; default: any or none.")] = (),
     category: Annotated[list[str], typer.Option(help="Category to import; may be repeated; default: all.")] = (),
     max_instances: Annotated[int | None, typer.Option(min=1, help="Examples per task, by hash; default: 200.")] = None,
     manifest: Manifest = "",
@@ -64,8 +61,6 @@ def import_sni(
         say(f"left out: {name}: {reason}")
     for name, count in imported.missing.items():
         say(f"{name}: {count} examples of the manifest not found")
-    if not imported.tasks:
-        raise ValueError(f"{source}: no task to write, {len(imported.left_out)} left out")
     _write(output, imported.tasks, force)
 
 
@@ -86,8 +81,6 @@ def import_benchmarks(
     for name, reasons in imported.left_out.items():
         for reason, count in reasons.items():
             say(f"left out: {count} rows of {name}: {reason}")
-    if not imported.tasks:
-        raise ValueError(f"{source}: no task to write, all rows are left out")
     _write(output, imported.tasks, force)
 
 
@@ -193,8 +186,6 @@ def decontaminate(
         kept, found = overlap.decontaminate(load_tasks(folder, None), load_tasks(benchmarks, None), words)
     for (task, benchmark), count in sorted(collections.Counter((o.task, o.benchmark) for o in found).items()):
         say(f"{task}: {count} examples share text with {benchmark}")
-    if not kept:
-        raise ValueError(f"{folder}: no example is left, all share text with a benchmark")
     _write(output, kept, force)
 
 

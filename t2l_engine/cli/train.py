@@ -81,13 +81,6 @@ class Tasks:
         return chosen
 
 
-@dataclasses.dataclass(frozen=True)
-class Library:
-    """What a reconstruction reads."""
-
-    adapters: Annotated[Path, typer.Option(help="Folder of PEFT adapter folders and descriptions.json.")]
-
-
 @app.command()
 @takes
 def sft(tasks: Tasks, run: Run) -> None:
@@ -104,9 +97,11 @@ def lora(tasks: Tasks, run: Run) -> None:
 
 @app.command()
 @takes
-def reconstruction(library: Library, run: Run) -> None:
+def reconstruction(
+    adapters: Annotated[Path, typer.Option(help="Folder of PEFT adapter folders and descriptions.json.")], run: Run
+) -> None:
     """Train a hypernetwork to reproduce a library of adapters; only encoder llm loads the base model."""
-    _train("reconstruction", run, library.adapters, split_names(run.names) or None)
+    _train("reconstruction", run, adapters, split_names(run.names) or None)
 
 
 @app.command()
