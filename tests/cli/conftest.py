@@ -56,13 +56,17 @@ def tiny_llama(tiny_model):
     return model, tokenizer
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
+def save_checkpoint(folder, rank=4):
     """A random checkpoint for MiniLM's embeddings, whose adapters change what a tiny model says."""
     config = t2l.HyperNetworkConfig(
-        variant="L", modules=("q_proj",), in_features=(12,), out_features=(20,), num_layers=2, rank=4, embed_dim=384,
+        variant="L", modules=("q_proj",), in_features=(12,), out_features=(20,), num_layers=2, rank=rank, embed_dim=384,
         latent_size=16, head_in_size=10, lora_alpha=8.0, scaling="plain",
     )  # fmt: skip
     torch.manual_seed(0)
-    t2l.HyperNetwork(config).save_pretrained(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
+    t2l.HyperNetwork(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return save_checkpoint(tmp_path / "checkpoint")

@@ -40,8 +40,8 @@ def test_generate_errors_leave_an_adapter_alone(run, expect_error, checkpoint, t
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     expect_error("; this is a language model, not a", "generate", "x", "-o", tmp_path / "two", "-c", tmp_path / "model")
-    expect_error("expected rslora, plain or a number", "generate", "x", "-o", one, "-c", checkpoint, "--scaling", "big")
-    expect_error("t2l: --scaling: expected", "generate", "x", "-o", one, "-c", checkpoint, "--scaling", "0")
+    for scaling in ("big", "0"):
+        expect_error("t2l: --scaling: expected", "generate", "x", "-o", one, "-c", checkpoint, "--scaling", scaling)
     expect_error("nowhere", "generate", "x", "-o", one, "-c", checkpoint, "--encoder", tmp_path / "nowhere")
     assert (one / "adapter_model.safetensors").read_bytes() == kept
 
@@ -141,17 +141,17 @@ def test_the_name_of_a_base_model_converts_nothing(run, expect_error, checkpoint
 
 @pytest.fixture
 def library(checkpoint, tmp_path):
-    """(Engine of the tiny checkpoint, library of two of its adapters, its folder)."""
+    """(Library of two adapters of the tiny checkpoint, its folder)."""
     engine = t2l.TextToLoRA.from_pretrained(checkpoint)
     texts = {"last": ["Return the last element of the list."], "past": ["Answer with the simple past of the verb."]}
     made = t2l.AdapterLibrary(engine.generate([of[0] for of in texts.values()]), texts, engine.encoder)
     made.save(tmp_path / "library")
-    return engine, made, tmp_path / "library"
+    return made, tmp_path / "library"
 
 
-def test_generate_from_a_library(run, expect_error, checkpoint, library, tmp_path, monkeypatch):
+def test_generate_from_a_library(run, expect_error, checkpoint, library, tmp_path):
     """The stored adapter where one is near; the output names what was used."""
-    engine, stored, folder = library
+    stored, folder = library
     asked = ("Give the last item of the list.", "Who wrote the novel?")
     options = ("--library", folder, "-o", tmp_path / "out", "-c", checkpoint)
     code, out, err = run("generate", *asked, *options, "--min-similarity", 0.6)
@@ -160,26 +160,15 @@ def test_generate_from_a_library(run, expect_error, checkpoint, library, tmp_pat
     code, out, _ = run("generate", asked[0], *options, "--top-k", 2, "--json")
     (about,) = json.loads(out)
     assert [match["name"] for match in about["stored"]] == ["last", "past"] and about["rank"] == 8
-    alone = [t2l.AdapterStack.from_peft(tmp_path / "out")]
-    assert run("generate", asked[1], *options, "--top-k", 2)[0] == 0
-    alone.append(t2l.AdapterStack.from_peft(tmp_path / "out"))
-    monkeypatch.setattr(generate_command, "BATCH_SIZE", 2)  # of mixtures one at a time
-    assert run("generate", *asked, *options, "--top-k", 2)[0] == 0
-    assert all(t2l.AdapterStack.from_peft(tmp_path / "out" / str(i)).allclose(one) for i, one in enumerate(alone))
     for option in (("--scaling", 4), ("--encoder", "minilm")):
         expect_error(f"{option[0]}: expected none with --library, unless", "generate", asked[0], *options, *option)
     message = "--top-k: expected at most the 2 adapters of the library, got 3"
     expect_error(message, "generate", asked[0], *options, "--top-k", 3)
-    other = t2l.AdapterStack({"q_proj": torch.ones(1, 2, 4, 6)}, {"q_proj": torch.ones(1, 2, 10, 4)}, torch.ones(1))
-    t2l.AdapterLibrary(other, {"last": ["Return the last."]}, engine.encoder).save(tmp_path / "other")
-    refused = ("generate", asked[0], "-o", tmp_path / "out", "-c", checkpoint, "--library")
-    expect_error("library: expected adapters of modules (layers, in, out)", *refused, tmp_path / "other")
-    expect_error("descriptions.json: not found", *refused, tmp_path)
 
 
 def test_a_library_of_another_base_model(run, checkpoint, library, tmp_path):
     """The adapters are written as of the checkpoint's base model, with a warning, or of --base-model."""
-    _, stored, folder = library
+    stored, folder = library
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"base_model": "org/base"}))
     stored.stack.save_pretrained(folder / "last", base_model_name_or_path="my/own")

@@ -5,17 +5,19 @@ import shlex
 
 import pytest
 
-import t2l_engine as t2l
+from tests.cli.conftest import save_checkpoint
 
-FLAGS = (
-    "--enable-lora --max-lora-rank {rank} --max-loras {slots} --max-cpu-loras {cached} --generation-config vllm "
-    "--lora-target-modules {modules}"
-)
+
+def flags(rank, modules="q_proj v_proj", slots=8, cached=256):
+    return (
+        f"--enable-lora --max-lora-rank {rank} --max-loras {slots} --max-cpu-loras {cached} --generation-config vllm "
+        f"--lora-target-modules {modules}"
+    )
 
 
 def test_flags_are_one_line_and_the_rest_is_on_stderr(run):
     status, out, err = run("serve-flags", "smollm2-135m")
-    assert (status, out) == (0, FLAGS.format(rank=8, slots=8, cached=256, modules="q_proj v_proj") + "\n")
+    assert (status, out) == (0, flags(8) + "\n")
     assert err.splitlines() == [
         "t2l: environment: T2L_VLLM_CHECKPOINT=smollm2-135m VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
         "t2l: endpoint: /v1/completions",
@@ -25,14 +27,13 @@ def test_flags_are_one_line_and_the_rest_is_on_stderr(run):
 def test_flags_of_a_folder(run, checkpoint, tmp_path):
     folder = checkpoint.rename(tmp_path / "two words")
     status, out, err = run("serve-flags", folder, "--max-loras", 64, "--max-cpu-loras", 64)
-    assert (status, out) == (0, FLAGS.format(rank=8, slots=64, cached=64, modules="q_proj") + "\n"), "rank 4 needs 8"
+    assert (status, out) == (0, flags(8, "q_proj", 64, 64) + "\n"), "rank 4 needs 8"
     assert f"T2L_VLLM_CHECKPOINT={shlex.quote(str(folder))} " in err and "endpoint: /v1/chat/completions\n" in err
 
 
 def test_flags_of_several_hold_adapters_of_all(run, tmp_path):
-    save(tmp_path, 20)
-    status, out, err = run("serve-flags", "smollm2-135m", tmp_path)
-    assert (status, out) == (0, FLAGS.format(rank=32, slots=8, cached=256, modules="q_proj v_proj") + "\n")
+    status, out, err = run("serve-flags", "smollm2-135m", save_checkpoint(tmp_path, 20))
+    assert (status, out) == (0, flags(32) + "\n")
     assert f"T2L_VLLM_CHECKPOINT=smollm2-135m,{tmp_path} " in err and "endpoint: /v1/completions\n" in err
 
 
@@ -42,19 +43,15 @@ def test_json_and_prompts_with_descriptions(run, checkpoint):
     (checkpoint / "config.json").write_text(json.dumps(config))
     status, out, err = run("serve-flags", checkpoint, "--json")
     about = json.loads(out)
-    assert (
-        status == 0 and err == "" and " ".join(about["flags"]) == FLAGS.format(rank=8, slots=8, cached=256, modules="q_proj")
-    )
+    assert (status, err, " ".join(about["flags"])) == (0, "", flags(8, "q_proj"))
     assert about["environment"]["T2L_VLLM_CHECKPOINT"] == str(checkpoint)
     assert (about["endpoint"], about["description_in_prompt"]) == ("/v1/completions", True)
-    _, _, err = run("serve-flags", checkpoint)
-    assert "endpoint: /v1/completions, with the description in the prompt" in err
+    assert "endpoint: /v1/completions, with the description in the prompt" in run("serve-flags", checkpoint)[2]
 
 
 @pytest.mark.parametrize("rank, given", [(1, 1), (2, 8), (9, 16), (257, 320), (512, 512), (513, None)])
 def test_the_smallest_rank_that_vllm_takes(run, tmp_path, rank, given):
-    save(tmp_path, rank)
-    status, out, err = run("serve-flags", tmp_path)
+    status, out, err = run("serve-flags", save_checkpoint(tmp_path, rank))
     if given is None:
         assert (status, err) == (1, f"t2l: {tmp_path}: rank 513: vLLM takes adapters up to rank 512\n")
     else:
@@ -67,17 +64,8 @@ def test_what_the_server_would_refuse_is_refused(run, tmp_path):
     assert (status, out) == (1, "") and err == "t2l: --max-cpu-loras: expected at least --max-loras, 9, got 8\n"
     assert run("serve-flags", "nowhere")[0] == 1
     for place in ("a/best", "b/best", "one,two"):
-        (tmp_path / place).mkdir(parents=True)
-        save(tmp_path / place, 4)
+        save_checkpoint(tmp_path / place)
     status, out, err = run("serve-flags", tmp_path / "a/best", tmp_path / "b/best")
     assert (status, out) == (1, "") and "T2L_VLLM_CHECKPOINT: expected folders of different names, got" in err
     status, out, err = run("serve-flags", tmp_path / "one,two")
     assert (status, out) == (1, "") and "T2L_VLLM_CHECKPOINT: " in err and str(tmp_path / "one") in err
-
-
-def save(folder, rank):
-    config = t2l.HyperNetworkConfig(
-        variant="L", modules=("q_proj",), in_features=(4,), out_features=(4,), num_layers=1, rank=rank, embed_dim=8,
-        latent_size=8, head_in_size=4, lora_alpha=8.0,
-    )  # fmt: skip
-    t2l.HyperNetwork(config).save_pretrained(folder)

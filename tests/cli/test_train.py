@@ -55,10 +55,6 @@ def test_sft(train, run, base_model, tasks, tmp_path):
     assert len(small_runs.rows(out)) == 5 and (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert kinds.read(kinds.SFTSettings, out / loop.SETTINGS) == expected
     assert len(t2l.TextToLoRA.from_pretrained(out).generate(["first", "last"])) == 2
-
-    before = small_runs.left(out)
-    code, printed, err = train("sft", file, *command, "--names", "first,last")  # done already
-    assert (code, printed) == (0, f"{out}: done\n") and small_runs.differing(before, small_runs.left(out)) == []
     code, printed, err = train("sft", file, "--tasks", tasks, "-o", out)
     assert (code, printed) == (1, "") and "steps: 4 then, 9 now" in err.splitlines()[-1]
 
@@ -95,23 +91,22 @@ def test_a_task_split_of_a_manifest(train, base_model, tasks, tmp_path):
     facts = {"first": about | {"task_split": "train"}, "last": about | {"task_split": "out-of-family"}}
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps(manifest.build(load_tasks(tasks, None), facts, "For the test.")))
-    command = ("--tasks", tasks, "--manifest", path)
-    settings = small_runs.sft(base_model, steps=1)
+    listed, settings = ("--manifest", path), small_runs.sft(base_model, steps=1)
+
+    def last_line(*arguments, output="out"):
+        return train("sft", settings, "--tasks", tasks, *arguments, "-o", tmp_path / output)[2].splitlines()[-1]
+
     for split, name in (("train", "first"), ("out-of-family", "last")):
-        code, _, err = train("sft", settings, *command, "--task-split", split, "-o", tmp_path / split)
-        assert code == 0, err
+        last_line(*listed, "--task-split", split, output=split)
         assert list(json.loads((tmp_path / split / "config.json").read_text())["training"]["tasks"]) == [name]
-    code, _, err = train("sft", settings, "--tasks", tasks, "--task-split", "train", "-o", tmp_path / "out")
-    assert code == 1 and "--task-split: expected --manifest beside it" in err
-    for arguments, message in (
-        (("--task-split", "in-family"), f"--task-split: {tasks} has no task that {path} lists as 'in-family'"),
-        (("--names", "first,last"), f"--names: expected tasks that {path} lists as 'train', got 'last'"),
-        (("--task-split", "none"), "--task-split: expected one of"),
+    assert "--task-split: expected --manifest beside it" in last_line("--task-split", "train")
+    for message, *arguments in (
+        (f"--task-split: {tasks} has no task that {path} lists as 'in-family'", "--task-split", "in-family"),
+        (f"--names: expected tasks that {path} lists as 'train', got 'last'", "--names", "first,last"),
+        ("--task-split: expected one of", "--task-split", "none"),
     ):
-        code, _, err = train("sft", settings, *command, *arguments, "-o", tmp_path / "out")
-        assert code == 1 and message in err.splitlines()[-1], err
+        assert message in last_line(*listed, *arguments)
     lines = (tasks / "first.jsonl").read_text().splitlines()
     (tasks / "first.jsonl").write_text("\n".join(lines[1:]))
-    code, _, err = train("sft", settings, *command, "-o", tmp_path / "out")
-    assert code == 1 and f"{tasks}: expected the examples of {path}, got 1 differences: first: 1 examples" in err
+    assert f"{tasks}: expected the examples of {path}, got 1 differences: first: 1 examples" in last_line(*listed)
     assert not (tmp_path / "out").exists()
