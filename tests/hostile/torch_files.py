@@ -28,7 +28,7 @@ Contents = Iterator[tuple[str, Any]]
 def cases(shop: Workshop) -> Iterator[Case]:
     state = torch.load(shop.good["L-sft"] / PT, weights_only=True)
     yield from calls(shop)
-    for group in (_opcodes, _objects, _claims, _expanded, _spellings, _modules):
+    for group in (_opcodes, _objects, _claims, _expanded, _modules):
         for name, content in group(state):
             yield shop.case(f"{group.__name__}-{name}", "L-sft", PT, content, harmless=name.startswith(HARMLESS))
     for name, value in _tensors(state[KEY]).items():
@@ -156,14 +156,6 @@ def _expanded(state: State) -> Contents:
     yield "overlapping-views", save({k: torch.as_strided(shared, t.shape, t.stride()) for k, t in state.items()})
     row = torch.as_strided(torch.zeros(40 + 39), (40, 128), (1, 0))
     yield "overlap-inside-a-tensor", save(state | {"mlp3.4.weight": row})
-
-
-def _spellings(state: State) -> Contents:
-    """One large record under keys that differ in case only: torch reads it once for each."""
-    claims, records = parts(state)
-    keys = {"".join(c.upper() if i >> j & 1 else c for j, c in enumerate("aaaaaaaaa")) for i in range(400)}
-    many = {f"surprise.{key}": Stored(key, 1 << 18, (1 << 18,)) for key in sorted(keys)}
-    yield "keys", pack(dumps(claims | many), records | {"aaaaaaaaa": bytes(1 << 20)})
 
 
 def _modules(state: State) -> Contents:

@@ -9,20 +9,11 @@ from torch.nn.utils import prune as pruning
 
 from t2l_engine import AdapterStack, EncoderConfig, TextEncoder, attach
 from t2l_engine.testing.numerics import EMBEDDING_ATOL, EMBEDDING_FROBENIUS, relative_frobenius
+from tests.tiny import WORDS
 
-WORDS = ("name", "the", "capital", "of", "a", "country", "drug", ".", "3", "##s")
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 POOLINGS = ("cls", "mean", "last")
 QUERY = "encoder.layer.{layer}.attention.self.query"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    from transformers import BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "vocab.txt").write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)))
-    return BertTokenizerFast.from_pretrained(folder)
 
 
 @pytest.fixture
@@ -223,6 +214,19 @@ def test_adapters_attached_later(make, calls):
     lora.detach()
     assert torch.equal(encoder.encode(given), base)
     assert calls == ["BertModel"]
+
+
+def test_modules_are_walked_once(make, monkeypatch):
+    """And again after one was replaced: walking takes longer than the products of a short text."""
+    encoder, walks, walk = make(), [], torch.nn.Module.modules
+    monkeypatch.setattr(torch.nn.Module, "modules", lambda self: walks.append(self) or walk(self))
+    for text in ("a", "the drug"):
+        encoder.encode([text])
+    assert not walks
+    replace_linear(encoder.model)
+    for text in ("a", "the drug"):
+        encoder.encode([text])
+    assert walks == [encoder.model]
 
 
 # --- what it sees ----------------------------------------------------------------------------------------------------

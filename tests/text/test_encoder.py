@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2l_engine import ConfigError, EncoderConfig, TextEncoder, attach
+from t2l_engine import ConfigError, EncoderConfig, OneHotConfig, OneHotEncoder, TextEncoder, attach
 from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, relative_frobenius, u
 from t2l_engine.text import packaged
 from t2l_engine.text.encoder import normalise_description
@@ -19,18 +19,10 @@ POOLINGS = ("cls", "mean", "last")
 
 
 @pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "vocab.txt").write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def parts(vocabulary):
+def parts(tokenizer):
     """A tiny random BERT and its tokenizer."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import BertConfig, BertModel
 
-    tokenizer = BertTokenizerFast.from_pretrained(vocabulary)
     assert tokenizer.convert_ids_to_tokens(tokenizer("The drugs.")["input_ids"])[1:-1] == ["the", "drug", "##s", "."]
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -439,6 +431,33 @@ def test_from_model_refuses_adapters_of_peft(tiny_model, left_tokenizer):
     wrapped.merge_adapter()
     with pytest.raises(RuntimeError, match="adapters are in use on this model"):
         enc.encode(["the drugs"])
+
+
+# --- task names -----------------------------------------------------------------------------------------------------
+
+
+def test_one_hot():
+    enc = OneHotEncoder(OneHotConfig(("a", "b", "c")))
+    got = enc.encode(["c", "a", "c"])
+    assert enc.embed_dim == 3 and got.dtype == torch.float32
+    assert got.tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([], "texts: expected at least one"),
+        ("a", "texts: expected a list of strings, got str"),
+        (["a", "Name a capital"], r"texts\[1\]: .* only the names of its 9 training tasks, such as .*'t0'.*; got 'Name a"),
+        (["a", ["a"]], r"texts\[1\]"),
+        ([0], r"texts\[0\]"),
+    ],
+)
+def test_one_hot_knows_training_tasks_only(texts, message):
+    enc = OneHotEncoder(OneHotConfig((*(f"t{i}" for i in range(8)), "a")))
+    with pytest.raises(ValueError, match=message) as caught:
+        enc.encode(texts)
+    assert len(str(caught.value)) < 400
 
 
 # --- packaged ------------------------------------------------------------------------------------------------------
