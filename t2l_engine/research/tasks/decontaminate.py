@@ -7,10 +7,10 @@ of fewer words, but at least ``MIN_WORDS``, overlaps with one of the same words.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from t2l_engine.research.tasks.examples import words
 from t2l_engine.research.tasks.folder import Example, Task
 
 MIN_WORDS = 5
@@ -61,7 +61,7 @@ def decontaminate(tasks: Sequence[Task], benchmarks: Sequence[Task], n: int = 13
 def _ngrams(example: Example, n: int) -> Iterator[str]:
     """The word ``n``-grams of the example's texts; a shorter text of at least ``MIN_WORDS`` words is one."""
     for text in (example.input, *example.outputs):
-        words = re.findall(r"[^\W_]+", text.casefold())
-        if len(words) >= MIN_WORDS:
-            for start in range(max(len(words) - n, 0) + 1):
-                yield " ".join(words[start : start + n])
+        found = words(text)
+        if len(found) >= MIN_WORDS:
+            for start in range(max(len(found) - n, 0) + 1):
+                yield " ".join(found[start : start + n])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import re
 from collections.abc import Iterable
 
 from t2l_engine.files.errors import ConfigError
@@ -26,6 +27,11 @@ def normalise(text: str) -> str:
     'île de france'
     """
     return " ".join(text.split()).casefold()
+
+
+def words(text: str) -> list[str]:
+    """The words of ``text``, case folded, without punctuation."""
+    return re.findall(r"[^\W_]+", text.casefold())
 
 
 def input_digest(example: Example) -> bytes:
@@ -73,14 +79,14 @@ def shared_inputs(examples: Iterable[Example]) -> int:
     return sum(len(names) > 1 for names in splits.values())
 
 
-def choose(examples: Iterable[Example], limit: int = MAX_EXAMPLES, max_chars: int = MAX_CHARS) -> list[Example]:
-    """At most ``limit`` of the pooled examples, preferring those of up to ``max_chars`` characters (input and first output).
+def choose(examples: Iterable[Example], limit: int = MAX_EXAMPLES) -> list[Example]:
+    """At most ``limit`` of the pooled examples, preferring those of up to MAX_CHARS characters (input and first output).
 
     Ties are broken by the hash of the input; the result is in order of hash.
     """
 
     def rank(example: Example) -> tuple[bool, bytes]:
-        return len(example.input) + len(example.outputs[0]) > max_chars, input_digest(example)
+        return len(example.input) + len(example.outputs[0]) > MAX_CHARS, input_digest(example)
 
     return sorted(sorted(pool(examples), key=rank)[:limit], key=input_digest)
 

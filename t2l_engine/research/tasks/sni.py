@@ -44,11 +44,9 @@ def import_sni(
     *,
     descriptions: Mapping[str, Sequence[str]] | None = None,
     max_instances: int = examples.MAX_EXAMPLES,
-    max_chars: int = examples.MAX_CHARS,
     manifest: Manifest | None = None,
     licences: Sequence[str] = (),
     categories: Sequence[str] = (),
-    exclude_sources: Sequence[str] = BENCHMARKS,
 ) -> Imported:
     """The tasks of a folder of Super-NaturalInstructions files, or of one file, sorted by name.
 
@@ -56,13 +54,12 @@ def import_sni(
         tasks: names or numbers (``"task1453_person..."``, ``"task1453"``, ``"1453"``) of the tasks to read; None: all.
         descriptions: task name or number -> descriptions to add to the task's definition (:func:`further_descriptions`).
         max_instances: limit of examples per task, chosen by hash.
-        max_chars: length (input and first output) up to which examples are preferred.
-        manifest: import its tasks with its examples and splits; ``max_instances`` and ``max_chars`` are ignored then.
+        manifest: import its tasks with its examples and splits; ``max_instances`` is ignored then.
         licences: allowed licences; each licence of a task must contain one of them as whole words, ignoring case: "CC BY"
             allows "CC BY 4.0" but not "CC BY-NC 4.0".  Tasks that state none are left out.  Empty: any.
         categories: of which a task must have one, ignoring case.  Empty: any.
-        exclude_sources: names of data sets; tasks made from them, by "Source" or by the task's name, are left out.
 
+    Tasks made from BENCHMARKS, by "Source" or by name, are left out.
     Raises FileNotFoundError if there are no task files, ConfigError naming the file and the invalid field.
     """
     paths = [p for p in _files(Path(source), tasks) if manifest is None or p.stem in manifest.tasks]
@@ -74,7 +71,7 @@ def import_sni(
     imported = Imported([], {}, {})
     for path in paths:
         row = Row(str(path), _read_object(path))
-        reason = _excluded(row, path.stem, exclude_sources) or _refused(row, licences) or _elsewhere(row, categories)
+        reason = _reason(row, path.stem, licences, categories)
         found = [] if reason else list(_instances(row))
         if not found:
             imported.left_out[path.stem] = reason or "no instance with text"
@@ -86,7 +83,7 @@ def import_sni(
             raise ConfigError(f"{path}: Definition: expected one, or descriptions for {path.stem}, got none")
         task = Task(path.stem, about, tuple(found))
         if manifest is None:
-            chosen = examples.split(examples.choose(found, max_instances, max_chars))
+            chosen = examples.split(examples.choose(found, max_instances))
             imported.tasks.append(dataclasses.replace(task, examples=tuple(chosen)))
         else:
             applied = apply([task], manifest)
@@ -148,35 +145,24 @@ def _instances(row: Row) -> Iterator[Example]:
             yield Example(text, outputs, "train")
 
 
-def _excluded(row: Row, name: str, sources: Sequence[str]) -> str | None:
-    texts = (*row.one_or_more("Source", MAX_LABEL), name)
-    return next((f"made of {source}" for text in texts for source in sources if names_data_set(text, source)), None)
+def _reason(row: Row, name: str, licences: Sequence[str], categories: Sequence[str]) -> str | None:
+    """Why the task ``name`` is left out; None if it is not."""
+    fields = ("Source", "Instance License", "Categories")
+    sources, stated, of = (row.one_or_more(field, MAX_LABEL) for field in fields)
+    benchmarks = (source for text in (*sources, name) for source in BENCHMARKS if names_data_set(text, source))
+    if benchmark := next(benchmarks, None):
+        return f"made of {benchmark}"
+    # "-" is part of a word: "CC BY" does not match "CC BY-NC 4.0".
+    allowed = [re.compile(rf"(?<![\w-]){re.escape(licence)}(?![\w-])", re.IGNORECASE) for licence in licences]
+    refused = [text for text in stated if not any(pattern.search(text) for pattern in allowed)]
+    if licences and (refused or not stated):
+        return f"licence {short_repr(refused[0])}" if refused else "no licence stated"
+    if categories and not set(map(str.casefold, categories)).intersection(map(str.casefold, of)):
+        return f"categories {short_repr(list(of))}"
+    return None
 
 
 def names_data_set(text: str, source: str) -> bool:
     """Whether ``text`` names the data set ``source``, with any separators; a name of up to four letters must be a word."""
-    words, wanted = _words(text), "".join(_words(source))
-    return wanted in words or (len(wanted) > 4 and wanted in "".join(words))
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+", text.casefold())
-
-
-def _refused(row: Row, licences: Sequence[str]) -> str | None:
-    stated = row.one_or_more("Instance License", MAX_LABEL)
-    if not licences:
-        return None
-    for text in stated:
-        # "-" is part of a word: "CC BY" does not match "CC BY-NC 4.0".
-        if not any(re.search(rf"(?<![\w-]){re.escape(licence)}(?![\w-])", text, re.IGNORECASE) for licence in licences):
-            return f"licence {short_repr(text)}"
-    return None if stated else "no licence stated"
-
-
-def _elsewhere(row: Row, categories: Sequence[str]) -> str | None:
-    stated = row.one_or_more("Categories", MAX_LABEL)
-    wanted = {category.casefold() for category in categories}
-    if wanted and not wanted.intersection(category.casefold() for category in stated):
-        return f"categories {short_repr(list(stated))}"
-    return None
+    found, wanted = examples.words(text), "".join(examples.words(source))
+    return wanted in found or (len(wanted) > 4 and wanted in "".join(found))

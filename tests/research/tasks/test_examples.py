@@ -52,7 +52,7 @@ def test_choice_and_split_do_not_depend_on_the_order_of_a_file():
 
 def test_short_examples_are_preferred():
     values = [example(f"{i} " + "long " * 200) for i in range(50)] + numbered(40)
-    chosen = choose(values, 60, max_chars=900)
+    chosen = choose(values, 60)
     assert sum(len(e.input) < 900 for e in chosen) == 40 and len(chosen) == 60
     assert choose(values, 40) == choose(numbered(40))
     assert len(choose([example("x", "y" * 900)], 1)) == 1  # long ones rather than none

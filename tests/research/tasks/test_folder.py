@@ -89,10 +89,7 @@ def test_splits_that_may_be_absent(write):
     folder = write({"a": ["Name it."], "empty": ["Name it."]}, a=ROWS, empty=[])
     assert [len(task.examples) for task in load_tasks(folder, "test", required=False)] == [1, 0]
     assert [len(task.examples) for task in load_tasks(folder, None, required=False)] == [3, 0]
-    for split, message in (
-        (None, r"empty\.jsonl: no examples$"),
-        ("validation", r"a\.jsonl: no examples of split 'validation'"),
-    ):
+    for split, message in ((None, r"empty\.jsonl: no examples$"), ("validation", r"a\.jsonl: no .* split 'validation'")):
         with pytest.raises(ConfigError, match=message):
             load_tasks(folder, split)
 
@@ -133,22 +130,16 @@ def test_what_could_not_be_read_is_not_written(tmp_path, task, message):
 def test_as_many_descriptions_as_can_be_read_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks_module, "MAX_DESCRIPTIONS_BYTES", 40)
     write_tasks(tmp_path, TASKS[1:])
-    with pytest.raises(
-        ConfigError, match=r"descriptions\.json: expected at most 40 bytes to write, got \d+: 3 descriptions of 2"
-    ):
+    with pytest.raises(ConfigError, match=r"expected at most 40 bytes to write, got \d+: 3 descriptions of 2"):
         write_tasks(tmp_path, TASKS, overwrite=True)
 
 
-JUDGED = Task(
-    "judged",
-    ("Answer.",),
-    (
-        Example("1 + 1", ("2", "2.0", "1,002"), "test", "number"),
-        Example("Où ?", ("là",), "test", "options", ("ici", "là")),
-        Example("def f():", ("    return 1",), "test", "pass", tests="assert f() == 1\n"),
-        Example("x", ("y",), "test"),
-    ),
-)
+JUDGED = Task("judged", ("Answer.",), (
+    Example("1 + 1", ("2", "2.0", "1,002"), "test", "number"),
+    Example("Où ?", ("là",), "test", "options", ("ici", "là")),
+    Example("def f():", ("    return 1",), "test", "pass", tests="assert f() == 1\n"),
+    Example("x", ("y",), "test"),
+))  # fmt: skip
 
 
 def test_how_answers_are_judged_is_kept(tmp_path, write):

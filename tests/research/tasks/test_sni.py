@@ -53,7 +53,6 @@ def test_at_most_so_many_instances_the_short_ones_first(sni):
     assert len(task.examples) == 40 and all(e.outputs == ("x",) for e in task.examples)
     assert [sum(e.split == s for e in task.examples) for s in ("train", "val", "test")] == [26, 4, 10]
     assert import_sni(source, max_instances=40).tasks[0] == task
-    assert len(import_sni(source, max_instances=60, max_chars=2).tasks[0].examples) == 60
 
 
 def test_tasks_by_name_and_number(sni):
@@ -100,9 +99,8 @@ def test_licences(sni, stated, allowed, kept):
 
 def test_categories(sni):
     imported = import_sni(sni(task001_colours=COLOURS, task002_count=EARLY), categories=["word semantics", "Translation"])
-    assert [t.name for t in imported.tasks] == ["task001_colours"] and imported.left_out == {
-        "task002_count": "categories []"
-    }
+    assert [t.name for t in imported.tasks] == ["task001_colours"]
+    assert imported.left_out == {"task002_count": "categories []"}
 
 
 @pytest.mark.parametrize("name, source, reason", [
@@ -118,7 +116,6 @@ def test_tasks_made_of_the_benchmarks_are_left_out(sni, name, source, reason):
         del values["Source"]
     imported = import_sni(sni(**{name: values}))
     assert imported.left_out == ({name: f"made of {reason}"} if reason else {})
-    assert import_sni(sni(**{name: values}), exclude_sources=()).tasks
 
 
 # --- broken and hostile ------------------------------------------------------------------------------------------------
