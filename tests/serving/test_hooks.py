@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import functools
 import logging
 import types
 
@@ -25,7 +24,6 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from t2l_engine import ops
 from t2l_engine.serving.vllm import hooks
-from t2l_engine.serving.vllm.offline import lora_requests
 
 pytestmark = pytest.mark.serving
 STOCK = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
@@ -227,15 +225,3 @@ def test_the_key_of_the_server_covers_what_makes_adapters(settings, path, answer
     scope = {"type": "http", "method": "POST", "path": path, "headers": []}
     asyncio.run(authenticate.AuthenticationMiddleware(app, ["key"])(scope, None, send))
     assert sent[0] == ("answered" if answered else 401)
-
-
-def test_mode_memory_needs_workers_that_generate(settings, monkeypatch):
-    """Else they would end at the first folder without weights."""
-    ask = functools.partial(lora_requests, None, ["Say it."], settings=settings(mode="memory"))
-    monkeypatch.delenv("T2L_VLLM_MODE", raising=False)
-    with pytest.raises(ValueError, match="T2L_VLLM_MODE=memory in the environment"):
-        ask()
-    monkeypatch.setenv("T2L_VLLM_MODE", "memory")
-    monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver")
-    with pytest.raises(ValueError, match="VLLM_PLUGINS: expected t2l among them"):
-        ask()

@@ -1,8 +1,8 @@
-"""The store: folders appear whole, the budget and pruning, with several processes."""
+"""The store: folders appear whole, the budget and pruning, with several servers: locks of a process are as those of two."""
 
+import concurrent.futures
 import errno
 import fcntl
-import multiprocessing
 import os
 import shutil
 import time
@@ -206,44 +206,21 @@ def test_a_restart_keeps_the_last_used_half_of_the_budget(store, open_store):
     write(again, "e")
 
 
-def _write(root, keys, barrier):
-    store = AdapterStore(root, 1 << 20)
-    barrier.wait()
-    write(store, *keys)
+def test_two_servers_write_the_same_keys(open_store):
+    stores, keys = [open_store(), open_store()], [f"k{i}" for i in range(50)]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for made in [pool.submit(write, store, *order) for store, order in zip(stores, (keys, keys[::-1]), strict=True)]:
+            made.result()
+    for store in stores:
+        assert visible(store) == sorted(keys)
+        assert store.used == sum(taken(store.find(key)) for key in keys), "each is whole, and counted once"
 
 
-@pytest.fixture(scope="module")
-def context():
-    """Processes that are forked from one which has imported torch."""
-    made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload(["t2l_engine.serving.store"])
-    return made
-
-
-def test_two_processes_write_the_same_keys(context, store):
-    barrier, keys = context.Barrier(2), [f"k{i}" for i in range(6)]
-    both = [context.Process(target=_write, args=(store.root, order, barrier)) for order in (keys, keys[::-1])]
-    [process.start() for process in both]
-    [process.join() for process in both]
-    assert [process.exitcode for process in both] == [0, 0] and visible(store) == sorted(keys)
-    assert store.used == sum(taken(store.find(key)) for key in keys), "each is whole, and counted once"
-
-
-def _hold(root, opened, leave):
-    store = AdapterStore(root, 1 << 20)
-    opened.set()
-    leave.wait()
-    store.close()
-
-
-def test_what_a_running_server_may_use_stays(context, store, open_store):
+def test_what_a_running_server_may_use_stays(store, open_store):
     """One that started two days ago, on its own; then nobody beside."""
     for days, key in ((0, "new"), (1, "used"), (2, "edge"), (3, "older")):
         size = taken(unused_for(days, write(store, key)))
-    opened, leave = context.Event(), context.Event()
-    server = context.Process(target=_hold, args=(store.root, opened, leave), daemon=True)
-    server.start()
-    assert opened.wait(60)
+    server = open_store()
     store.close()
     (own,) = store.root.glob(".server-*")
     unused_for(2, own)
@@ -255,8 +232,7 @@ def test_what_a_running_server_may_use_stays(context, store, open_store):
     assert visible(beside) == ["1.tmp-x", "edge", "new", "used"] and beside.used == 3 * size
     assert len(list(store.root.glob(".server-*"))) == 2, "of those that run"
     beside.close()
-    leave.set()
-    server.join()
+    server.close()
     alone = open_store(2 * size)
     assert visible(alone) == ["new"] and alone.used == size
 

@@ -339,8 +339,13 @@ def test_offline_errors(settings, bundled, model, tmp_path, monkeypatch):
         offline.lora_requests(bundled.engine, [TEXT, " "], settings=settings())
     with pytest.raises(ValueError, match="base: the checkpoint is for a model of 30 layers, the served one has 4"):
         offline.lora_requests(bundled.engine, [TEXT], str(model(num_hidden_layers=4)), settings=settings())
-    monkeypatch.setenv("T2L_VLLM_MODE", "memory")
-    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.delenv("T2L_VLLM_MODE", raising=False)
+    monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver")
+    for message in ("T2L_VLLM_MODE=memory in the environment", "VLLM_PLUGINS: expected t2l among them"):
+        with pytest.raises(ValueError, match=message):  # workers would end at a folder without weights
+            offline.lora_requests(bundled.engine, [TEXT], settings=settings(mode="memory"))
+        monkeypatch.setenv("T2L_VLLM_MODE", "memory")
+    monkeypatch.delenv("VLLM_PLUGINS")
     monkeypatch.setattr(offline.hooks, "install", lambda settings: settings)  # other tests have vLLM as it is
     with pytest.raises(ValueError, match="checkpoint: expected that of the adapter"):
         offline.lora_requests(bundled.engine, [TEXT], settings=settings(mode="memory", checkpoints={}))

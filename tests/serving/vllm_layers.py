@@ -16,16 +16,32 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 HIDDEN, HEADS, KV_HEADS, HEAD, INNER, VOCABULARY = 96, 6, 2, 16, 160, 200
 SLOTS, RANK = 3, 16
 DTYPE = torch.bfloat16
-#: Kind of layer -> the sizes of its slices, in -> out.
-SIZES = {
-    "qkv": [(HIDDEN, HEADS * HEAD), (HIDDEN, KV_HEADS * HEAD), (HIDDEN, KV_HEADS * HEAD)],
-    "gate_up": [(HIDDEN, INNER), (HIDDEN, INNER)],
-    "o": [(HEADS * HEAD, HIDDEN)],
-    "down": [(INNER, HIDDEN)],
-    "embedding": [(VOCABULARY, HIDDEN)],
-    "logits": [(HIDDEN, VOCABULARY)],
-}
-LINEAR = ("qkv", "gate_up", "o", "down")
+OPTIONS = {"bias": False, "params_dtype": DTYPE}
+#: Kind of layer -> the sizes of its slices, in -> out; vLLM's layer; and the class that adapts it, {}: Sharded or nothing.
+KINDS = {
+    "qkv": (
+        [(HIDDEN, HEADS * HEAD), (HIDDEN, KV_HEADS * HEAD), (HIDDEN, KV_HEADS * HEAD)],
+        lambda: linear.QKVParallelLinear(HIDDEN, HEAD, HEADS, KV_HEADS, **OPTIONS), "MergedQKVParallelLinearWith{}LoRA",
+    ),
+    "gate_up": (
+        [(HIDDEN, INNER), (HIDDEN, INNER)],
+        lambda: linear.MergedColumnParallelLinear(HIDDEN, [INNER, INNER], **OPTIONS),
+        "MergedColumnParallelLinearWith{}LoRA",
+    ),
+    "o": (
+        [(HEADS * HEAD, HIDDEN)], lambda: linear.RowParallelLinear(HEADS * HEAD, HIDDEN, **OPTIONS),
+        "RowParallelLinearWith{}LoRA",
+    ),
+    "embedding": (
+        [(VOCABULARY, HIDDEN)], lambda: VocabParallelEmbedding(VOCABULARY, HIDDEN, params_dtype=DTYPE),
+        "VocabParallelEmbeddingWithLoRA",
+    ),
+    "logits": (
+        [(HIDDEN, VOCABULARY)], lambda: ParallelLMHead(VOCABULARY, HIDDEN, params_dtype=DTYPE), "LogitsProcessorWithLoRA",
+    ),
+}  # fmt: skip
+SIZES = {kind: sizes for kind, (sizes, *_) in KINDS.items()}
+LINEAR = ("qkv", "gate_up", "o")
 
 
 @contextlib.contextmanager
@@ -38,18 +54,8 @@ def single_process(tmp_path):
 
 
 def base_layer(kind: str) -> torch.nn.Module:
-    options = {"bias": False, "params_dtype": DTYPE}
     with torch.device("cpu"):
-        if kind == "qkv":
-            layer = linear.QKVParallelLinear(HIDDEN, HEAD, HEADS, KV_HEADS, **options)
-        elif kind == "gate_up":
-            layer = linear.MergedColumnParallelLinear(HIDDEN, [INNER, INNER], **options)
-        elif kind in ("o", "down"):
-            layer = linear.RowParallelLinear(*SIZES[kind][0], **options)
-        elif kind == "embedding":
-            layer = VocabParallelEmbedding(VOCABULARY, HIDDEN, params_dtype=DTYPE)
-        else:
-            layer = ParallelLMHead(VOCABULARY, HIDDEN, params_dtype=DTYPE)
+        layer = KINDS[kind][1]()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / 8)
@@ -96,16 +102,7 @@ def adapted(kind: str, wrapper_class: type, fully_sharded: bool = False) -> Adap
     config = LoRAConfig(
         max_lora_rank=RANK, max_loras=SLOTS, max_cpu_loras=SLOTS, lora_dtype=DTYPE, fully_sharded_loras=fully_sharded
     )
-    sharded = "Sharded" if fully_sharded else ""
-    name = {
-        "qkv": f"MergedQKVParallelLinearWith{sharded}LoRA",
-        "gate_up": f"MergedColumnParallelLinearWith{sharded}LoRA",
-        "o": f"RowParallelLinearWith{sharded}LoRA",
-        "down": f"RowParallelLinearWith{sharded}LoRA",
-        "embedding": "VocabParallelEmbeddingWithLoRA",
-        "logits": "LogitsProcessorWithLoRA",
-    }[kind]
-    kind_of = getattr(lora_layers, name)
+    kind_of = getattr(lora_layers, KINDS[kind][2].format("Sharded" if fully_sharded else ""))
     if kind == "logits":
         layer = kind_of(LogitsProcessor(VOCABULARY), HIDDEN, DTYPE, torch.device("cpu"), None)
     else:
