@@ -121,12 +121,6 @@ class AdapterStore:
             raise Unavailable(f"adapters: their folder cannot be written: {why}") from error
         return path
 
-    @property
-    def used(self) -> int:
-        """Bytes of all adapters."""
-        with self._count() as count:
-            return count[0]
-
     def _path(self, key: str) -> Path:
         return self.root / (key + _MEMORY if self.memory else key)
 

@@ -1,6 +1,7 @@
 """The resolver, the endpoint and offline requests beside vLLM's own OpenAIServingModels and error handlers."""
 
 import asyncio
+import itertools
 import json
 import logging
 import re
@@ -317,13 +318,14 @@ def test_the_endpoints_503_and_500(client, monkeypatch, caplog):
 
 
 def test_offline_requests(settings, bundled, model, monkeypatch):
+    own = 1 << 20  # above those that callers count for their own adapters
     monkeypatch.setattr(offline, "_ids", {})
+    monkeypatch.setattr(offline, "_numbers", itertools.count(own))
     texts = [TEXT, "Name the antonym.", TEXT]
     first = offline.lora_requests(bundled.engine, texts, str(model()), settings=settings())
     again = offline.lora_requests(bundled.engine, texts[::-1], settings=settings())
-    own = offline._FIRST_ID  # above those that callers count for their own adapters
     ids = [own, own + 1, own]
-    assert own > 1 << 16 and [request.lora_int_id for request in first] == ids == [request.lora_int_id for request in again]
+    assert [request.lora_int_id for request in first] == ids == [request.lora_int_id for request in again]
     assert [request.lora_path for request in first] == [request.lora_path for request in again[::-1]]
     assert all(request.lora_name.startswith("t2l-") for request in first)
     key = Checkpoint.of(bundled.engine, "x").prepare("text", TEXT)[1]

@@ -117,7 +117,7 @@ def _use_kernels() -> None:
             wrapper.add_layer(module)
 
     LoRAModelManager.register_module = register_module
-    type(current_platform).get_punica_wrapper = classmethod(lambda cls: WRAPPER)  # type: ignore[method-assign]
+    type(current_platform).get_punica_wrapper = classmethod(lambda cls: WRAPPER)
 
 
 def _load_from_embeddings(settings: Settings) -> None:
@@ -128,7 +128,7 @@ def _load_from_embeddings(settings: Settings) -> None:
     _expect(LoRAModel, "from_lora_tensors", made_of)
     read_with = "lora_model_id device dtype model_vocab_size weights_mapper skip_prefixes moe_ep_spec"
     _expect(LoRAModel, "from_local_checkpoint", f"lora_dir expected_lora_modules peft_helper {read_with}")
-    stock = LoRAModel.from_local_checkpoint.__func__  # type: ignore[attr-defined]
+    stock = LoRAModel.from_local_checkpoint.__func__
 
     def from_local_checkpoint(cls: type, lora_dir: str, expected_lora_modules: set[str], peft_helper: Any, **options: Any):
         folder = Path(lora_dir)
@@ -140,7 +140,7 @@ def _load_from_embeddings(settings: Settings) -> None:
         if unexpected:
             raise ValueError(f"{lora_dir}: expected adapters for {sorted(expected_lora_modules)}, got also {unexpected}")
         options.pop("moe_ep_spec", None)
-        return cls.from_lora_tensors(tensors=tensors, peft_helper=peft_helper, **options)  # type: ignore[attr-defined]
+        return cls.from_lora_tensors(tensors=tensors, peft_helper=peft_helper, **options)
 
     LoRAModel.from_local_checkpoint = classmethod(from_local_checkpoint)
 
@@ -234,7 +234,7 @@ def _answer_refusals() -> None:
             raise ValueError(refused)
         return all(answers)
 
-    Worker.t2l_try_lora = try_lora  # type: ignore[attr-defined]
+    Worker.t2l_try_lora = try_lora
     Executor.add_lora = add_lora
 
 

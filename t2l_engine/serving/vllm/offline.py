@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import threading
+import itertools
 from collections.abc import Sequence
 
 from vllm import envs
@@ -20,9 +20,8 @@ from t2l_engine.serving.vllm.settings import MEMORY, PREFIX, Settings
 
 #: This package's plugin, of the group vllm.general_plugins.
 PLUGIN = "t2l"
-_lock = threading.Lock()
 #: vLLM takes adapters of one lora_int_id for the same, and callers count their own from 1.
-_FIRST_ID = 1 << 20
+_numbers = itertools.count(1 << 20)
 _ids: dict[str, int] = {}  # lora_name -> lora_int_id, for the whole process
 _open = functools.cache(AdapterStore)  # stays open: its lock keeps the folders of this process
 
@@ -55,7 +54,8 @@ def lora_requests(
         own_hypernetwork(checkpoint.hash, settings)
     store = _open(settings.store, settings.store_bytes, settings.mode == MEMORY)
     found = checkpoint.folders(texts, store)
-    return [LoRARequest(name := names.adapter_id(key), _id(name), str(folder)) for key, folder in found]
+    named = [(names.adapter_id(key), str(folder)) for key, folder in found]
+    return [LoRARequest(name, _ids.setdefault(name, next(_numbers)), folder) for name, folder in named]
 
 
 def _expect_workers_that_generate() -> None:
@@ -66,8 +66,3 @@ def _expect_workers_that_generate() -> None:
         raise ValueError(
             f"VLLM_PLUGINS: expected {PLUGIN} among them for mode {MEMORY!r}, got {','.join(envs.VLLM_PLUGINS)}"
         )
-
-
-def _id(name: str) -> int:
-    with _lock:
-        return _ids.setdefault(name, _FIRST_ID + len(_ids))
