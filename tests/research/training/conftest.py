@@ -61,26 +61,22 @@ def tokenizer():
     return word_tokenizer()
 
 
+def saved(folder, model):
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def save_model(tiny_model, tmp_path):
     """Factory: the folder of a saved tiny model with :func:`word_tokenizer`; arguments as of ``tiny_model``."""
-
-    def save(family, **kwargs):
-        folder = tmp_path / f"base-{family}"
-        tiny_model(family, **kwargs).save_pretrained(folder)
-        word_tokenizer().save_pretrained(folder)
-        return folder
-
-    return save
+    return lambda family, **kwargs: saved(tmp_path / f"base-{family}", tiny_model(family, **kwargs))
 
 
 @pytest.fixture(scope="session")
 def base_model(tiny_model, tmp_path_factory):
     """The folder of a saved tiny Llama, which no test changes."""
-    folder = tmp_path_factory.mktemp("models") / "base-Llama"
-    tiny_model("Llama").save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
+    return saved(tmp_path_factory.mktemp("models") / "base-Llama", tiny_model("Llama"))
 
 
 @pytest.fixture

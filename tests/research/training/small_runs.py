@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 import t2l_engine as t2l
 from t2l_engine.research.training import settings
 from t2l_engine.research.training.runs import read_log
+from t2l_engine.research.training.sampling import Group, Sample
 
 #: Every field that makes a step random, and steps of two batches.
 NOISE = {
@@ -42,6 +43,17 @@ def reconstruction(**changes):
     return settings.build(settings.ReconstructionSettings, small | changes)
 
 
+def groups(sizes, tasks) -> list[Group]:
+    """Groups of random tokens; ``sizes``: of each, tokens and answer tokens of its samples; ``tasks``: of each, its task."""
+    generator = torch.Generator().manual_seed(0)
+
+    def sample(length, answer):
+        return Sample(tuple(torch.randint(3, 97, (length,), generator=generator).tolist()), answer)
+
+    samples = [tuple(sample(*size) for size in group) for group in sizes]
+    return [Group(task, 0, of, f"key{i}") for i, (task, of) in enumerate(zip(tasks, samples, strict=True))]
+
+
 def library(folder: Path, count=3, rank=2, scaling=2.0, modules=None, layers=2, seed=0, texts=2) -> t2l.AdapterStack:
     """Write ``count`` random adapters and their descriptions to ``folder``; returns them as a stack, in order of name."""
     generator = torch.Generator().manual_seed(seed)
@@ -55,6 +67,16 @@ def library(folder: Path, count=3, rank=2, scaling=2.0, modules=None, layers=2, 
     about = {name: [f"Do what {name} asks, in wording {i}." for i in range(texts)] for name in names}
     (folder / "descriptions.json").write_text(json.dumps(about))
     return stack
+
+
+def tensors(stack: t2l.AdapterStack) -> dict[str, torch.Tensor]:
+    return {f"{side} {name}": t for side in ("lora_A", "lora_B") for name, t in getattr(stack, side).items()}
+
+
+def same(a: t2l.AdapterStack, b: t2l.AdapterStack) -> bool:
+    """Whether two stacks are equal bit for bit."""
+    ours, theirs = ({"scaling": stack.scaling} | tensors(stack) for stack in (a, b))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def rows(folder: Path) -> list[dict]:

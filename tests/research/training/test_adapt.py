@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import pytest
-import torch
 
 import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
@@ -22,13 +21,8 @@ def engine(base_model):
     return reading_engine(base_model)
 
 
-def tensors(folder):
-    stack = t2l.AdapterStack.from_peft(folder)
-    return [*stack.lora_A.values(), *stack.lora_B.values()]
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
+def same(*folders):
+    return small_runs.same(*map(t2l.AdapterStack.from_peft, folders))
 
 
 def test_an_adapter_that_no_run_wrote_is_kept(engine, base_model, tmp_path):
@@ -47,8 +41,7 @@ def test_tunes_what_it_generates(engine, base_model, tmp_path):
     trained, _ = adapt.split(EXAMPLES)
     stack = engine.generate(["Say the last word."], [trained[:2]])
     start = t2l.AdapterStack.from_peft(out / adapt.START)
-    for name, A in stack.lora_A.items():
-        assert torch.equal(start.lora_A[name], A) and torch.equal(start.lora_B[name], stack.lora_B[name])
+    assert small_runs.same(start, stack)
     assert not same(out, out / adapt.START) and same(out, out / adapt.RUN / lora.ADAPTERS / adapt.NAME)
     assert t2l.AdapterStack.from_peft(out).scaling.tolist() == start.scaling.tolist()
 
@@ -71,31 +64,27 @@ def test_stops_where_nothing_improves_and_keeps_the_best(engine, base_model, tmp
     assert same(tmp_path / "out", tmp_path / "out" / adapt.START)
 
 
-def test_the_same_call_goes_on(engine, base_model, tmp_path, monkeypatch):
-    changes = QUICK | {"steps": 12, "save_every": 2}
+def test_the_same_call_goes_on_and_another_is_refused(engine, base_model, tmp_path, monkeypatch):
+    """Another description, other examples or settings change nothing in the folder."""
+    changes, out = QUICK | {"steps": 12, "save_every": 2}, tmp_path / "again"
     whole = adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "whole", **changes)
     with monkeypatch.context() as patch:
         patch.setattr(lora.LoRA, "loss", small_runs.failing(lora.LoRA.loss, 7))
         with pytest.raises(OSError, match="for the test"):
-            adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "again", **changes)
-    assert not (tmp_path / "again" / "adapter_config.json").exists()
-    again = adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "again", **changes)
-    assert vars(again) | {"seconds": 0} == vars(whole) | {"seconds": 0} and same(tmp_path / "whole", tmp_path / "again")
-    with pytest.raises(ConfigError, match="other settings"):
-        adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "again", **changes | {"seed": 3})
-
-
-def test_a_folder_keeps_what_was_made_there(engine, base_model, tmp_path):
-    """Another description or other examples change nothing in it; the same call reads what is there."""
-    out, quick = tmp_path / "out", QUICK | {"steps": 2}
-    report = adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, out, **quick)
+            adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, out, **changes)
+    assert not (out / "adapter_config.json").exists()
+    for _ in ("resumed", "finished"):
+        again = adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, out, **changes)
+        assert vars(again) | {"seconds": 0} == vars(whole) | {"seconds": 0} and same(tmp_path / "whole", out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    for description, examples in (("Say the first word.", EXAMPLES), ("Say it.", EXAMPLES[1:])):
-        with pytest.raises(ConfigError, match=f"{out}: has an adapter of another description, other examples or another"):
-            adapt.adapt(engine, str(base_model), description, examples, out, **quick)
+    other = f"{out}: has an adapter of another description, other examples or another"
+    for text, examples, more, message in (
+        ("Say the first word.", EXAMPLES, {}, other), ("Say it.", EXAMPLES[1:], {}, other),
+        ("Say it.", EXAMPLES, {"seed": 3}, "other settings"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            adapt.adapt(engine, str(base_model), text, examples, out, **changes | more)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-    again = adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, out, **quick)
-    assert vars(again) | {"seconds": 0} == vars(report) | {"seconds": 0}
 
 
 def test_prompts_are_those_of_the_checkpoint(engine, base_model, tmp_path):

@@ -8,24 +8,12 @@ import torch
 import t2l_engine as t2l
 from t2l_engine.research.training import context
 from t2l_engine.research.training.objective import Objective, collate, generated_l2, token_weights
-from t2l_engine.research.training.sampling import Group, Sample
 from t2l_engine.testing.numerics import GRADIENT_RTOL, MODEL_GRADIENT_FROBENIUS, model_gradient_bound, relative_frobenius
-from tests.research.training import plain_torch
+from tests.research.training import plain_torch, small_runs
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 TARGETS = {"qv": ("q_proj", "v_proj"), "attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP, "down": ("down_proj",)}
 L2, SMOOTHING = 0.5, 0.1
-
-
-def groups():
-    """Three tasks of one to two samples of unequal lengths."""
-    generator = torch.Generator().manual_seed(0)
-
-    def sample(length, answer):
-        return Sample(tuple(torch.randint(3, 97, (length,), generator=generator).tolist()), answer)
-
-    sizes = [[(7, 2)], [(9, 1), (5, 3)], [(4, 1)]]
-    return [Group(i, 0, tuple(sample(*s) for s in size), f"key{i}") for i, size in enumerate(sizes)]
 
 
 def network(model, targets, variant):
@@ -71,7 +59,7 @@ def tiny_llama(make):
 ])  # fmt: skip
 def test_gradients_of_a_step(tiny_model, variant, targets, dtype):
     """What is trained stays float32; in bfloat16, rounding of the frozen model is no larger than with plain products."""
-    model, step = tiny_llama(tiny_model).to(dtype), groups()
+    model, step = tiny_llama(tiny_model).to(dtype), small_runs.groups([[(7, 2)], [(9, 1), (5, 3)], [(4, 1)]], range(3))
     net = network(model, TARGETS[targets], variant)
     task_emb = torch.randn(len(step), 6, generator=torch.Generator().manual_seed(3))
     exact, plain_model = copy.deepcopy(model).double(), copy.deepcopy(model)

@@ -52,10 +52,6 @@ def read(folder, *names):
     return t2l.AdapterStack.from_peft([folder / name for name in names])
 
 
-def tensors(stack):
-    return {f"{side} {name}": t for side in ("lora_A", "lora_B") for name, t in getattr(stack, side).items()}
-
-
 def test_an_adapter_does_not_depend_on_its_neighbours(base_model, four_tasks, tmp_path):
     """Nor on how waves and batches are cut; clipped, noisy, and with answers of other lengths beside it."""
     same = {
@@ -73,9 +69,9 @@ def test_an_adapter_does_not_depend_on_its_neighbours(base_model, four_tasks, tm
     assert len(list((tmp_path / "waves" / lora.WAVES).iterdir())) == 2
     tasks = ["both", "cat", "first", "last"]
     for part in (lora.ADAPTERS, lora.LAST):
-        expected = tensors(read(tmp_path / "together" / part, *tasks))
+        expected = small_runs.tensors(read(tmp_path / "together" / part, *tasks))
         for name, (_, names) in cuts.items():
-            got = tensors(read(tmp_path / name / part, *(names or tasks)))
+            got = small_runs.tensors(read(tmp_path / name / part, *(names or tasks)))
             for key, value in got.items():
                 wanted = expected[key][-1:] if names else expected[key]
                 assert numerics.relative_frobenius(value, wanted) <= numerics.TRAINED_FROBENIUS, (name, part, key)
@@ -101,7 +97,7 @@ def test_each_adapter_is_kept_at_its_own_best(context, tmp_path):
         job.write(tmp_path / "unused", step, best=False)
     for part, values in ((lora.ADAPTERS, (2, 1)), (lora.LAST, (3, 3))):
         for name, value in zip(("first", "last"), values, strict=True):
-            assert all((t == value).all() for t in tensors(read(tmp_path / part, name)).values()), (part, name)
+            assert all((t == value).all() for t in small_runs.tensors(read(tmp_path / part, name)).values()), (part, name)
     saved = copy.deepcopy(job.best)
     assert saved["losses"] == {"first": 2.0, "last": 1.0} and not (tmp_path / "unused").exists()
 
@@ -131,7 +127,7 @@ def test_a_task_without_validation_is_kept_as_of_the_last_step(base_model, four_
     out = lora.train(small_runs.lora(base_model, validate_every=2, **of), four_tasks, tmp_path / "out")
     lora.train(small_runs.lora(base_model, validate_every=0, **of), four_tasks, tmp_path / "plain")
     for name in ("both", "cat"):
-        got, wanted = (tensors(read(folder / lora.ADAPTERS, name)) for folder in (out, tmp_path / "plain"))
+        got, wanted = (small_runs.tensors(read(folder / lora.ADAPTERS, name)) for folder in (out, tmp_path / "plain"))
         assert all(torch.equal(got[key], wanted[key]) for key in wanted) and not (out / lora.LAST / name).exists()
     assert Library(out / lora.ADAPTERS).names == ["both", "cat", "first", "last"]
 
@@ -202,7 +198,7 @@ def test_adapters_start_from_folders(base_model, tasks, tmp_path):
     one = lora.train(small_runs.lora(base_model, initial=str(first / "adapters" / "last"), **still), tasks, tmp_path / "one")
     for name in ("first", "last"):
         for folder, start in ((own, name), (one, "last")):
-            got, wanted = (tensors(read(run / "adapters", of)) for run, of in ((folder, name), (first, start)))
+            got, wanted = (small_runs.tensors(read(run / "adapters", of)) for run, of in ((folder, name), (first, start)))
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
     stack = read(first / "adapters", "last")
     stack.lora_B["q_proj"][0, 0, 0, 0] += 1

@@ -10,7 +10,7 @@ import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.training import context, sft
 from t2l_engine.research.training.objective import Objective, collate, generated_l2, token_weights
-from t2l_engine.research.training.sampling import Group, Sample, Shard, divide
+from t2l_engine.research.training.sampling import Shard, divide
 from t2l_engine.testing.numerics import GRADIENT_RTOL, LOSS_ATOL, STANDARD_ERRORS
 from tests.research.training import plain_torch, small_runs
 
@@ -24,20 +24,8 @@ FAMILIES = {
     "Bloom": ({}, ("dense_h_to_4h",)),  # no position_ids: its positions are in the mask
     "Granite": ({"logits_scaling": 4.0, "embedding_multiplier": 3.0}, ("o_proj", "v_proj")),
 }
-#: Tokens and answer tokens of the samples of each group; tasks 0, 1, 0, 2.
-SIZES = [[(7, 2), (12, 1)], [(3, 1)], [(9, 4), (5, 1)], [(4, 2), (6, 2)]]
-
-
-def groups(sizes=SIZES, tasks=(0, 1, 0, 2)):
-    generator = torch.Generator().manual_seed(0)
-
-    def sample(length, answer):
-        return Sample(tuple(torch.randint(3, 97, (length,), generator=generator).tolist()), answer)
-
-    return [
-        Group(task, 0, tuple(sample(*size) for size in group), f"key{i}")
-        for i, (task, group) in enumerate(zip(tasks, sizes, strict=False))
-    ]
+#: Tokens and answer tokens of the samples of each group, and its task.
+SIZES, TASKS = [[(7, 2), (12, 1)], [(3, 1)], [(9, 4), (5, 1)], [(4, 2), (6, 2)]], (0, 1, 0, 2)
 
 
 @pytest.fixture
@@ -71,7 +59,7 @@ def expected_tokens(model, handle, stack, step, smoothing=0.0):
 def test_losses_of_rows(made, family, smoothing):
     """Every row of a padded batch as alone and unpadded, with all its logits made by the model itself."""
     model, handle, stack = made(family)
-    step = groups()
+    step = small_runs.groups(SIZES, TASKS)
     batch = collate(step, 0, lambda sample, group: 1 / sample.answer_len)
     with torch.no_grad():
         ours = Objective(model, handle).losses(batch, stack, label_smoothing=smoothing)
@@ -85,7 +73,7 @@ def test_losses_of_rows(made, family, smoothing):
 def test_weighting(made):
     """Means over samples, over tokens, and each task's own mean."""
     model, handle, stack = made()
-    step = groups()
+    step = small_runs.groups(SIZES, TASKS)
     objective, found = Objective(model, handle), {}
     with torch.no_grad():
         for kind in ("sample", "token"):
@@ -114,7 +102,7 @@ def test_weighting(made):
 def test_batches_add_up(made, kind, processes):
     """Losses and regularisers of a step's batches, over processes, are those of the whole step."""
     model, handle, stack = made()
-    step = groups()
+    step = small_runs.groups(SIZES, TASKS)
     objective, weight = Objective(model, handle), token_weights(kind, step, False)
     with torch.no_grad():
         whole = objective.losses(collate(step, 0, weight), stack).sum() + generated_l2(stack)
@@ -125,13 +113,6 @@ def test_batches_add_up(made, kind, processes):
                 own = stack[[step.index(group) for group in part]]
                 total += objective.losses(batch, own).sum() + len(part) / len(step) * generated_l2(own)
     assert abs(total - whole) <= LOSS_ATOL
-
-
-def test_generated_l2():
-    A = {"q_proj": torch.tensor([[[[1.0, 2.0]]], [[[3.0, 0.0]]]]), "v_proj": torch.full((2, 1, 1, 2), 2.0)}
-    B = {"q_proj": torch.tensor([[[[1.0], [1.0]]], [[[0.0], [2.0]]]]), "v_proj": torch.zeros(2, 1, 3, 1)}
-    stack = t2l.AdapterStack(A, B, torch.tensor([7.0, 9.0]))
-    assert generated_l2(stack) == (1 + 4 + 9 + 0) / 4 + (1 + 1 + 0 + 4) / 4 + 4 + 0
 
 
 def test_models_whose_logits_depend_on_padding(tiny_model):
@@ -152,7 +133,7 @@ def test_neftune(made):
         lambda layer, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).detach().clone()),
         with_kwargs=True,
     )
-    step = groups([[(40, 2), (90, 1)], [(61, 1)], [(90, 4)], [(4, 2)]], (0, 0, 1, 2))
+    step = small_runs.groups([[(40, 2), (90, 1)], [(61, 1)], [(90, 4)], [(4, 2)]], (0, 0, 1, 2))
 
     def noise(part, alpha=5.0):
         batch = collate(part, 0, token_weights("sample", step, False))

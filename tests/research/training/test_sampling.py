@@ -17,10 +17,10 @@ from t2l_engine.research.tasks.folder import Example, Task
 from t2l_engine.research.training import context, hypernetwork, sft
 from t2l_engine.research.training.hypernetwork import TaskEmbeddings
 from t2l_engine.research.training.sampling import Examples, Group, Sample, Shard, Stream, divide, permuted, seeded
-from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, STANDARD_ERRORS
 from t2l_engine.text.encoder import EncoderConfig
 from t2l_engine.text.prompts import prompt_of, raw_prompt
+from tests.research.training import small_runs
 
 EXAMPLES = examples(max_examples=25)
 
@@ -228,8 +228,7 @@ TASKS = [Task("a", ("a0", "a1", "a2", "a3"), ()), Task("b", ("b0", "b1", "b2"), 
 
 
 def settings(base_model="x", **changes):
-    values = {"base_model": str(base_model), "target_modules": ("q_proj",), "dtype": "float32", "latent_size": 8}
-    return SFTSettings(**values | {"head_in_size": 4, "rank": 2} | changes)
+    return small_runs.sft(base_model, **{"encoder": "minilm"} | changes)
 
 
 def groups_of(pairs):

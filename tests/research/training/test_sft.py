@@ -18,14 +18,6 @@ from tests.research.training import small_runs
 BOTH = ("first", "last")
 
 
-def same_adapters(a, b):
-    for side in ("lora_A", "lora_B"):
-        ours, theirs = getattr(a, side), getattr(b, side)
-        if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
-            return False
-    return torch.equal(a.scaling, b.scaling)
-
-
 def test_learns_and_converts(base_model, tasks, tmp_path):
     settings = small_runs.sft(
         base_model, encoder="minilm", prompt="description", variant="M", steps=40, tasks_per_batch=8, latent_size=32,
@@ -47,7 +39,7 @@ def test_learns_and_converts(base_model, tasks, tmp_path):
     convert.convert(out, tmp_path / "sakana", to="sakana")
     convert.convert(tmp_path / "sakana", tmp_path / "back", to="native")
     for folder in ("sakana", "back"):
-        assert same_adapters(t2l.TextToLoRA.from_pretrained(tmp_path / folder).generate(texts), first), folder
+        assert small_runs.same(t2l.TextToLoRA.from_pretrained(tmp_path / folder).generate(texts), first), folder
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads((out / "config.json").read_text())
 
 
@@ -75,7 +67,7 @@ def test_tasks_without_text(base_model, tasks, tmp_path):
     stack = engine.generate(list(BOTH))
     assert not torch.equal(stack.lora_B["v_proj"][0], stack.lora_B["v_proj"][1])
     convert.convert(out, tmp_path / "sakana", to="sakana")
-    assert same_adapters(t2l.TextToLoRA.from_pretrained(tmp_path / "sakana").generate(list(BOTH)), stack)
+    assert small_runs.same(t2l.TextToLoRA.from_pretrained(tmp_path / "sakana").generate(list(BOTH)), stack)
     with pytest.raises(ValueError, match="knows only the names of its 2 training tasks"):
         engine.generate(["Say the first word."])
 
