@@ -125,9 +125,8 @@ class Generated(_Attached):
 
     def __init__(self, engine: TextToLoRA):
         self._engine = engine
-        self._embedding = functools.cache(
-            lambda text: engine.encoder.encode([text])[0]
-        )  # alone: rounding depends on the batch
+        # One by one: rounding depends on the batch.
+        self._embedding = functools.cache(lambda text: engine.encoder.encode([text])[0])
         state = [*engine.hypernetwork.state_dict().values(), *engine.encoder.weights().values()]
         self.identity = digest(state, repr(engine.encoder.config), repr(engine.hypernetwork.scaling))
 

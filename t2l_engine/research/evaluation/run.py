@@ -15,7 +15,7 @@ from t2l_engine.research.evaluation import metrics, sandbox
 from t2l_engine.research.evaluation.answers import Answer, Answerer, Query
 from t2l_engine.research.evaluation.methods import Method, description_of, shots_of
 from t2l_engine.research.evaluation.metrics import interval
-from t2l_engine.research.evaluation.settings import DEFAULTS, Settings
+from t2l_engine.research.evaluation.settings import Settings
 from t2l_engine.research.tasks.folder import Example, Task
 from t2l_engine.text.prompts import answer_in, answer_of, prompt_ids, prompt_of
 
@@ -59,7 +59,7 @@ class Evaluation:
     tokenizer: Any
     tasks: Sequence[Task]
     methods: Sequence[Method]
-    settings: Settings = DEFAULTS
+    settings: Settings = dataclasses.field(default_factory=Settings)
     _: dataclasses.KW_ONLY
     pools: Mapping[str, Sequence[Example]] = dataclasses.field(default_factory=dict)
     validation: Mapping[str, Sequence[Example]] = dataclasses.field(default_factory=dict)

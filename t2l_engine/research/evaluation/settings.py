@@ -26,6 +26,3 @@ class Settings:
     precision: float = _field(
         0, "Stop early once every 95 % CI of a difference reaches at most N points to either side; 0: off.", min=0, max=100
     )
-
-
-DEFAULTS = Settings()

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import to_json
-from t2l_engine.files.weights import replacing
+from t2l_engine.files.weights import read_safetensors, replacing
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.research.tasks.examples import normalise
@@ -268,7 +268,7 @@ def read_states(encoder: LLMEncoder, texts: Sequence[Mapping[int, str]], folder:
                 states |= {key: of.to("cpu", copy=True) for key, of in zip(keys, read, strict=True)}
             with replacing(folder, path.name) as temporary:
                 save_file(states, temporary / path.name)
-        for key, of in load_file(path).items():
+        for key, of in read_safetensors(path, ConfigError).items():
             task, number = map(int, key.split())
             found[task, number] = of
     return found
