@@ -62,7 +62,7 @@ def non_empty_text(name: str, value: Any) -> None:
         raise ConfigError(f"{name}: expected a non-empty string, got {short_repr(value)}")
 
 
-def positive_int(name: str, value: Any) -> None:
-    """ConfigError naming ``name`` unless ``value`` is an integer from 1 to MAX_SIZE - 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < MAX_SIZE:
-        raise ConfigError(f"{name}: expected a positive integer below 2^31, got {short_repr(value)}")
+def positive_int(name: str, value: Any, most: int = MAX_SIZE - 1) -> None:
+    """ConfigError naming ``name`` unless ``value`` is an integer from 1 to ``most``."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+        raise ConfigError(f"{name}: expected a positive integer of at most {most}, got {short_repr(value)}")

@@ -93,11 +93,10 @@ class HyperNetworkConfig:
                 )
             for value in getattr(self, name):
                 positive_int(name, value)
-        for name in ("num_layers", "rank", "embed_dim", "latent_size", "head_in_size"):
+        positive_int("num_layers", self.num_layers, MAX_LAYERS)
+        positive_int("rank", self.rank, MAX_RANK)
+        for name in ("embed_dim", "latent_size", "head_in_size"):
             positive_int(name, getattr(self, name))
-        for name, most in (("rank", MAX_RANK), ("num_layers", MAX_LAYERS)):
-            if getattr(self, name) > most:
-                raise ConfigError(f"{name}: expected at most {most}, got {short_repr(getattr(self, name))}")
         if self.latent_size < 4:
             raise ConfigError(f"latent_size: expected at least 4, got {self.latent_size}")
         if self.task_encoder == "discrete" and self.task_width != NUM_CLASSES:

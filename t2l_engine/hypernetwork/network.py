@@ -18,7 +18,6 @@ from t2l_engine.adapters.paths import module_names
 from t2l_engine.adapters.shard import Shard
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError, short_repr
-from t2l_engine.files.text import from_json, to_json
 from t2l_engine.files.weights import check_dtype, max_abs
 from t2l_engine.hypernetwork.checkpoint import read, write_native
 from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
@@ -31,8 +30,7 @@ from t2l_engine.hypernetwork.folder import (
     expect_shape,
     resolve_checkpoint,
 )
-from t2l_engine.hypernetwork.modules import MLP, Folded, NormedEmbedding, Offsets
-from t2l_engine.hypernetwork.task_encoders import TASK_ENCODERS
+from t2l_engine.hypernetwork.modules import MLP, TASK_ENCODERS, Folded, NormedEmbedding, Offsets
 from t2l_engine.ops import reference
 from t2l_engine.ops.reference import without_autocast
 from t2l_engine.ops.segments import is_capturing
@@ -290,13 +288,8 @@ class HyperNetwork(nn.Module):
             depth, module = (torch.eye(size, dtype=acc, device=weight1.device) for size in (c.depth_width, c.module_width))
         else:
             depth, module = self.depth_emb(), self.module_emb()  # [n, d], [K, d]
-        constant = torch.cat(
-            (
-                depth.expand(len(c.modules), -1, -1),
-                module[:, None].expand(-1, c.num_layers, -1),
-            ),
-            dim=-1,
-        )
+        rows = depth.expand(len(c.modules), -1, -1), module[:, None].expand(-1, c.num_layers, -1)
+        constant = torch.cat(rows, dim=-1)
         table = torch.nn.functional.linear(constant.to(acc), weight1[:, t:].to(acc), self.mixer.linear1.bias)
         weights = [weight1[:, :t].contiguous(), table, self.mixer.linear2.weight, self.mixer.linear2.bias]
         for block in (self.mlp1, self.mlp2, self.mlp3):
@@ -322,23 +315,22 @@ class HyperNetwork(nn.Module):
         }
 
     def _new_stack(self, task_emb: Tensor, folded: dict) -> AdapterStack:
-        self._check_task_emb(task_emb, folded)
         heads = ops.hypernet_heads(*self._head_inputs(task_emb, folded), **folded["offsets"])
         lora_A, lora_B = (dict(zip(self._paths, tensors, strict=True)) for tensors in heads)
         scaling = torch.full((len(task_emb),), self.scaling, dtype=torch.float32, device=task_emb.device)
         return AdapterStack(lora_A, lora_B, scaling, paths=self._paths)
 
     def _write_stack(self, task_emb: Tensor, folded: dict, out: AdapterStack) -> AdapterStack:
-        self._check_task_emb(task_emb, folded)
+        inputs = self._head_inputs(task_emb, folded)
         self._check_out(out, len(task_emb), task_emb.device)
-        c = self.config
         lora_A, lora_B = ([tensors[name] for name in self._paths] for tensors in (out.lora_A, out.lora_B))
-        ops.hypernet_heads_out_(lora_A, lora_B, *self._head_inputs(task_emb, folded), **folded["offsets"])
-        out.fill_constants(self.scaling, c.rank)
+        ops.hypernet_heads_out_(lora_A, lora_B, *inputs, **folded["offsets"])
+        out.fill_constants(self.scaling, self.config.rank)
         return out
 
     def _head_inputs(self, task_emb: Tensor, folded: dict) -> tuple[Any, ...]:
         """Latents of the trunk, and the other leading arguments of the head ops."""
+        self._check_task_emb(task_emb, folded)
         c, encoder = self.config, folded["encoder"]
         rotary = c.rank if c.rotary else 0
         if c.variant.startswith("autoregressive"):
@@ -368,11 +360,8 @@ class HyperNetwork(nn.Module):
         for name, n_in, n_out in zip(self._paths, c.in_features, c.out_features, strict=True):
             wanted = (count, c.num_layers, c.rank, n_in), (count, c.num_layers, n_out, c.rank)
             a, b = out.lora_A[name], out.lora_B[name]
-            if (tuple(a.shape), tuple(b.shape)) != wanted or a.device != device:
-                raise ValueError(
-                    f"out: {name}: expected lora_A {wanted[0]} and lora_B {wanted[1]} on {device}, "
-                    f"got {tuple(a.shape)} and {tuple(b.shape)} on {a.device}"
-                )
+            if (got := (tuple(a.shape), tuple(b.shape))) != wanted or a.device != device:
+                raise ValueError(f"out: {name}: expected lora_A and lora_B {wanted} on {device}, got {got} on {a.device}")
 
 
 def _rows(tensor: Tensor, per_latent: int, features: tuple[int, int], shard: Shard) -> Tensor:
@@ -460,15 +449,13 @@ def load(
     contents.state.clear()  # so that casting frees each tensor in turn
     contents.unused.clear()
     if scaling is not None:
-        values = to_json(net.config) | {"scaling": scaling}
-        net.config = from_json(HyperNetworkConfig, values, "from_pretrained")
+        net.config = dataclasses.replace(net.config, scaling=scaling)
     if dtype is None:
         dtypes = {layer.weight.dtype for layer in net.modules() if isinstance(layer, torch.nn.Linear)}
         if len(dtypes) > 1:
             got = ", ".join(sorted(map(str, dtypes)))
             raise CheckpointError(f"{contents.path}: expected matrices of one dtype, got {got}; pass dtype to cast them")
         dtype = net.dtype
-    check_dtype(dtype)
     try:
         net.set_dtype(dtype)
     except ValueError as error:

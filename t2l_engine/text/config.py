@@ -157,9 +157,7 @@ class LLMEncoderConfig:
             )
         object.__setattr__(self, "layers", tuple(layers))
         for name in ("queries", "width", "heads", "blocks", "max_length"):
-            positive_int(f"encoder.{name}", getattr(self, name))
-            if getattr(self, name) > MAX_LLM_ENCODER_SIZE:
-                raise ConfigError(f"encoder.{name}: expected at most {MAX_LLM_ENCODER_SIZE}, got {getattr(self, name)}")
+            positive_int(f"encoder.{name}", getattr(self, name), MAX_LLM_ENCODER_SIZE)
         if not isinstance(self.max_examples, int) or isinstance(self.max_examples, bool) or self.max_examples < 0:
             raise ConfigError(f"encoder.max_examples: expected 0 or more, got {short_repr(self.max_examples)}")
         if self.width % self.heads:

@@ -32,22 +32,41 @@ def test_what_is_no_block(block):
         encoder_config_from_json(block, "here")
 
 
+WRONG = {
+    "name": ["", None], "pooling": ["max", None], "max_length": [0, 2.0], "full_stop": ["yes"], "dtype": ["int8"],
+    "template": ["Query: ", 3, ["{text}"]],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("config", "field", "value", "message"),
     [
-        ({"tasks": []}, "tasks: expected a non-empty list"),
-        ({"tasks": "ab"}, "tasks: expected a non-empty list"),
-        ({"tasks": ["a", ""]}, "tasks: expected non-empty strings, got ''"),
-        ({"tasks": ["a", 3]}, "tasks: expected non-empty strings, got 3"),
-        ({"tasks": ["b", "a", "b"]}, "tasks: expected distinct names, got 'b' 2 times"),
-        ({"tasks": ["a"], "name": "minilm"}, "name: expected 'one-hot', got 'minilm'"),
-        ({"tasks": ["x" * 10_000] * 2}, "tasks: expected distinct names"),
+        *((EncoderConfig("minilm", "mean"), field, value, "expected") for field in WRONG for value in WRONG[field]),
+        *(
+            (OneHotConfig(("a", "b")), "tasks", value, message)
+            for value, message in (
+                ([], "expected a non-empty list"),
+                ("ab", "expected a non-empty list"),
+                (["a", ""], "expected non-empty strings, got ''"),
+                (["a", 3], "expected non-empty strings, got 3"),
+                (["b", "a", "b"], "expected distinct names, got 'b' 2 times"),
+                (["x" * 10_000] * 2, "expected distinct names"),
+            )
+        ),
+        (OneHotConfig(("a", "b")), "name", "minilm", "expected 'one-hot', got 'minilm'"),
+        (LLM, "name", "", "expected a non-empty string"),
+        *((LLM, "layers", value, "expected 1 to 16 increasing numbers from 0") for value in ((), (2, 1), 3)),
+        (LLM, "queries", 0, "expected a positive integer"),
+        (LLM, "width", 1 << 17, "expected a positive integer of at most 65536"),
+        (LLM, "width", 9, "expected a multiple of the 2 heads, got 9"),
+        (LLM, "max_examples", -1, "expected 0 or more"),
+        (LLM, "dtype", "int8", "expected one of"),
     ],
     ids=lambda v: str(v)[:30],
 )
-def test_one_hot_values(values, message):
-    with pytest.raises(ConfigError, match=f"here: encoder.{message}") as caught:
-        from_json(OneHotConfig, values, "here")
+def test_values(config, field, value, message):
+    with pytest.raises(ConfigError, match=f"here: encoder.{field}: {message}") as caught:
+        from_json(type(config), to_json(config) | {field: value}, "here")
     assert len(str(caught.value)) < 300
 
 

@@ -180,25 +180,6 @@ def test_other_encoders_read_no_examples():
         made.encode(["antonyms"], examples=[SHOTS])
 
 
-@pytest.mark.parametrize(
-    "field, value, match",
-    [
-        ("name", "", "encoder.name: expected a non-empty string"),
-        ("layers", (), "encoder.layers: expected 1 to 16 increasing numbers from 0"),
-        ("layers", (2, 1), "encoder.layers: expected"),
-        ("layers", 3, "encoder.layers: expected"),
-        ("queries", 0, "encoder.queries: expected a positive integer"),
-        ("width", 1 << 17, "encoder.width: expected at most 65536"),
-        ("width", 9, "encoder.width: expected a multiple of the 2 heads, got 9"),
-        ("max_examples", -1, "encoder.max_examples: expected 0 or more"),
-        ("dtype", "int8", "encoder.dtype: expected one of"),
-    ],
-)
-def test_configuration_errors(field, value, match):
-    with pytest.raises(ConfigError, match=match):
-        dataclasses.replace(CONFIG, **{field: value})
-
-
 def test_model_must_fit(tiny_model, left_tokenizer):
     decoder = tiny_model("Llama").get_decoder()
     deep = dataclasses.replace(CONFIG, layers=(0, 7))
