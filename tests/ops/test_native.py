@@ -44,8 +44,8 @@ def under(isa, probe):
     return subprocess.run([sys.executable, "-c", probe], env=os.environ | {"T2L_ISA": isa}, capture_output=True, text=True)
 
 
-#: Not every instruction set's: what the CPU kernels leave to torch, and shapes of real models.
-SLOW_OR_BY_TORCH = (*LARGE, "encoder", "fp16", "fp64")
+#: Not every instruction set's: what the CPU kernels leave to torch, shapes of real models, and many calls of one kernel.
+SLOW_OR_BY_TORCH = (*LARGE, "encoder", "fp16", "fp64", "do_not_depend")
 
 
 @pytest.mark.parametrize("without", [SLOW_OR_BY_TORCH, pytest.param((), marks=pytest.mark.slow)], ids=["small", "all"])
