@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -76,7 +77,7 @@ class AdapterStack:
         self.lora_A, self.lora_B, self.scaling = dict(lora_A), dict(lora_B), scaling
         if scaling.dim() != 1 or scaling.dtype != torch.float32:
             raise ValueError(f"scaling: expected float32 [num_adapters], got {scaling.dtype} {tuple(scaling.shape)}")
-        dtype = self.dtype
+        self.ranks, self.paths, dtype = {}, {}, self.dtype
         for name, a in self.lora_A.items():
             b = self.lora_B[name]
             if a.dim() != 4 or b.dim() != 4 or a.shape[:2] != b.shape[:2] or a.shape[2] != b.shape[3]:
@@ -91,34 +92,29 @@ class AdapterStack:
                     f"{name}: expected one floating-point dtype and one device, got lora_A {a.dtype} on {a.device}, "
                     f"lora_B {b.dtype} on {b.device}, scaling on {scaling.device}, the first module in {dtype}"
                 )
-        given = ranks is not None
-        if ranks is None:
-            ranks = {
-                name: torch.full(a.shape[:2], a.shape[2], dtype=torch.int32, device=a.device)
-                for name, a in self.lora_A.items()
-            }
-        self.ranks = dict(ranks)
-        for name, a in self.lora_A.items():
-            rank = self.ranks.get(name)
-            if rank is None or rank.shape != a.shape[:2] or rank.dtype != torch.int32:
-                raise ValueError(f"ranks: expected int32 {tuple(a.shape[:2])} for {name}, got {rank}")
-            # Checked on the CPU only: reading other devices would synchronise.
-            if given and rank.device.type == "cpu" and bool(((rank < 0) | (rank > a.shape[2])).any()):
-                raise ValueError(f"ranks: expected values in [0, {a.shape[2]}] for {name}, got {rank}")
-        self.paths = {}
-        for name, a in self.lora_A.items():
+            self.ranks[name] = self._checked_ranks(name, ranks)
             path = (paths or {}).get(name, DEFAULT_PATHS.get(name))
             if not isinstance(path, str) or (LAYER not in path and a.shape[1] != 1):
                 raise ValueError(
                     f"paths: expected a path with '{LAYER}' for module {short_repr(name)}, got {short_repr(path)}"
                 )
-            error = path_error(path)
-            if error is None and path in self.paths.values():
-                error = "expected a path of its own for every module"
+            error = "expected a path of its own for every module" if path in self.paths.values() else path_error(path)
             if error is not None:
                 raise ValueError(f"paths: {short_repr(path)} of module {short_repr(name)}: {error}")
             self.paths[name] = path
         self.partial = partial
+
+    def _checked_ranks(self, name: str, ranks: dict[str, Tensor] | None) -> Tensor:
+        a = self.lora_A[name]
+        if ranks is None:
+            return torch.full(a.shape[:2], a.shape[2], dtype=torch.int32, device=a.device)
+        rank = ranks.get(name)
+        if rank is None or rank.shape != a.shape[:2] or rank.dtype != torch.int32:
+            raise ValueError(f"ranks: expected int32 {tuple(a.shape[:2])} for {name}, got {rank}")
+        # Checked on the CPU only: reading other devices would synchronise.
+        if rank.device.type == "cpu" and bool(((rank < 0) | (rank > a.shape[2])).any()):
+            raise ValueError(f"ranks: expected values in [0, {a.shape[2]}] for {name}, got {rank}")
+        return rank
 
     def __getstate__(self) -> dict[str, Any]:
         state = vars(self).copy()
@@ -290,36 +286,29 @@ class AdapterStack:
         stacks = list(stacks)
         if not stacks:
             raise ValueError("stacks: expected at least one AdapterStack, got none")
-        depths = _common_depths(stacks)
-        names = list(dict.fromkeys(name for s in stacks for name in s.lora_A))
+        depths, total = _common_depths(stacks), sum(map(len, stacks))
         lora_A, lora_B, ranks, paths = {}, {}, {}, {}
-        for name in names:
+        for name in dict.fromkeys(name for s in stacks for name in s.lora_A):
             holders = [s for s in stacks if name in s.lora_A]
-            first = holders[0]
-            a0, b0 = first.lora_A[name], first.lora_B[name]
-            paths[name] = first.paths[name]
-            num_layers = depths.get(layer_list(paths[name]), 1)
-            r = max(s.lora_A[name].shape[2] for s in holders)
-            total = sum(len(s) for s in stacks)
-            lora_A[name] = a0.new_zeros(total, num_layers, r, a0.shape[3])
-            lora_B[name] = b0.new_zeros(total, num_layers, r, b0.shape[2]).mT
-            ranks[name] = torch.zeros(total, num_layers, dtype=torch.int32, device=a0.device)
-            at = 0
-            for s in stacks:
-                if name in s.lora_A:
-                    a, b = s.lora_A[name], s.lora_B[name]
-                    if a.shape[3] != a0.shape[3] or b.shape[2] != b0.shape[2] or s.paths[name] != paths[name]:
-                        raise ValueError(
-                            f"{name}: expected in/out features {a0.shape[3]}/{b0.shape[2]} at {paths[name]}, "
-                            f"got {a.shape[3]}/{b.shape[2]} at {s.paths[name]}"
-                        )
-                    if a.dtype != a0.dtype or a.device != a0.device:
-                        raise ValueError(f"{name}: expected {a0.dtype} on {a0.device}, got {a.dtype} on {a.device}")
-                    rows, n = slice(at, at + len(s)), a.shape[1]
-                    lora_A[name][rows, :n, : a.shape[2]] = a
-                    lora_B[name][rows, :n, :, : a.shape[2]] = b
-                    ranks[name][rows, :n] = s.ranks[name]
-                at += len(s)
+            a0, b0, path = holders[0].lora_A[name], holders[0].lora_B[name], holders[0].paths[name]
+            depth, r = depths.get(layer_list(path), 1), max(s.lora_A[name].shape[2] for s in holders)
+            paths[name] = path
+            lora_A[name] = a0.new_zeros(total, depth, r, a0.shape[3])
+            lora_B[name] = b0.new_zeros(total, depth, r, b0.shape[2]).mT
+            ranks[name] = torch.zeros(total, depth, dtype=torch.int32, device=a0.device)
+            ends = itertools.accumulate(map(len, stacks))
+            for s, rows in ((s, slice(end - len(s), end)) for s, end in zip(stacks, ends, strict=True) if name in s.lora_A):
+                a, b = s.lora_A[name], s.lora_B[name]
+                if a.shape[3] != a0.shape[3] or b.shape[2] != b0.shape[2] or s.paths[name] != path:
+                    raise ValueError(
+                        f"{name}: expected in/out features {a0.shape[3]}/{b0.shape[2]} at {path}, "
+                        f"got {a.shape[3]}/{b.shape[2]} at {s.paths[name]}"
+                    )
+                if a.dtype != a0.dtype or a.device != a0.device:
+                    raise ValueError(f"{name}: expected {a0.dtype} on {a0.device}, got {a.dtype} on {a.device}")
+                lora_A[name][rows, : a.shape[1], : a.shape[2]] = a
+                lora_B[name][rows, : a.shape[1], :, : a.shape[2]] = b
+                ranks[name][rows, : a.shape[1]] = s.ranks[name]
         scaling = torch.cat([s.scaling for s in stacks])
         return AdapterStack(lora_A, lora_B, scaling, ranks, paths, partial=all(s.partial for s in stacks))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,51 +36,35 @@ def first_order(op: str) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def _save(ctx, tensors: Sequence[Tensor | None], *rest) -> None:
-    """Save tensors (or None) and plain values for the backward."""
-    ctx.present = [t is not None for t in tensors]
-    ctx.save_for_backward(*(t for t in tensors if t is not None))
-    ctx.rest = rest
-
-
-def _saved(ctx) -> list[Tensor | None]:
-    tensors = iter(ctx.saved_tensors)
-    return [next(tensors) if present else None for present in ctx.present]
-
-
 def _trunk_setup(ctx, inputs, output):
     z, weights, side_emb, pos_emb, rotary_ranks, encoder = inputs
     if encoder:
         fail("hypernet_trunk", "encoder", "none where gradients are recorded", f"{len(encoder)} tensors")
-    _save(ctx, (z, *weights, side_emb, pos_emb), rotary_ranks)
+    ctx.save_for_backward(z, *weights, side_emb, pos_emb)
+    ctx.rotary_ranks = rotary_ranks
 
 
 @first_order("hypernet_trunk")
 def _trunk_backward(ctx, grad):
-    z, *weights, side_emb, pos_emb = _saved(ctx)
-    grads = iter(torch.ops.t2l_engine.hypernet_trunk_backward(grad, z, weights, side_emb, pos_emb, ctx.rest[0]))
-    grad_z = next(grads)
-    grad_weights = [next(grads) for _ in weights]
-    return (
-        grad_z,
-        grad_weights,
-        None if side_emb is None else next(grads),
-        None if pos_emb is None else next(grads),
-        None,
-        [],
-    )
+    z, *weights, side_emb, pos_emb = ctx.saved_tensors
+    made = torch.ops.t2l_engine.hypernet_trunk_backward(grad, z, weights, side_emb, pos_emb, ctx.rotary_ranks)
+    grad_z, *grad_weights = made[: 1 + len(weights)]
+    rest = iter(made[1 + len(weights) :])
+    grad_side, grad_pos = (None if t is None else next(rest) for t in (side_emb, pos_emb))
+    return grad_z, grad_weights, grad_side, grad_pos, None, []
 
 
 def _heads_setup(ctx, inputs, output):
     latent, weight, bias, mul_A, add_A, mul_B, add_B, *sizes = inputs
     # For autograd a list that contains None is one argument, a list of tensors one argument per tensor.
     nothing = [None if None in tensors else [None] * len(tensors) for tensors in (mul_A, add_A, mul_B, add_B)]
-    _save(ctx, (latent, *weight, *mul_A, *mul_B, *bias), len(weight), nothing, *sizes)
+    ctx.save_for_backward(latent, *weight, *mul_A, *mul_B, *bias)
+    ctx.rest = len(weight), nothing, *sizes
 
 
 @first_order("hypernet_heads")
 def _heads_backward(ctx, grads):
-    latent, *saved = _saved(ctx)
+    latent, *saved = ctx.saved_tensors
     count, nothing, *sizes = ctx.rest
     weight, mul_A, mul_B, bias = (saved[i : i + count] for i in range(0, 4 * count, count))
     made = torch.ops.t2l_engine.hypernet_heads_backward(grads, latent, weight, bias, mul_A, mul_B, *sizes)
@@ -90,12 +74,13 @@ def _heads_backward(ctx, grads):
 def _delta_setup(ctx, inputs, output):
     x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks = inputs
     # A copy: LoRAHandle writes the ids of the next forward pass into the same tensor.
-    _save(ctx, (x, lora_A, lora_B, scaling, seg_indptr, seg_adapters.clone(), ranks), max_seg_len, x.shape)
+    ctx.save_for_backward(x, lora_A, lora_B, scaling, seg_indptr, seg_adapters.clone(), ranks)
+    ctx.rest = max_seg_len, x.shape
 
 
 @first_order("lora_delta")
 def _delta_backward(ctx, grad):
-    *tensors, ranks = _saved(ctx)
+    *tensors, ranks = ctx.saved_tensors
     max_seg_len, shape = ctx.rest
     grad_x = grad.new_zeros(shape)
     grads = torch.ops.t2l_engine.lora_backward_(grad_x, grad.contiguous(), *tensors, max_seg_len, ranks)
