@@ -9,36 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from t2l_engine.cli.common import (
-    DEFAULT_CHECKPOINT,
-    BaseModel,
-    Checkpoint,
-    Encoder,
-    Json,
-    Scaling,
-    TrustRemoteCode,
-    base_model_of,
-    expect_descriptions,
-    keep_freed_memory,
-    load_engine,
-    named,
-    need_packages,
-    print_json,
-)
+from t2l_engine.cli import common
+from t2l_engine.cli.common import EngineOptions, Json, named
 
 
 def adapt(
     description: Annotated[str, typer.Argument(help="Description of the task.")],
     examples: Annotated[Path, typer.Option(help="JSON Lines of at least four examples, input and output.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the adapter; an interrupted run is resumed.")],
-    checkpoint: Checkpoint = DEFAULT_CHECKPOINT,
-    base_model: BaseModel = "",
+    engine_options: EngineOptions,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="name=value of t2l train lora, such as steps=100; may be repeated.")
-    ] = None,
-    scaling: Scaling = "",
-    encoder: Encoder = "",
-    trust_remote_code: TrustRemoteCode = False,
+        list[str], typer.Option("--set", help="name=value, as t2l train lora takes; may be repeated.")
+    ] = (),
     as_json: Json = False,
 ) -> None:
     """Generate an adapter from a description, tune it on examples and write it as a PEFT folder.
@@ -50,18 +32,18 @@ def adapt(
     began = time.perf_counter()
     from t2l_engine.text.prompts import read_examples
 
-    keep_freed_memory()
-    need_packages()
+    common.keep_freed_memory()
+    common.need_packages()
     from t2l_engine.research.training import adapt as tuning
     from t2l_engine.research.training.runs import settings_of
     from t2l_engine.research.training.settings import parse_overrides
 
     shown = read_examples(examples)
-    changes = parse_overrides(overrides or [])
-    engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code, base_model)
-    expect_descriptions(folder)
-    model = base_model_of(folder, base_model)
-    with named({"texts[0]": "DESCRIPTION", "examples": "--examples", "settings": "--set"}):
+    changes = parse_overrides(overrides)
+    engine, folder = engine_options.load()
+    common.expect_descriptions(folder)
+    model = common.base_model_of(folder, engine_options.base_model)
+    with named({"texts[0]": "DESCRIPTION", "settings": "--set"}):
         report = tuning.adapt(engine, model, description, shown, output, **changes)
     _, held_out = tuning.split(shown)
     made = settings_of(output / tuning.RUN)
@@ -69,7 +51,7 @@ def adapt(
     before, after = _right([output / tuning.START, output], made, description, held_out)
     seconds = round(time.perf_counter() - began, 1)
     if as_json:
-        print_json({**vars(report), "right_before": before, "right_after": after, "total_seconds": seconds})
+        common.print_json({**vars(report), "right_before": before, "right_after": after, "total_seconds": seconds})
         return
     count = report.held_out
     typer.echo(

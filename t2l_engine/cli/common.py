@@ -38,14 +38,6 @@ class DType(str, enum.Enum):
 
 
 Checkpoint = Annotated[str, typer.Option("--checkpoint", "-c", help="Bundled checkpoint name, or a checkpoint folder.")]
-Scaling = Annotated[str, typer.Option("--scaling", help="LoRA scaling: rslora, plain or a number; default: as trained.")]
-Encoder = Annotated[str, typer.Option("--encoder", help="Local folder of the text encoder; default: the checkpoint's.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Allow custom encoder code, including remote repositories.")
-]
-BaseModel = Annotated[
-    str, typer.Option("--base-model", help="Local transformers folder; default: the checkpoint's base model.")
-]
 BaseDType = Annotated[DType, typer.Option("--dtype", help="Dtype of the base model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output; nothing on failure.")]
 
@@ -130,51 +122,46 @@ def check_kernels() -> None:
         say("warning: no native library was built: ops run their plain-torch reference, slower; see t2l info")
 
 
-def load_engine(
-    checkpoint: str, scaling: str, encoder: str, trust_remote_code: bool, base_model: str, device: str = "cpu"
-) -> tuple[TextToLoRA, Path]:
-    """(engine, checkpoint folder) for the options of a command.
-
-    A checkpoint may encode texts with its base model.  If the folder that it names is gone, ``base_model`` is used.
-    """
-    from transformers.utils import logging
-
-    from t2l_engine.engine import TextToLoRA
-    from t2l_engine.hypernetwork.checkpoint import describe
-    from t2l_engine.hypernetwork.folder import resolve_checkpoint
-    from t2l_engine.text import packaged
-
-    check_kernels()
-    logging.disable_progress_bar()  # keeps stderr for our own messages
-    logging.set_verbosity_error()
-    folder = resolve_checkpoint(checkpoint)
-    if base_model and not encoder:
-        about = describe(folder)
-        name = (about.get("encoder") or {}).get("name") or ""
-        is_base = name == (about.get("base_model") or "").rstrip("/")
-        if is_base and not Path(packaged.resolve(name)).is_dir() and Path(given := packaged.resolve(base_model)).is_dir():
-            encoder = given
-    with named({"from_pretrained: scaling": "--scaling"}):
-        number = parse_scaling(scaling)
-        engine = TextToLoRA.from_pretrained(
-            folder, encoder=encoder or None, scaling=number, device=device, trust_remote_code=trust_remote_code
-        )
-    return engine, folder
-
-
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
     """The checkpoint that generates, and how it is loaded."""
 
     checkpoint: Checkpoint = DEFAULT_CHECKPOINT
-    base_model: BaseModel = ""
-    scaling: Scaling = ""
-    encoder: Encoder = ""
-    trust_remote_code: TrustRemoteCode = False
+    base_model: Annotated[str, typer.Option(help="Local transformers folder; default: the checkpoint's base model.")] = ""
+    scaling: Annotated[str, typer.Option(help="LoRA scaling: rslora, plain or a number; default: as trained.")] = ""
+    encoder: Annotated[str, typer.Option(help="Local folder of the text encoder; default: the checkpoint's.")] = ""
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Allow custom encoder code, including remote repositories.")
+    ] = False
 
     def load(self, device: str = "cpu") -> tuple[TextToLoRA, Path]:
-        """As :func:`load_engine`."""
-        return load_engine(self.checkpoint, self.scaling, self.encoder, self.trust_remote_code, self.base_model, device)
+        """(engine, checkpoint folder).
+
+        A checkpoint may encode texts with its base model.  If the folder that it names is gone, ``base_model`` is used.
+        """
+        from transformers.utils import logging
+
+        from t2l_engine.engine import TextToLoRA
+        from t2l_engine.hypernetwork.checkpoint import describe
+        from t2l_engine.hypernetwork.folder import resolve_checkpoint
+        from t2l_engine.text import packaged
+
+        check_kernels()
+        logging.disable_progress_bar()  # keeps stderr for our own messages
+        logging.set_verbosity_error()
+        folder, encoder = resolve_checkpoint(self.checkpoint), self.encoder
+        if self.base_model and not encoder:
+            about = describe(folder)
+            name = (about.get("encoder") or {}).get("name") or ""
+            gone = name == (about.get("base_model") or "").rstrip("/") and not Path(packaged.resolve(name)).is_dir()
+            if gone and Path(given := packaged.resolve(self.base_model)).is_dir():
+                encoder = given
+        scaling, trust = parse_scaling(self.scaling), self.trust_remote_code
+        with named({"from_pretrained: scaling": "--scaling"}):
+            engine = TextToLoRA.from_pretrained(
+                folder, encoder=encoder or None, scaling=scaling, device=device, trust_remote_code=trust
+            )
+        return engine, folder
 
 
 def expect_descriptions(folder: Path) -> None:

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from t2l_engine.research.evaluation.methods import Method
     from t2l_engine.research.tasks.folder import Task
 
-#: Kinds of files that --plot writes.
-PLOTS = (".png", ".svg", ".pdf")
 #: Measure of the printed table -> its title.
 TITLES = {"score": "score, %", "containment": "containment, %", "rouge_l": "ROUGE-L, %"}
 Measure = enum.Enum("Measure", {name: name for name in TITLES}, type=str)
@@ -61,8 +59,8 @@ class Options:
         for option, file in (("--json", self.json_file), ("--plot", self.plot), ("--resume", self.resume)):
             if file is not None and (file.is_dir() or not file.parent.is_dir()):
                 raise ValueError(f"{option}: expected a file in a folder that exists, got {file}")
-        if self.plot is not None and self.plot.suffix not in PLOTS:
-            raise ValueError(f"--plot: expected a name that ends in {', '.join(PLOTS)}, got {self.plot}")
+        if self.plot is not None and self.plot.suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"--plot: expected a name that ends in .png, .svg or .pdf, got {self.plot}")
         if settings.verify and self.measure is not Measure.score:
             raise ValueError(f"--measure: expected score with --verify, which generates no text, got {self.measure.value}")
 
