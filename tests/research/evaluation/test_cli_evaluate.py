@@ -297,7 +297,7 @@ def test_a_tokenizer_without_chat_template(run, base_model, tasks, tmp_path):
     (("--manifest", "nowhere"), "'nowhere'"), (("--base-model", "nowhere"), "'nowhere'"),
     (("--scaling", "big"), "--scaling: "),
     (("--device", "tpu"), "--device: expected 'cpu' or 'cuda', got 'tpu'"),
-    (("--plot", "{folder}/means.pgn"), "--plot: expected a name that ends in .png, .svg, .pdf, got "),
+    (("--plot", "{folder}/means.pgn"), "--plot: expected a name that ends in .png, .svg or .pdf, got "),
     (("--resume", "{folder}/notes.txt"), "{folder}/notes.txt:1: "), (("--tasks", "{folder}"), "descriptions.json"),
     *(((option, f"{{folder}}{path}"), f"{option}: expected a file in a folder that exists, got {{folder}}{path}")
       for option in ("--json", "--plot", "--resume") for path in ("", "/none/file.png")),
