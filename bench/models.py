@@ -18,7 +18,7 @@ import t2l_engine as t2l
 from bench.harness import Context, Error, worst
 from t2l_engine.lora.layer import LoRALinear
 from t2l_engine.ops import reference
-from t2l_engine.research.costs import known_entries
+from t2l_engine.research.costs import KNOWN
 from t2l_engine.research.evaluation.answers import cache_argument
 from t2l_engine.testing import numerics
 from t2l_engine.text import packaged
@@ -27,7 +27,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 #: Name of a set of adapters -> its modules.
 MODULES = {"q,v": ("q_proj", "v_proj"), "all linears": LINEARS}
 #: Configurations: of a 7B model (Llama-8B's, too, but for the vocabulary), of its text encoder, and of tiny ones.
-MISTRAL, GTE = known_entries("models")["mistral-7b"]["config"], known_entries("encoders")["gte-large"]["config"]
+MISTRAL, GTE = KNOWN["model"]["mistral-7b"]["config"], KNOWN["encoder"]["gte-large"]["config"]
 TINY = {
     "model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 61,
     "hidden_size": 32, "intermediate_size": 48,

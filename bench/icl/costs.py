@@ -18,6 +18,7 @@ from bench.harness import Record, record
 from bench.icl.names import MEAN
 from bench.records import read
 from bench.source import ROOT
+from t2l_engine.hypernetwork.network import hypernet_flops
 from t2l_engine.research import costs
 from t2l_engine.research.costs import PAPER, Setup, Way, Workload, hypernetwork_for
 
@@ -51,7 +52,7 @@ def workloads(model: str) -> dict[str, Workload]:
 
 
 def entries() -> Iterator[Record]:
-    for model in costs.known_entries("models"):
+    for model in costs.KNOWN["model"]:
         setup = costs.known_setup(model)
         for name, load in {"paper": PAPER, **workloads(model)}.items():
             yield record("costs", model=model, workload=name, lengths=vars(load), **cost(setup, load))
@@ -67,10 +68,8 @@ def cost(setup: Setup, load: Workload) -> dict[str, Any]:
         "parameters": setup.model.parameters,
         "adapter_bytes": setup.adapter_bytes,
         "generator_bytes": setup.generator_bytes,
-        "adapter_tokens": costs.tokens_of_adapter(setup),
-        "ways": {way: _way(setup, made[way]) for way in costs.WAYS},
+        "ways": {name: _way(setup, way) for name, way in made.items()},
         "questions_won": beside(lambda way, rival: costs.questions_won(made[way], made[rival])),
-        "shots_to_win": beside(lambda way, rival: costs.shots_to_win(setup, load, way, rival)),
         "tasks_to_win": beside(lambda way, rival: costs.tasks_to_win(made[way], made[rival])),
     }
 
@@ -78,11 +77,9 @@ def cost(setup: Setup, load: Workload) -> dict[str, Any]:
 def _way(setup: Setup, way: Way) -> dict[str, Any]:
     flops = {"first": way.first.flops(), "later": way.later.flops()}
     flops |= {f"{name}_token": getattr(way, name).flops(first_token=True) for name in ("first", "later")}
-    phases = {
-        phase.name: {"flops": sum(phase.flops.values()), "bytes": sum(phase.bytes.values())} for phase in way.first.phases
-    }
-    held = {name: getattr(way, name) for name in ("per_user", "per_task", "fixed")}
-    return {**flops, "phases": phases, "step_bytes": way.step_bytes(setup, 1, 1), **held}
+    phases = {name: {"flops": flops, "bytes": moved} for name, (flops, moved) in way.first.phases.items()}
+    held = dict(zip(("per_user", "per_task", "fixed"), way.held, strict=True))
+    return {**flops, "phases": phases, "step_bytes": setup.weights(1) + sum(way.step), **held}
 
 
 # --- the paper's table -----------------------------------------------------------------------------------------------
@@ -100,13 +97,13 @@ def paper() -> Iterator[Record]:
     config = hypernetwork_for(setup.model, setup.encoder, variant="M")  # heads shared by all layers
 
     def decoder(tokens: int) -> int:
-        return sum(setup.model.flops(tokens).values())
+        return setup.model.flops(tokens)
 
     def encoder(tokens: int) -> int:
-        return sum(setup.encoder.flops(tokens, logits=0).values())
+        return setup.encoder.flops(tokens)
 
-    base, described, parts = decoder(PAPER.question), encoder(PAPER.description), costs.hypernet_flops(config)
-    hypernet, applied = sum(parts.values()), 2 * PAPER.question * costs.adapter_values(config)
+    base, described, parts = decoder(PAPER.question), encoder(PAPER.description), hypernet_flops(config)
+    hypernet, applied = sum(parts.values()), 2 * PAPER.question * config.adapter_values
     ours, icl = base + described + hypernet + applied, decoder(prompt)
     cells = (  # TFLOP as printed, and the unit of the last digit; what is counted here, of how many tokens
         ("language model, question alone", 0.827, 1e-3, base, decoder, PAPER.question),
@@ -121,7 +118,7 @@ def paper() -> Iterator[Record]:
         counts |= {"off_percent": off, "rounding_percent": rounding}
         yield record("paper", cell=name, printed_tflop=printed, ours_tflop=value / TERA, **counts)
     # What the hypernetwork's cell may have left out.
-    one_layer = costs.hypernet_flops(dataclasses.replace(config, num_layers=1))
+    one_layer = hypernet_flops(dataclasses.replace(config, num_layers=1))
     padded = sum(map(max, config.in_features, config.out_features)) * len(config.modules)
     executed = parts["heads"] * padded // sum(config.in_features + config.out_features)
     yield record(

@@ -202,7 +202,7 @@ def first(context: Context, dtype: torch.dtype) -> Iterator[Record]:
     verified, skipped = verify(case, calls, found)
     timings = context.time(verified | served.parts(), factor=30, skipped=skipped)
     flops = {name: request.flops(first_token=True) for name, request in requests.items()}
-    num_bytes = sum(sum(phase.bytes.values()) for phase in requests[OURS].until(first_token=True))
+    num_bytes = sum(moved for _, moved in requests[OURS].until(first_token=True))
     least = context.roofline(flops[OURS], num_bytes, dtype)
     lengths = {field: getattr(load, field) for field in ("question", "shots", "shot", "description")}
     shape = {"model": served.name, "dtype": dtype, **lengths}
@@ -218,8 +218,8 @@ def first(context: Context, dtype: torch.dtype) -> Iterator[Record]:
         measured[name] = spread(timings[name], timings[OURS])
         over = {"flops": flops[name] / flops[OURS], "roofline": seconds[name] / seconds[OURS]}
         predicted[name] = {by: round(ratio, 4) for by, ratio in over.items()}
-    phases = {phase.name: sum(phase.flops.values()) for phase in requests[OURS].phases}
-    flops |= {DESCRIBE: phases["describe"], GENERATE: phases["generate"]}
+    phases = requests[OURS].phases
+    flops |= {DESCRIBE: phases["describe"][0], GENERATE: phases["generate"][0]}
     parts = {
         name: {**timing.to_json(), "flops": flops[name], "gflops": round(flops[name] / timing.median_us / 1e3, 3)}
         for name, timing in timings.items()

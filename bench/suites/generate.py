@@ -20,8 +20,7 @@ from bench.suites import request
 from bench.timing import Call, Candidate, tolerant
 from t2l_engine import AdapterStack
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
-from t2l_engine.hypernetwork.network import HyperNetwork
-from t2l_engine.research.costs import hypernet_flops
+from t2l_engine.hypernetwork.network import HyperNetwork, hypernet_flops
 from t2l_engine.testing import numerics
 from tests import networks
 from tests.networks import SHAPES, VARIANTS, HyperShape

@@ -16,6 +16,7 @@ from bench.cases import Case, Group, Layer, Operands
 from bench.harness import OURS, Context, Error, Record, Task, roofline, row, verify, worst
 from bench.suites.apply import BUILDERS, lora_errors
 from t2l_engine import ops
+from t2l_engine.hypernetwork.network import hypernet_flops
 from t2l_engine.ops import reference
 from t2l_engine.research import costs
 from t2l_engine.testing import numerics
@@ -67,7 +68,7 @@ def encoded(context: Context, encoder: t2l.TextEncoder, count: int) -> Part:
     errors = {name: Error(numerics.relative_frobenius(f(), exact), bound) for name, f in functions.items()}
     tokens = sum(len(ids) for ids in encoder.tokenizer(encoder.prepare(texts))["input_ids"])
     num_bytes = sum(p.nbytes for p in encoder.model.encoder.layer.parameters())  # of a table, few rows are read
-    flops = count * sum(costs.count(encoder.model.config, head=False).flops(tokens // count, logits=0).values())
+    flops = count * costs.count(encoder.model.config, head=False).flops(tokens // count)
     return Part(functions, errors, context.roofline(flops, num_bytes, encoder.config.dtype))
 
 
@@ -95,7 +96,7 @@ def generated(context: Context, net: t2l.HyperNetwork, task_emb: Tensor, latent:
         for way, function in functions.items():
             values = map(numerics.relative_frobenius, function(), right)
             errors[way] = worst(map(Error, values, bounds))
-        flops = len(task_emb) * costs.hypernet_flops(net.config)[name]
+        flops = len(task_emb) * hypernet_flops(net.config)[name]
         least = context.roofline(flops, weights[name] + sum(t.nbytes for t in plain), str(net.dtype).removeprefix("torch."))
         parts[name.removesuffix("s")] = Part(functions, errors, least)
     return parts

@@ -93,6 +93,13 @@ def json_text(value: Any) -> str:
     return text if is_unicode(text) else json.dumps(value, indent=1)
 
 
+def printable(name: str) -> str:
+    """``name``, of a file or an option, as printable text of bounded length."""
+    from t2l_engine.files.errors import short_repr
+
+    return name if name.isprintable() and len(name) <= 120 else short_repr(name)
+
+
 def print_json(value: Any) -> None:
     """Print ``value`` as JSON to standard output."""
     typer.echo(json_text(value))

@@ -5,282 +5,152 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
-from pathlib import Path
-from typing import Annotated, Any
+from operator import mul
+from typing import Any
 
 import typer
 
-from t2l_engine.cli.common import Json, console, print_json, split_names
+from t2l_engine.cli.common import Checkpoint, Json, console, named, print_json, printable, split_names
+from t2l_engine.cli.options import takes
 from t2l_engine.files.errors import ConfigError, short_repr
-from t2l_engine.files.text import from_json, to_json
-from t2l_engine.hypernetwork.config import HyperNetworkConfig
-from t2l_engine.hypernetwork.folder import CONFIG_NAME, format_of, native_blocks, resolve_checkpoint, stated_encoder
+from t2l_engine.files.text import to_json
+from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.research import costs
-from t2l_engine.research.costs.known import SIZES
-from t2l_engine.text.config import LLMEncoderConfig, OneHotConfig
+from t2l_engine.text.config import EncoderConfig
 
-DEFAULT_MODEL, DEFAULT_ENCODER, LANGUAGE_MODEL = "mistral-7b", "gte-large", "model"
-ENCODERS, MODELS = (", ".join(costs.known_entries(kind)) for kind in ("encoders", "models"))
+MODELS, ENCODERS = (", ".join(costs.KNOWN[kind]) for kind in ("model", "encoder"))
 ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8": 1, "int4": 0.5}
-ADAPTER, ENCODER = 2, 2  # bytes per value
-MAX_TOKENS, MAX_USERS, MAX_QUESTIONS, MAX_SHOTS = 1 << 20, 1 << 16, 10**12, 1024
-RIVALS = ("icl", "icl-cold", "icl-warm")
-#: Pairs (way, rival) with a stated break-even number of questions.
-PAIRS = (
-    *(("t2l-task", rival) for rival in RIVALS),
-    *(("t2l-request", rival) for rival in ("icl", "icl-warm")),
-    ("t2l-merged", "t2l-task"),
-)
 ValueType = enum.Enum("ValueType", {name: name for name in ITEMSIZES}, type=str)
 
 
-def _tokens(text: str, low: int = 0) -> Any:
-    return Annotated[int, typer.Option(min=low, max=MAX_TOKENS, help=text)]
+def _option(default: Any, text: str, **limits: float) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, **limits})
 
 
-def _size(text: str, field: str) -> Any:
-    default = f"the known model's, else {SIZES[field]}" if field.endswith("size") else SIZES[field]
-    return Annotated[int | None, typer.Option(min=1, help=f"{text}, without --checkpoint; default: {default}.")]
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is counted; sizes of a hypernetwork are by default those of the checkpoint or the known model."""
+
+    model: str = _option(
+        "", f"Language model: {MODELS}, or a local transformers folder or its config.json; default: the checkpoint's base "
+        "model, else mistral-7b.",
+    )  # fmt: skip
+    checkpoint: Checkpoint = ""
+    encoder: str = _option(
+        "", f"Text encoder: {ENCODERS}, a local folder or its config.json, or '{costs.LANGUAGE_MODEL}' (the language "
+        "model's last token); default: the checkpoint's or the known model's, else gte-large.",
+    )  # fmt: skip
+    variant: str = _option("", "Variant of the hypernetwork: L, M, S-learnable ...; default: the checkpoint's, else L.")
+    modules: str = _option("", "Adapted linears; default: the checkpoint's, else q_proj,v_proj.")
+    rank: int | None = _option(None, "Rank of the adapters; default: the checkpoint's, else 8.", min=1)
+    latent_size: int | None = _option(None, "Latent size; default: the checkpoint's or the known model's, else 128.", min=1)
+    head_in_size: int | None = _option(None, "Width before the heads; default: the same, else 512.", min=1)
+    questions: int = _option(100, "Questions of one task.", min=1, max=10**12)
+    users: int = _option(1, "Concurrent sequences, for memory and decode step.", min=1, max=1 << 16)
+    tasks: int = _option(1, "Different tasks among the users.", min=1, max=1 << 16)
+    dtype: ValueType | None = _option(  # pyright: ignore[reportInvalidTypeForm]
+        None, "Dtype of the weights, int4 without scales; default: the config's or bfloat16."
+    )
+    cache_dtype: ValueType | None = _option(  # pyright: ignore[reportInvalidTypeForm]
+        None, "Dtype of keys and values; default: the weights', of at least 16 bits."
+    )
+    tflops: float = _option(0.0, "TFLOP/s of your device; adds roofline times.", min=0, max=1e9)
+    gbps: float = _option(0.0, "Memory bandwidth of your device in GB/s; adds roofline times.", min=0, max=1e9)
+    as_json: Json = False
 
 
-def _rate(text: str) -> Any:
-    return Annotated[float | None, typer.Option(min=1e-9, max=1e9, help=f"{text}; adds roofline times at these rates.")]
-
-
-def _number(text: str, high: int) -> Any:
-    return Annotated[int, typer.Option(min=1, max=high, help=text)]
-
-
-def _text(text: str, *names: str) -> Any:
-    return Annotated[str, typer.Option(*names, help=text)]
-
-
-def _dtype(text: str) -> Any:
-    return Annotated[ValueType | None, typer.Option(help=text)]
-
-
-def cost(
-    model: _text(
-        f"Language model: {MODELS}, a local transformers folder or its config.json; default: the checkpoint's base model, "
-        f"else {DEFAULT_MODEL}."
-    ) = "",
-    checkpoint: _text("Bundled checkpoint name or folder, for hypernetwork and encoder.", "--checkpoint", "-c") = "",
-    encoder: _text(
-        f"Text encoder: {ENCODERS}, a local folder, its config.json, or '{LANGUAGE_MODEL}' (the language model's last "
-        f"token); default: the checkpoint's or the known model's, else {DEFAULT_ENCODER}."
-    ) = "",
-    variant: _text(f"Hypernetwork variant, without --checkpoint: L, M, S-learnable ...; default: {SIZES['variant']}.") = "",
-    rank: _size("Rank of the adapters", "rank") = None,
-    modules: _text(f"Adapted linears, without --checkpoint; default: {','.join(SIZES['modules'])}.") = "",
-    latent_size: _size("Latent size", "latent_size") = None,
-    head_in_size: _size("Width before the heads", "head_in_size") = None,
-    questions: _number("Questions of one task.", MAX_QUESTIONS) = 100,
-    shots: _tokens("Few-shot examples in the prompt of in-context learning.") = 3,
-    shot: _tokens("Tokens of one few-shot example.") = 80,
-    question: _tokens("Tokens of a question with its chat template.", 1) = 59,
-    answer: _tokens("Tokens of an answer.", 1) = 16,
-    description: _tokens("Tokens of the task's description, in the text encoder's tokenizer.", 1) = 35,
-    instruction: _tokens("Tokens of a description in the prompt of in-context learning.") = 0,
-    system: _tokens("Tokens of a system prompt, the same for all tasks.") = 0,
-    users: _number("Concurrent sequences, for memory and decode step.", MAX_USERS) = 1,
-    tasks: _number("Different tasks among the users.", MAX_USERS) = 1,
-    dtype: _dtype("Dtype of the model's weights; int4: without scales; default: the config's, else bfloat16.") = None,
-    cache_dtype: _dtype("Dtype of keys and values; default: that of the weights, at least 16 bits.") = None,
-    tflops: _rate("TFLOP/s of your device") = None,
-    gbps: _rate("Memory bandwidth of your device in GB/s") = None,
-    as_json: Json = False,
-) -> None:
+@takes(Options, costs.Workload)
+def cost(options: Options, load: costs.Workload) -> None:
     """The cost of a question by in-context learning (ICL) and by a generated adapter (T2L), for your workload.
 
     FLOPs, memory traffic and memory of six ways to serve a task, with break-even points.  Computed from configurations: no
-    weights are read, nothing is downloaded or measured, and answer quality is not considered.
+    weights of a model are read, nothing is downloaded or measured, and answer quality is not considered.
     """
-    if (tflops is None) != (gbps is None) or not math.isfinite((tflops or 0) + (gbps or 0)):
+    if bool(options.tflops) != bool(options.gbps) or not math.isfinite(options.tflops + options.gbps):
         raise typer.BadParameter("expected both --tflops and --gbps, finite, or neither")
-    if tasks > users:
-        raise typer.BadParameter(f"--tasks: expected at most as many as --users, {users}, got {tasks}")
-    names = tuple(split_names(modules))
-    sizes = dict(zip(SIZES, (variant, names, rank, latent_size, head_in_size), strict=True))
-    sizes = {name: value for name, value in sizes.items() if value}
-    if checkpoint and sizes:
-        raise typer.BadParameter(f"--{next(iter(sizes)).replace('_', '-')}: --checkpoint gives the hypernetwork")
-    load = costs.Workload(question, answer, shots, shot, description, instruction, system)
-    setup, about = _setup(model, checkpoint, encoder, sizes, dtype and dtype.value, cache_dtype and cache_dtype.value)
-    rates = None if tflops is None or gbps is None else (tflops * 1e12, gbps * 1e9)
-    result = about | document(setup, load, questions, users, tasks, rates)
-    if as_json:
-        print_json(result)
+    if options.tasks > options.users:
+        raise typer.BadParameter(f"--tasks: expected at most as many as --users, {options.users}, got {options.tasks}")
+    about, setup = _setup(options)
+    about |= {"workload": dataclasses.asdict(load)} | document(setup, load, options)
+    if options.as_json:
+        print_json(about)
     else:
-        render(result)
+        render(about)
 
 
-# --- models and checkpoints by option --------------------------------------------------------------------------------
-
-
-def _setup(
-    model: str, checkpoint: str, encoder: str, sizes: Mapping[str, Any], dtype: str | None, cache_dtype: str | None
-) -> tuple[costs.Setup, dict[str, Any]]:
-    """(setup, JSON description of its parts) for the options."""
+def _setup(options: Options) -> tuple[dict[str, Any], costs.Setup]:
+    """What the options name, as JSON values and as a setup."""
     from transformers.utils import logging
 
+    from t2l_engine.hypernetwork import checkpoint
+
     logging.set_verbosity_error()  # keeps stderr for our own messages
-    blocks, path = {}, Path(CONFIG_NAME)
-    if checkpoint:
-        folder = resolve_checkpoint(checkpoint)
-        if format_of(folder) != "native":
-            raise ConfigError(f"{folder}: a checkpoint in Sakana format; convert it to the native one with 't2l convert'")
-        path, blocks = folder / CONFIG_NAME, native_blocks(folder)
-    model = model or blocks.get("base_model") or ("" if checkpoint else DEFAULT_MODEL)
-    if not model:
-        raise ValueError("--model: the checkpoint does not name one; give it here")
-    name, path_of_model = _known("models", "--model", model, MODELS)
-    entry = {} if path_of_model else costs.known_entries("models")[name]
-    counted = costs.count(path_of_model) if path_of_model else costs.known_model(name)
-    dtype = dtype or (path_of_model and _stated_dtype(path_of_model)) or "bfloat16"
-    cache_dtype = cache_dtype or (dtype if ITEMSIZES[dtype] >= 2 else "bfloat16")
-    encoder = encoder or (_encoder_of(path, blocks) if checkpoint else entry.get("encoder", DEFAULT_ENCODER))
-    itself = encoder == LANGUAGE_MODEL
-    texts = counted if itself else _encoder(encoder)
-    if checkpoint:
-        hypernet = from_json(HyperNetworkConfig, blocks["hypernetwork"], f"{path}: hypernetwork")
-        _check(hypernet, counted, texts, f"{path}: hypernetwork")
-    else:
-        hypernet = costs.hypernetwork_for(counted, texts, **(entry.get("hypernetwork", {}) | sizes))
-    itemsizes = ITEMSIZES[dtype], ITEMSIZES[cache_dtype], ADAPTER, 0 if itself else ENCODER
-    setup = costs.Setup(counted, texts, hypernet, *itemsizes)
-    about = {
-        "model": {
-            "name": name, "type": counted.model_type, "parameters": counted.parameters, "dtype": dtype,
-            "bytes": round(counted.parameters * setup.itemsize), "cache_dtype": cache_dtype,
-            "cache_bytes_per_token": setup.kv(1),
-            "window": min((layer.window for layer in counted.attention if layer.window), default=None),
-        },
-        "hypernetwork": to_json(hypernet) | {"checkpoint": checkpoint or None, "parameters": hypernet.num_parameters},
-        "encoder": {
-            "name": encoder, "type": texts.model_type, "parameters": texts.parameters,
-            "bytes_per_value": setup.encoder_itemsize,
-        },
-        "adapter": {
-            "values": costs.adapter_values(hypernet), "bytes": setup.adapter_bytes, "bytes_per_value": ADAPTER,
-        },
+    model, encoder = options.model or "mistral-7b", options.encoder
+    sizes = {name: getattr(options, name) for name in costs.SIZES} | {"modules": tuple(split_names(options.modules))}
+    sizes = {name: value for name, value in sizes.items() if value}
+    if options.checkpoint:
+        contents = checkpoint.read(resolve_checkpoint(options.checkpoint))
+        model = options.model or contents.blocks.get("base_model")
+        if not model:
+            raise ValueError("--model: the checkpoint does not name one; give it here")
+        encoder, sizes = encoder or _encoder_of(contents), vars(contents.config) | sizes
+    with named({"model": "--model", "encoder": "--encoder", "modules": "--modules"}):
+        encoder = encoder or costs.find("model", model)["encoder"]
+        setup = costs.known_setup(model, encoder, **sizes)
+    dtype = options.dtype.value if options.dtype else setup.model.dtype or "bfloat16"
+    if dtype not in list(ITEMSIZES):
+        raise ConfigError(f"{model}: dtype: expected one of {', '.join(ITEMSIZES)}, got {short_repr(dtype)}; give --dtype")
+    cache = options.cache_dtype.value if options.cache_dtype else dtype if ITEMSIZES[dtype] >= 2 else "bfloat16"
+    setup = dataclasses.replace(setup, itemsize=ITEMSIZES[dtype], cache_itemsize=ITEMSIZES[cache])
+    return {
+        "model": {"name": model, "parameters": setup.model.parameters, "dtype": dtype},
+        "cache": {"dtype": cache, "bytes_per_token": setup.kv(1)},
+        "encoder": {"name": encoder, "parameters": setup.encoder.parameters},
+        "hypernetwork": to_json(setup.hypernet) | {"parameters": setup.hypernet.num_parameters},
+        "adapter_bytes": setup.adapter_bytes,
         "generator_bytes": setup.generator_bytes,
-    }  # fmt: skip
-    return setup, about
+    }, setup
 
 
-def _known(kind: str, option: str, name: str, choices: str) -> tuple[str, Path | None]:
-    """(name, path of its configuration); of what is known, by its name or its name on the Hub: (name, None)."""
-    path, entries = Path(name), costs.known_entries(kind)
-    by_hub = {entry["from"]: known for known, entry in entries.items()}
-    if name in entries:
-        return name, None
-    if path.exists():
-        return name, path
-    if name in by_hub:
-        return by_hub[name], None
-    raise FileNotFoundError(
-        f"{option}: {short_repr(name)}: no such folder or file, and nothing is downloaded; expected a local folder with a "
-        f"config.json, the config.json, or one of {choices}"
-    )
-
-
-def _encoder(name: str) -> costs.Model:
-    known, path = _known("encoders", "--encoder", name, f"{ENCODERS}, {LANGUAGE_MODEL}")
-    return costs.count(path, head=False) if path else costs.known_encoder(known)
-
-
-def _stated_dtype(config: Path) -> str | None:
-    """ConfigError if the configuration states a dtype that is not one of :data:`ITEMSIZES`, or is of quantized weights."""
-    values, where = costs.config_values(config)
-    if values.get("quantization_config") is not None:
-        raise ConfigError(f"{where}: quantization_config: its weights may be of any size; give --dtype")
-    stated = values.get("dtype") or values.get("torch_dtype")
-    names = [name for name, size in ITEMSIZES.items() if size >= 2]
-    if stated is not None and stated not in names:
-        raise ConfigError(f"{where}: dtype: expected one of {', '.join(names)}, got {short_repr(stated)}; give --dtype")
-    return stated
-
-
-def _encoder_of(path: Path, blocks: dict[str, Any]) -> str:
+def _encoder_of(contents: Any) -> str:
     """The ``--encoder`` that a checkpoint states; MiniLM, the package's default, if it states none."""
-    config = stated_encoder(blocks, path)
+    config = contents.encoder_config()
     if config is None:
         return "minilm"
-    if isinstance(config, OneHotConfig):
-        raise ConfigError(f"{path}: encoder: it knows tasks by their names (one-hot), no description is read")
-    if isinstance(config, LLMEncoderConfig):
-        raise ConfigError(f"{path}: encoder: an LLM encoder with attention pooling is not counted; give --encoder")
-    itself = config.pooling == "last" and config.name == (blocks.get("base_model") or "").rstrip("/")
-    return LANGUAGE_MODEL if itself else config.name
+    if not isinstance(config, EncoderConfig):
+        raise ConfigError(f"{contents.path.parent}: encoder: one-hot or attention pooling is not counted; give --encoder")
+    return costs.LANGUAGE_MODEL if config.name == contents.blocks.get("base_model") else config.name
 
 
-def _check(hypernet: HyperNetworkConfig, model: costs.Model, encoder: costs.Model, where: str) -> None:
-    """ConfigError if ``hypernet`` does not fit model or encoder."""
-    for module, *shape in zip(hypernet.modules, hypernet.in_features, hypernet.out_features, strict=True):
-        found = model.linears.get(module)
-        if found != tuple(shape):
-            of_model = f"{found[0]} to {found[1]}" if found else "no such linear in every layer"
-            raise ConfigError(
-                f"{where}: {module}: the model has {of_model}, the hypernetwork is for {shape[0]} to {shape[1]}"
-            )
-    for field, expected, of in (("num_layers", model.layers, "model"), ("embed_dim", encoder.hidden, "encoder")):
-        if getattr(hypernet, field) != expected:
-            got = getattr(hypernet, field)
-            raise ConfigError(f"{where}: {field}: expected {expected} as the {of} has, got {got}")
+def document(setup: costs.Setup, load: costs.Workload, options: Options) -> dict[str, Any]:
+    """The results as JSON values.  ``questions_won``, ``tasks_to_win``: for how many "t2l-task" costs less than the way."""
+    ways, rates = costs.ways(setup, load), (options.tflops * 1e12, options.gbps * 1e9)
+    best, times = ways["t2l-task"], (options.users, options.tasks, 1)
 
+    def sums(way: costs.Way, of: Any) -> dict[str, float]:
+        total = of(way.first) + (options.questions - 1) * of(way.later)
+        return {"to_first_token": of(way.first, first_token=True), "later_question": of(way.later), "questions": total}
 
-# --- the result ------------------------------------------------------------------------------------------------------
-
-
-def document(
-    setup: costs.Setup, load: costs.Workload, questions: int, users: int, tasks: int, rates: tuple[float, float] | None
-) -> dict[str, Any]:
-    """All results as JSON values; ``rates``: FLOP/s and bytes/s; None: no times."""
-    made = costs.ways(setup, load)
-    kept = made["t2l-task"]
-
-    def seconds(request: costs.Request) -> float:
-        return request.seconds(*rates)
-
-    def won(measure: Callable[[costs.Request], float]) -> list[dict[str, Any]]:
-        pairs = {(a, b): costs.questions_won(made[a], made[b], measure) for a, b in PAIRS}
-        return [{"way": a, "rival": b, "questions": found and list(found)} for (a, b), found in pairs.items()]
-
-    def way(w: costs.Way) -> dict[str, Any]:
-        times = rates and {
-            "first_token": w.first.seconds(*rates, first_token=True), "first_question": seconds(w.first),
-            "later_question": seconds(w.later), "questions": w.total(questions, seconds),
-        }  # fmt: skip
-        return {
-            "what": costs.WAYS[w.name],
-            "flop_to_first_token": w.first.flops(first_token=True),
-            "flop_first_question": w.first.flops(),
-            "flop_later_question": w.later.flops(),
-            "flop_questions": w.total(questions),
-            "ratio": w.total(questions) / kept.total(questions),
-            "decode_step_bytes": w.step_bytes(setup, users, tasks),
-            "memory_bytes": w.memory(users, tasks),
-            "least_seconds": times,
-            "first": [dataclasses.asdict(phase) for phase in w.first.phases],
-            "later": [dataclasses.asdict(phase) for phase in w.later.phases],
-        }
-
-    shots = {r: costs.shots_to_win(setup, load, "t2l-task", r, questions=questions, limit=MAX_SHOTS) for r in RIVALS}
     return {
-        "workload": dataclasses.asdict(load), "questions": questions, "users": users, "tasks": tasks,
-        "rates": rates and {"flops_per_second": rates[0], "bytes_per_second": rates[1]},
-        "ways": {name: way(w) for name, w in made.items()},
-        "questions_won": won(costs.Request.flops),
-        "questions_won_in_least_time": rates and won(seconds),
-        "shots_to_win": shots,
-        "tasks_to_win": {r: costs.tasks_to_win(kept, made[r], Fraction(users, tasks)) for r in RIVALS},
-        "tokens_of_adapter": costs.tokens_of_adapter(setup),
-    }  # fmt: skip
+        "questions": options.questions,
+        "users": options.users,
+        "tasks": options.tasks,
+        "ways": {
+            name: {
+                "flops": sums(way, costs.Request.flops),
+                "seconds": sums(way, lambda request, **of: request.seconds(*rates, **of)) if all(rates) else None,
+                "decode_step_bytes": setup.weights(options.users) + sum(map(mul, way.step, times)),
+                "memory_bytes": sum(map(mul, way.held, times)),
+                "questions_won": costs.questions_won(best, way),
+                "tasks_to_win": costs.tasks_to_win(best, way, Fraction(options.users, options.tasks)),
+            }
+            for name, way in ways.items()
+        },
+    }
 
 
-def amount(value: float, unit: str) -> str:
+def amount(value: float, unit: str = "") -> str:
     """``value`` with three significant digits and a prefix of its unit.
 
     >>> amount(6815744, "B"), amount(999.9e6, "B"), amount(0.0457, "s"), amount(12, "B")
@@ -291,81 +161,33 @@ def amount(value: float, unit: str) -> str:
     return f"{digits} {'num kMGTPE'[exponent + 3].strip()}{unit}"
 
 
-def render(about: Mapping[str, Any]) -> None:
-    """Print the setup, a table of the ways, and break-even points."""
+def render(about: dict[str, Any]) -> None:
+    """Print the setup and a table of the ways."""
     from rich.table import Table
 
-    screen, ways, timed = console(), about["ways"].values(), bool(about["rates"])
-    facts = Table.grid(padding=(0, 2))
-    for fact in _facts(about):
-        facts.add_row(*fact)
-    number = f"{about['questions']:,}\nquestions"
-    heads = ["to the\nfirst token", "later\nquestion", number, "beside T2L\nper task", "decode\nstep reads"]
-    table = Table("FLOP", *heads, "memory beside\nthe weights")
-    times = Table("roofline time", heads[0], "first\nquestion", heads[1], number)
-    for label, way in zip(costs.LABELS.values(), ways, strict=True):
-        flops = (amount(way[f"flop_{of}"], "") for of in ("to_first_token", "later_question", "questions"))
-        held = (amount(way[of], "B") for of in ("decode_step_bytes", "memory_bytes"))
-        table.add_row(label, *flops, f"{way['ratio']:.3g}", *held)
-        times.add_row(label, *(amount(of, "s") for of in (way["least_seconds"] or {}).values()))
-    for column in (*table.columns[1:], *times.columns[1:]):
-        column.justify = "right"
-    screen.print(facts, "", table)
-    screen.print(
-        "First token: of a task's first question; filling a warm cache before it is not counted.\n"
-        "Later question, questions: prompts and answers.\n"
-        f"Decode step and memory: at {about['users']:,} users with {about['tasks']:,} tasks.\n"
+    model, cache, net, encoder = (about[name] for name in ("model", "cache", "hypernetwork", "encoder"))
+    facts = {
+        "language model": f"{printable(model['name'])}, {amount(model['parameters'])} parameters, {model['dtype']}",
+        "keys and values": f"{cache['dtype']}, {amount(cache['bytes_per_token'], 'B')} a token",
+        "text encoder": f"{printable(encoder['name'])}, {amount(encoder['parameters'])} parameters",
+        "hypernetwork": f"{net['variant']}, {amount(net['parameters'])} parameters",
+        "adapter": f"rank {net['rank']} on {', '.join(net['modules'])}, {amount(about['adapter_bytes'], 'B')}",
+        "tokens": ", ".join(f"{name} {length:,}" for name, length in about["workload"].items() if length),
+    }
+    heads = "to the\nfirst token", "later\nquestion", f"{about['questions']:,}\nquestions"
+    table = Table("FLOP", *heads, "T2L per task takes\nfewer, questions")
+    held = Table("bytes", "decode\nstep reads", "memory beside\nthe weights", "T2L per task\nholds less, tasks")
+    times = Table("roofline time", *heads)
+    for name, way in about["ways"].items():
+        label, (first, last) = costs.LABELS[name], way["questions_won"] or (None, None)
+        won = "never" if first is None else f"{first:,} to {last:,}" if last else f"from {first:,}"
+        table.add_row(label, *map(amount, way["flops"].values()), won)
+        least = f"from {way['tasks_to_win']:,}" if way["tasks_to_win"] else "never"
+        held.add_row(label, amount(way["decode_step_bytes"], "B"), amount(way["memory_bytes"], "B"), least)
+        times.add_row(label, *(amount(of, "s") for of in (way["seconds"] or {}).values()))
+    for shown in (*(f"{name:16} {fact}" for name, fact in facts.items()), table, held, *[times] * bool(way["seconds"])):
+        console().print(shown)
+    typer.echo(
+        "First token: of a task's first question; filling a warm cache before it is not counted.  Bytes: at "
+        f"{about['users']:,} users with {about['tasks']:,} tasks.\nAll is computed, nothing measured."
     )
-    if timed:
-        screen.print(times, "One question at a time, computed from the rates, not measured.\n")
-    even = Table("break-even", "FLOP", *["roofline time"] * timed)
-    for name, *found in _break_even(about):
-        even.add_row(name, *found)
-    screen.print(even)
-    users, shot = about["users"] / about["tasks"], about["workload"]["shot"]
-    screen.print(f"Shots of {shot:,} tokens; {users:.3g} users a task; computed, and answer quality is not considered.")
-
-
-def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    model, net, encoder, load = about["model"], about["hypernetwork"], about["encoder"], about["workload"]
-    window = f", windows of {model['window']:,} tokens" if model["window"] else ""
-    origin = f" of {_printable(net['checkpoint'])}" if net["checkpoint"] else ""
-    yield "language model", f"{_printable(model['name'])}, {amount(model['parameters'], '')} parameters, {model['dtype']}"
-    yield "keys and values", f"{model['cache_dtype']}, {amount(model['cache_bytes_per_token'], 'B')} a token{window}"
-    yield "hypernetwork", f"{net['variant']}{origin}, {amount(net['parameters'], '')} parameters"
-    yield "adapter", f"rank {net['rank']} on {', '.join(net['modules'])}, {amount(about['adapter']['bytes'], 'B')}"
-    own = encoder["bytes_per_value"]
-    name = f"{_printable(encoder['name'])}, {amount(encoder['parameters'], '')} parameters"
-    yield "text encoder", name if own else "the language model itself"
-    yield "tokens", ", ".join(f"{name} {length:,}" for name, length in load.items() if length)
-
-
-def _printable(name: str) -> str:
-    """A name from an option or a file, made printable and bounded in length."""
-    return name if name.isprintable() and len(name) <= 120 else short_repr(name)
-
-
-def _break_even(about: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Rows (what, by FLOPs, by roofline time if there are rates)."""
-    labels = costs.LABELS
-    for found in zip(*filter(None, (about["questions_won"], about["questions_won_in_least_time"])), strict=True):
-        what = f"{labels[found[0]['way']]} costs less than {labels[found[0]['rival']]}"
-        yield what, *(_range(of["questions"]) for of in found)
-    for rival, least in about["shots_to_win"].items():
-        yield f"{labels[rival]} costs more than T2L per task", _from(least, "shots", f"never up to {MAX_SHOTS:,} shots")
-    for rival, least in about["tasks_to_win"].items():
-        yield f"{labels[rival]} holds more memory than T2L per task", _from(least, "tasks")
-    yield "Keys and values take more memory than an adapter", _from(about["tokens_of_adapter"], "tokens")
-
-
-def _from(least: int | None, what: str, never: str = "never") -> str:
-    return never if least is None else f"from {least:,} {what}"
-
-
-def _range(questions: tuple[int, int | None] | None) -> str:
-    if questions is None:
-        return "never"
-    first, last = questions
-    if last is not None:
-        return f"up to {last:,} questions"
-    return "always" if first == 1 else _from(first, "questions")

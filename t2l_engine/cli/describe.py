@@ -11,8 +11,7 @@ from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import read_json
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.folder import CONFIG_NAME, SAKANA_NAMES, WEIGHTS_NAME, format_of
-from t2l_engine.hypernetwork.network import check_encoder, load
-from t2l_engine.research.costs import hypernet_flops
+from t2l_engine.hypernetwork.network import check_encoder, hypernet_flops, load
 
 
 def describe(folder: str | Path) -> dict[str, Any]:
@@ -70,7 +69,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         "dtype": str(net.dtype).removeprefix("torch."),
         "file_bytes": (folder / (WEIGHTS_NAME if form == "native" else SAKANA_NAMES[0])).stat().st_size,
         "gflop_per_adapter": sum(hypernet_flops(c).values()) / 1e9,
-        "values_per_adapter": c.num_layers * c.rank * (sum(c.in_features) + sum(c.out_features)),
+        "values_per_adapter": c.adapter_values,
         "encoder": blocks.get("encoder") or _named_encoder(blocks),
         "base_model": blocks.get("base_model"),
         "prompt": {"form": contents.prompt_form, "description": checkpoint.has_described_prompts(blocks)},

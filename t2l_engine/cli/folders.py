@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from t2l_engine.cli.common import Json, console, named, print_json, split_names
+from t2l_engine.cli.common import Json, console, named, print_json, printable, split_names
 
 
 class Format(str, enum.Enum):
@@ -97,4 +97,4 @@ def _text(value: Any, depth: int = 3) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.6g}"
-    return value if value.isprintable() and len(value) <= 120 else short_repr(value)
+    return printable(value)

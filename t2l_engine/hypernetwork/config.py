@@ -178,6 +178,11 @@ class HyperNetworkConfig:
         return per_latent * (max(n_in, n_out) if self.num_sides == 2 else n_in + n_out)
 
     @property
+    def adapter_values(self) -> int:
+        """Number of entries of A and B of one adapter; applying it to a token takes two FLOPs each."""
+        return self.num_layers * self.rank * sum(self.in_features + self.out_features)
+
+    @property
     def num_parameters(self) -> int:
         """Number of parameters and of vq's buffers; the offsets of the last step are not counted."""
         e, t, m, h = self.embed_dim, self.task_width, self.width, self.head_in_size

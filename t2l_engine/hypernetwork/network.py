@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -461,3 +462,17 @@ def load(
     except ValueError as error:
         raise CheckpointError(f"{contents.path}: {error}") from None
     return net.to(device).eval()
+
+
+@functools.cache
+def hypernet_flops(config: HyperNetworkConfig) -> dict[str, int]:
+    """FLOPs of generating one adapter, by the formulas that are registered for this package's ops, as trunk and heads."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), torch.no_grad():
+        network, task_emb = HyperNetwork(config), torch.empty(1, config.embed_dim)
+        network.generate(task_emb)  # folds what does not depend on the task
+        with FlopCounterMode(display=False) as counter:
+            network.generate(task_emb)
+    heads = counter.get_flop_counts()["Global"][torch.ops.t2l_engine.hypernet_heads]
+    return {"trunk": counter.get_total_flops() - heads, "heads": heads}

@@ -9,7 +9,7 @@ import torch
 import t2l_engine as t2l
 from t2l_engine.hypernetwork import convert
 from t2l_engine.hypernetwork.folder import BUNDLED, resolve_checkpoint
-from t2l_engine.research import costs
+from t2l_engine.hypernetwork.network import hypernet_flops
 
 
 def test_show_bundled_checkpoint(run):
@@ -34,7 +34,7 @@ def test_show_bundled_checkpoint(run):
     }  # fmt: skip
     assert {key: about[key] for key in expected} == expected
     assert about["encoder"]["name"] == "minilm"
-    assert about["gflop_per_adapter"] == pytest.approx(sum(costs.hypernet_flops(net.config).values()) / 1e9)
+    assert about["gflop_per_adapter"] == pytest.approx(sum(hypernet_flops(net.config).values()) / 1e9)
     assert about["file_bytes"] > 2 * about["parameters"]["total"]
 
     code, out, _ = run("show", "smollm2-135m")

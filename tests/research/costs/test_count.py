@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel, DynamicCache, Gemma3Config, MambaConfig
 
 from t2l_engine import ConfigError
-from t2l_engine.research.costs import count
-from t2l_engine.research.costs.model import Attention
+from t2l_engine.research.costs import Attention, count
 from t2l_engine.research.evaluation.answers import cache_argument
 from tests.research.costs import tiny_decoders
 from tests.research.costs.flop_counter import counted
@@ -27,10 +26,6 @@ ENCODERS = ("bert", "roberta", "xlm-roberta", "gte")
 tokens, windows = st.integers(0, 40), st.one_of(st.none(), st.integers(1, 30))
 
 
-def flops(model, *arguments, **options) -> int:
-    return sum(model.flops(*arguments, **options).values())
-
-
 # --- by hand ---------------------------------------------------------------------------------------------------------
 
 
@@ -38,15 +33,11 @@ def flops(model, *arguments, **options) -> int:
 def test_llama_by_hand(tied):
     """Kaplan et al. 2020: two operations a weight and token; grouped queries; logits of the last position alone."""
     model = count(LLAMA | {"tie_word_embeddings": tied})
-    layer = 48 * 20 * 2 * (4 + 2) + 3 * 48 * 80
-    assert model.flops(7) == {
-        "matrix products": 2 * 7 * 3 * layer,
-        "attention": 3 * 4 * 4 * 20 * (7 * 8 // 2),
-        "logits": 2 * 48 * 97,
-    }
+    layer, logits = 48 * 20 * 2 * (4 + 2) + 3 * 48 * 80, 48 * 97
+    assert model.flops(7) == 2 * 7 * 3 * layer + 3 * 4 * 4 * 20 * (7 * 8 // 2) + 2 * logits
     body = 3 * (layer + 2 * 48) + 48
-    assert (model.parameters, model.embeddings) == (body + (2 - tied) * 48 * 97, 48 * 97)
-    assert model.weights(5) == body + 48 * 97 and model.weights(5, logits=False) == body
+    assert model.parameters == body + (2 - tied) * logits and model.weights(5) == body + logits
+    assert count(LLAMA | {"tie_word_embeddings": tied}, head=False).weights(5) == body
     assert model.kept(10) == 10 * 3 * 2 * 2 * 20
     attention = {"q_proj": (48, 80), "k_proj": (48, 40), "v_proj": (48, 40), "o_proj": (80, 48)}
     assert model.linears == attention | {"gate_proj": (48, 80), "up_proj": (48, 80), "down_proj": (80, 48)}
@@ -57,8 +48,8 @@ def test_experts_by_hand():
     model, dense = count(MIXTURE), count(LLAMA)
     expert = 3 * 48 * 80
     assert model.token_flops == dense.token_flops + 2 * 3 * ((2 - 1) * expert + 48 * 5)
-    assert (model.experts, model.experts_per_token, model.expert_weights) == (5, 2, 3 * 5 * expert)
-    rest = model.parameters - model.embeddings - model.expert_weights
+    assert (model.expert_share, model.expert_weights) == (2 / 5, 3 * 5 * expert)
+    rest = model.parameters - 48 * 97 - model.expert_weights
     choices = list(itertools.combinations(range(5), 2))
     for drawn in range(1, 3):
         hit = [len({e for choice in draw for e in choice}) for draw in itertools.product(choices, repeat=drawn)]
@@ -89,18 +80,18 @@ def test_every_family(pair):
     model, sizes = pair
     assert sizes.parameters == sum(p.numel() for p in model.parameters())
     for length in (WINDOW - 2, LONG):
-        assert counted(lambda n=length: model(input_ids=prompt(n), logits_to_keep=1)) == flops(sizes, length)
+        assert counted(lambda n=length: model(input_ids=prompt(n), logits_to_keep=1)) == sizes.flops(length)
     ids, cache = prompt(LONG + MORE + STEPS), DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=ids[:, :LONG], **cache_argument(model, cache))
     got = counted(lambda: model(input_ids=ids[:, LONG : LONG + MORE], **cache_argument(model, cache), logits_to_keep=1))
-    assert got == flops(sizes, MORE, LONG)
+    assert got == sizes.flops(MORE, LONG)
 
     def decode():
         for i in range(LONG + MORE, LONG + MORE + STEPS):
             model(input_ids=ids[:, i : i + 1], **cache_argument(model, cache))
 
-    assert counted(decode) == flops(sizes, STEPS, LONG + MORE, logits=STEPS)
+    assert counted(decode) == sizes.flops(STEPS, LONG + MORE, logits=STEPS)
     # transformers keeps one token less than a window: the next query is the last of its keys.
     windowed = sum(layer.cached for layer in sizes.attention if layer.window)
     held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
@@ -113,9 +104,9 @@ def test_text_encoders(family):
     config = AutoConfig.for_model(family, **SIZES | {"max_position_embeddings": 50})
     model, sizes = AutoModel.from_config(config, add_pooling_layer=False).eval(), count(config, head=False)
     assert sizes.parameters == sum(p.numel() for p in model.parameters())
-    assert counted(lambda: model(input_ids=prompt(23))) == flops(sizes, 23, logits=0)
+    assert counted(lambda: model(input_ids=prompt(23))) == sizes.flops(23)
     tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
-    assert sizes.weights(23, logits=False) == sizes.parameters - tables
+    assert sizes.weights(23) == sizes.parameters - tables
 
 
 def test_models_of_other_families():
@@ -124,7 +115,7 @@ def test_models_of_other_families():
     assert gpt2.token_flops == 2 * 2 * 12 * 48 * 48 and gpt2.linears == {}
     for kind in ("deepseek_v3", "gpt_oss"):
         sizes = SIZES | {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
-        assert count({"model_type": kind, **sizes}).flops(3)["attention"] > 0
+        assert len(count({"model_type": kind, **sizes}).attention) == 2
     hybrid = count({"model_type": "qwen3_next", **sizes, "num_hidden_layers": 4})  # three layers have linear attention
     assert hybrid.layers == 4 and len(hybrid.attention) == 1
 
@@ -142,10 +133,8 @@ def test_forms_of_a_configuration(form, tmp_path):
     ({"model_type": "unknown"}, r"config\.json: model_type: expected one that transformers knows, got 'unknown'"),
     ({"model_type": ["llama"]}, r"model_type: expected .*, got \['llama'\]"),
     ({"num_attention_heads": 5, "head_dim": None}, "attention heads"),
-    ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of 4 attention heads, got 3"),
-    ({"hidden_size": 0}, "hidden_size: expected an integer from 1 to 2147483648, got 0"),
-    ({"num_hidden_layers": 513}, "num_hidden_layers: expected an integer from 1 to 512, got 513"),
-    ({"intermediate_size": True}, "intermediate_size: expected an integer .*, got True"),
+    ({"num_hidden_layers": 513}, r"config\.json: num_hidden_layers: expected at most 512, got 513"),
+    ({"hidden_size": -48}, r"config\.json: .*-48"), ({"intermediate_size": 2.5}, "intermediate_size"),
     ({"rms_norm_eps": "small"}, "rms_norm_eps"),
 ])  # fmt: skip
 def test_refused(changes, message, tmp_path):
@@ -157,5 +146,5 @@ def test_refused(changes, message, tmp_path):
 def test_a_model_without_attention_is_refused():
     with pytest.raises(ConfigError, match="mamba does not attend by transformers' attention interface"):
         count(MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=61))
-    with pytest.raises(FileNotFoundError, match="none: no such configuration"):
+    with pytest.raises(FileNotFoundError, match="No such file or directory: .none"):
         count("none")
