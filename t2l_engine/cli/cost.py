@@ -11,8 +11,7 @@ from typing import Any
 
 import typer
 
-from t2l_engine.cli.common import Checkpoint, Json, console, named, print_json, printable, split_names
-from t2l_engine.cli.options import takes
+from t2l_engine.cli.common import Checkpoint, Json, console, print_json, printable, split_names
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import to_json
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
@@ -60,7 +59,6 @@ class Options:
     as_json: Json = False
 
 
-@takes(Options, costs.Workload)
 def cost(options: Options, load: costs.Workload) -> None:
     """The cost of a question by in-context learning (ICL) and by a generated adapter (T2L), for your workload.
 
@@ -95,9 +93,8 @@ def _setup(options: Options) -> tuple[dict[str, Any], costs.Setup]:
         if not model:
             raise ValueError("--model: the checkpoint does not name one; give it here")
         encoder, sizes = encoder or _encoder_of(contents), vars(contents.config) | sizes
-    with named({"model": "--model", "encoder": "--encoder", "modules": "--modules"}):
-        encoder = encoder or costs.find("model", model)["encoder"]
-        setup = costs.known_setup(model, encoder, **sizes)
+    encoder = encoder or costs.find("model", model)["encoder"]
+    setup = costs.known_setup(model, encoder, **sizes)
     dtype = options.dtype.value if options.dtype else setup.model.dtype or "bfloat16"
     if dtype not in list(ITEMSIZES):
         raise ConfigError(f"{model}: dtype: expected one of {', '.join(ITEMSIZES)}, got {short_repr(dtype)}; give --dtype")
