@@ -14,7 +14,6 @@ from t2l_engine.research.tasks.folder import load_tasks
 from t2l_engine.research.training import sft
 from t2l_engine.research.training.context import TrainingContext
 from t2l_engine.research.training.sampling import Shard
-from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, LOSS_ATOL, relative_frobenius
 from t2l_engine.text import base_model as base_model_loader
 from t2l_engine.text.encoder import EncoderConfig, normalise_description
@@ -140,16 +139,3 @@ def test_the_base_model_as_encoder(base_model, tasks, tmp_path, made, dtype):
     assert yaml.safe_load((tmp_path / "sakana" / "args.yaml").read_text())["emb_model"] == ""  # the base model, to it
     again = t2l.TextToLoRA.from_pretrained(tmp_path / "sakana")
     assert torch.equal(again.generate(texts).lora_B["q_proj"], engine.generate(texts).lora_B["q_proj"])
-
-
-@pytest.mark.parametrize("field, value", {
-    "samples_per_task": 2, "held_out_descriptions": 1, "task_init": "discriminant", "mix_descriptions": True,
-    "encoder": "one-hot", "condition": "task",
-}.items())  # fmt: skip
-def test_settings_that_do_not_fit(field, value):
-    with pytest.raises(ConfigError, match="^settings: encoder: expected no base model, .*, got 'base-model'"):
-        small_runs.reconstruction(encoder="base-model")
-    with pytest.raises(ConfigError, match=f"^settings: {field}: expected .*, got .*{value}|^settings: {field}: .*{value!r}"):
-        by_input("x", **{field: value})
-    assert by_input("x", prompt="description", embedding_noise=0.1).condition == "input"
-    assert SFTSettings(base_model="x", target_modules=("q_proj",)).condition == "description"

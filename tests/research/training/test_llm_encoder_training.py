@@ -12,7 +12,6 @@ from t2l_engine.research.tasks.folder import load_tasks
 from t2l_engine.research.training import hypernetwork, loop, lora, reconstruction, sft
 from t2l_engine.research.training.context import TrainingContext
 from t2l_engine.research.training.sampling import Shard
-from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.testing.numerics import LOSS_ATOL
 from t2l_engine.text import base_model as base_model_loader
 from t2l_engine.text.llm_encoder import LLMEncoder, condition_text
@@ -166,28 +165,9 @@ def test_reading_goes_on_where_it_stopped(base_model, tasks, tmp_path, monkeypat
     assert small_runs.differing(small_runs.left(tmp_path / "whole"), small_runs.left(tmp_path / "out")) == []
 
 
-# --- settings --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("changes, match", [
-    ({"encoder": "one-hot"}, "llm_layers: expected .0, 10, 20. with encoder 'one-hot', got .0, 1."),
-    ({"embedding_noise": 0.1}, "embedding_noise: expected 0.0 with encoder 'llm', got 0.1"),
-    ({"mix_descriptions": True}, "mix_descriptions: expected False with encoder 'llm', got True"),
-    ({"llm_layers": [1, 0]}, "llm_layers: expected increasing numbers, got .1, 0."),
-    ({"llm_width": 9}, "llm_width: expected a multiple of the 2 llm_heads, got 9"),
-    ({"condition": "input"}, "condition: expected 'description' with encoder 'llm', got 'input'"),
-    ({"llm_layers": [0, 3]}, "^llm_layers: expected at most the 2 layers of '.*', got .0, 3"),
-])  # fmt: skip
-def test_settings_that_do_not_fit(base_model, tasks, tmp_path, changes, match):
-    with pytest.raises(ConfigError, match=match):
-        sft.train(reading(base_model, **changes), tasks, tmp_path / "out")
-
-
-def test_settings_of_an_llm_encoder_need_one(base_model):
-    for field, value in {"example_share": 0.5, "max_examples": 2, "llm_descriptions": 4, "token_dropout": 0.1}.items():
-        default = SFTSettings.model_fields[field].default
-        with pytest.raises(ConfigError, match=f"{field}: expected {default} with encoder 'one-hot', got {value}"):
-            small_runs.sft(base_model, **{field: value})
+def test_layers_that_the_model_does_not_have(base_model, tasks, tmp_path):
+    with pytest.raises(ConfigError, match="^llm_layers: expected at most the 2 layers of '.*', got .0, 3"):
+        sft.train(reading(base_model, llm_layers=[0, 3]), tasks, tmp_path / "out")
 
 
 # --- a checkpoint as the start ---------------------------------------------------------------------------------------

@@ -60,8 +60,24 @@ NEVER = {
     bool: ["3", None], int: [-1, 1.5, 1 << 64, True, None], float: [-1, math.nan, math.inf, True, None],
     str: [-7, True, None, "\ud800"], tuple: [[], [None], "q_proj", None],
 }  # fmt: skip
-ONE_HOT = {"mix_descriptions": (True, False), "held_out_descriptions": (2, 0), "task_init": ("discriminant", "random"),
-           "embedding_noise": (0.5, 0.0), "prompt": ("description", "input")}  # fmt: skip
+LLM = {"encoder": "llm", "llm_layers": [0, 1], "llm_width": 8, "llm_heads": 2}
+BY_INPUT = {"encoder": "base-model", "condition": "input"}
+#: What the encoder and the condition of a run ask for: field -> (what does not fit, what is expected instead).
+UNFIT = [
+    ({"encoder": "one-hot"}, {
+        "mix_descriptions": (True, "False with encoder 'one-hot', got True"), "held_out_descriptions": (2, 0),
+        "task_init": ("discriminant", "'random'"), "embedding_noise": (0.5, 0.0), "prompt": ("description", "'input'")}),
+    ({}, {
+        "llm_layers": ([0, 1], ".0, 10, 20. with encoder 'minilm', got .0, 1."), "example_share": (0.5, 0.0),
+        "max_examples": (2, 6), "llm_descriptions": (4, 0), "token_dropout": (0.1, 0.0)}),
+    (LLM, {
+        "embedding_noise": (0.1, 0.0), "mix_descriptions": (True, False), "condition": ("input", "'description'"),
+        "llm_width": (9, "a multiple of the 2 llm_heads"), "llm_layers": ([1, 0], "increasing numbers, got .1, 0.")}),
+    (BY_INPUT, {
+        "samples_per_task": (2, "1 with condition 'input', got 2"), "encoder": ("one-hot", "one that reads text"),
+        "held_out_descriptions": (1, 0), "task_init": ("discriminant", "'random'"), "mix_descriptions": (True, False)}),
+    ({"validate_every": 0}, {"patience": (1, "0 with validate_every 0, got 1")}),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -85,12 +101,14 @@ def test_every_field_refuses_what_is_out_of_range(kind):
                 settings.build(kind, needed(kind) | {name: value})
 
 
-@pytest.mark.parametrize("field", ONE_HOT)
-def test_tasks_without_text_have_no_such_field(write, field):
-    value, only = ONE_HOT[field]
-    path = write(f"encoder: one-hot\n{field}: {json.dumps(value)}")
-    with pytest.raises(ConfigError, match=f"^{re.escape(f'{path}: {field}: ')}.*{only}.* 'one-hot', got .*{value}"):
-        settings.read(SFTSettings, path)
+@pytest.mark.parametrize("of_run, changes", UNFIT)
+def test_fields_that_do_not_fit_each_other(of_run, changes):
+    settings.build(SFTSettings, NEEDED | of_run)
+    for field, (value, expected) in changes.items():
+        with pytest.raises(ConfigError, match=f"^settings: {field}: expected {expected}"):
+            settings.build(SFTSettings, NEEDED | of_run | {field: value})
+    with pytest.raises(ConfigError, match="^settings: encoder: expected no base model, .*, got 'base-model'"):
+        settings.build(ReconstructionSettings, {"encoder": "base-model"})
 
 
 @pytest.mark.parametrize("text, message", [
