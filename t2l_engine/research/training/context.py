@@ -23,7 +23,7 @@ from t2l_engine.lora.locate import features, find
 from t2l_engine.research.tasks.folder import Task, load_tasks
 from t2l_engine.research.tasks.manifest import summary
 from t2l_engine.research.training.objective import Adapter, Batch, Objective, collate, token_weights
-from t2l_engine.research.training.sampling import Descriptions, Examples, Group, Shard
+from t2l_engine.research.training.sampling import Descriptions, Examples, Group, Shard, Stream
 from t2l_engine.research.training.settings import LoRASettings, SFTSettings
 from t2l_engine.text import base_model
 
@@ -185,6 +185,16 @@ class TrainingContext:
         if self._handle is not None:
             self._handle.detach()
             self._handle = None
+
+    def stream(self, tasks: Sequence[int], descriptions: Descriptions, *, every: bool = False) -> Stream:
+        """Groups of ``tasks`` (indices); ``every``: all of them in each step."""
+        s = self.settings
+
+        def make(task: int, visit: int) -> Group:
+            return self.train.group(tasks[task], visit, s.samples_per_task, s.seed, descriptions)
+
+        per_step, bucket_steps = (len(tasks), 1) if every else (s.tasks_per_step, s.bucket_steps)
+        return Stream(len(tasks), per_step, s.seed, make, lambda group: group.longest, bucket_steps)
 
     def collate(
         self, groups: Sequence[Group], of_step: Sequence[Group], adapter: Adapter | None = None, *, per_task: bool = False

@@ -35,7 +35,7 @@ from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.weights import check_no_model, expect_none, remove_unfinished, replacing, save_torch, write_text
 from t2l_engine.hypernetwork.folder import SAKANA_NAMES, WEIGHTS_NAME
 from t2l_engine.research.training.runs import COUNTS, SETTINGS, append, rewind
-from t2l_engine.research.training.sampling import Shard, seeded
+from t2l_engine.research.training.sampling import Group, Shard, Stream, divide, seeded
 from t2l_engine.research.training.settings import ADAMW, MUON, Settings, differences, to_yaml
 from t2l_engine.text.base_model import check_device
 
@@ -53,6 +53,8 @@ class Job(ABC):
 
     settings: Settings
     model: nn.Module
+    #: The groups of every step.
+    stream: Stream
     #: Of the loss that a step minimises; the log says the loss in ones.
     unit = 1.0
 
@@ -60,9 +62,14 @@ class Job(ABC):
         #: State of :meth:`improved`, with the ``step`` of the last improvement; saved with the run's state.
         self.best: dict[str, Any] = {}
 
-    @abstractmethod
     def batches(self, step: int, shard: Shard) -> Sequence[Any]:
         """This process's shard of each of the step's ``accumulation`` batches; a batch may have attributes COUNTS."""
+        groups = self.stream.step(step)
+        return [self.collate(part, groups) for part in divide(groups, self.settings.tasks_per_batch, shard)]
+
+    def collate(self, groups: Sequence[Group], of_step: Sequence[Group]) -> Any:
+        """A batch of ``groups``, some of those ``of_step``."""
+        return groups
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor:

@@ -30,7 +30,7 @@ from t2l_engine.research.training import loop
 from t2l_engine.research.training.context import Modules, TrainingContext
 from t2l_engine.research.training.objective import Batch
 from t2l_engine.research.training.runs import ADAPTERS, LAST, MULTI_TASK, RECORD, WAVES
-from t2l_engine.research.training.sampling import Group, Shard, Stream, divide, trained_descriptions
+from t2l_engine.research.training.sampling import Group, Shard, trained_descriptions
 from t2l_engine.research.training.settings import LoRASettings
 from t2l_engine.text.packaged import hub_name
 
@@ -111,24 +111,15 @@ class LoRA(loop.Job):
         self.model = LoRABank(context.modules, len(self.names), settings.rank, scaling, settings.seed)
         self._initial = self.model.start_from(Path(settings.initial), self.names) if settings.initial else ""
         self.model.to(context.device)
-        self._stream = Stream(
-            len(self._tasks), settings.tasks_per_step if self._shared else len(self._tasks), settings.seed,
-            self._group, lambda g: g.longest, settings.bucket_steps if self._shared else 1,
-        )  # fmt: skip
+        self.stream = context.stream(self._tasks, self._descriptions, every=not self._shared)
         with torch.no_grad():
             context.attach(self.model()[0])
-
-    def _group(self, task: int, visit: int) -> Group:
-        s = self.settings
-        return self._context.train.group(self._tasks[task], visit, s.samples_per_task, s.seed, self._descriptions)
 
     def _adapter(self, number: int, group: Group) -> int:
         return 0 if self._shared else self._tasks.index(group.task)
 
-    def batches(self, step: int, shard: Shard) -> Sequence[Batch]:
-        groups = self._stream.step(step)
-        parts = divide(groups, self.settings.tasks_per_batch, shard)
-        return [self._context.collate(part, groups, self._adapter, per_task=not self._shared) for part in parts]
+    def collate(self, groups: Sequence[Group], of_step: Sequence[Group]) -> Batch:
+        return self._context.collate(groups, of_step, self._adapter, per_task=not self._shared)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self._context.losses(batch, model()).sum()

@@ -26,7 +26,7 @@ from t2l_engine.research.training import loop
 from t2l_engine.research.training.context import Modules
 from t2l_engine.research.training.hypernetwork import HyperNetworkJob
 from t2l_engine.research.training.runs import prompt_of_run
-from t2l_engine.research.training.sampling import Group, Shard, Stream, divide, seeded
+from t2l_engine.research.training.sampling import Group, Shard, Stream, seeded
 from t2l_engine.research.training.settings import LLM, ReconstructionSettings
 from t2l_engine.text.packaged import own_name
 
@@ -168,15 +168,12 @@ class Reconstruction(HyperNetworkJob):
             for module, offsets in net.offsets.items():
                 offsets.add_A, offsets.add_B = (side.mean(dim=0) for side in self._targets[module])
         self._train(net, pooling)
-        self._stream = Stream(len(library.names), settings.tasks_per_step, settings.seed, self._group)
+        self.stream = Stream(len(library.names), settings.tasks_per_step, settings.seed, self._group)
 
     def _group(self, task: int, visit: int) -> Group:
         choices = self._conditions.train[task]
         key = f"{self.settings.seed}/{self._library.names[task]}/{visit}"
         return Group(task, choices[seeded("description", key) % len(choices)], (), key)
-
-    def batches(self, step: int, shard: Shard) -> Sequence[Sequence[Group]]:
-        return divide(self._stream.step(step), self.settings.tasks_per_batch, shard)
 
     def _distances(self, stack: AdapterStack, groups: Sequence[Group]) -> Tensor:
         """The loss of each group, ``[groups]``."""

@@ -27,7 +27,7 @@ from t2l_engine.research.training import loop
 from t2l_engine.research.training.context import TrainingContext
 from t2l_engine.research.training.hypernetwork import HyperNetworkJob
 from t2l_engine.research.training.objective import Batch, generated_l2
-from t2l_engine.research.training.sampling import Examples, Group, Shard, Stream, divide
+from t2l_engine.research.training.sampling import Examples, Group, Shard
 from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.text.config import LLMEncoderConfig
 from t2l_engine.text.llm_encoder import AttentionPooling
@@ -50,10 +50,7 @@ class SFT(HyperNetworkJob):
             context.modules, rank=settings.rank, lora_alpha=settings.lora_alpha, scaling=settings.scaling
         )  # fmt: skip
         self._train(*(self._trained_before(config) if settings.initial else self._new(config, hyperinit=True)))
-        self._stream = Stream(
-            len(context.tasks), settings.tasks_per_step, settings.seed, self._group, lambda g: g.longest,
-            settings.bucket_steps,
-        )  # fmt: skip
+        self.stream = context.stream(range(len(context.tasks)), self._conditions.train)
         with torch.no_grad():
             context.attach(self._net(torch.zeros(1, config.embed_dim, device=context.device)))
 
@@ -80,13 +77,8 @@ class SFT(HyperNetworkJob):
         net = build(contents).set_dtype(torch.float32)
         return net.requires_grad_(), pooling and pooling.requires_grad_()
 
-    def _group(self, task: int, visit: int) -> Group:
-        s = self.settings
-        return self._context.train.group(task, visit, s.samples_per_task, s.seed, self._conditions.train)
-
-    def batches(self, step: int, shard: Shard) -> Sequence[Batch]:
-        groups = self._stream.step(step)
-        return [self._context.collate(g, groups) for g in divide(groups, self.settings.tasks_per_batch, shard)]
+    def collate(self, groups: Sequence[Group], of_step: Sequence[Group]) -> Batch:
+        return self._context.collate(groups, of_step)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         stack = model(self._conditions.augmented(batch.groups))
