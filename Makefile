@@ -89,7 +89,7 @@ results: setup
 	$(BIN)/python -m bench report
 
 fuzz: setup
-	$(BIN)/python tests/hostile/fuzz.py --seconds 600
+	$(BIN)/python -m pytest -q tests/hostile -k changed_file --hypothesis-profile fuzz --timeout 0
 
 # The CUDA kernels without a GPU: their own tests in the emulator, and what nvcc makes of them.
 emulator: setup

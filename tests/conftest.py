@@ -26,6 +26,10 @@ else:  # the same examples in every run; how long one takes decides nothing
     hypothesis.settings.register_profile(
         "t2l", deadline=None, derandomize=True, database=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
     )
+    # Of `make fuzz`: others in every run, each read or refused within ten seconds.
+    hypothesis.settings.register_profile(
+        "fuzz", hypothesis.settings.get_profile("t2l"), max_examples=12_000, deadline=10_000, derandomize=False
+    )
     hypothesis.settings.load_profile("t2l")
 
 

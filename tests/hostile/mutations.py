@@ -68,8 +68,8 @@ class Mutations:
             payload = _change_bytes(payload, draw) if changed is None else changed
         return payload[:MAX_PAYLOAD]
 
-    def judge(self, target: Target, payload: bytes, keep: bool = False) -> list[str]:
-        """What is wrong with how a folder with ``payload`` is read or refused; ``keep``: such a folder."""
+    def judge(self, target: Target, payload: bytes) -> list[str]:
+        """What is wrong with how a folder with ``payload`` is read or refused; such a folder is kept."""
         whole = self.shop.read(target.base, target.file)
         if target.inside:
             is_torch = target.file == "hypermod.pt"
@@ -77,7 +77,7 @@ class Mutations:
         case = self.shop.case("mutated", target.base, target.file, payload, loader=target.loader, contradiction=True,
                               refusals=(ValueError, FileNotFoundError))  # fmt: skip
         found = judge(case, must_refuse=False)
-        if keep and found:
+        if found:
             return [*found, f"the folder is {case.folder}"]
         shutil.rmtree(case.folder)
         return found

@@ -29,7 +29,7 @@ def mutations(tmp_path_factory):
     return Mutations(Workshop(tmp_path_factory.mktemp("hostile")))
 
 
-@settings(max_examples=150)
+@settings(max_examples=max(150, settings.default.max_examples))  # more in `make fuzz`
 @given(target=st.sampled_from(TARGETS), draw=st.randoms(use_true_random=False))
 def test_a_changed_file_is_read_or_refused(mutations, target, draw):
     with pytest.MonkeyPatch.context() as patch:
