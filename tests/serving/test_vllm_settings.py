@@ -57,8 +57,8 @@ def test_values_are_read():
 
 @pytest.mark.parametrize("name, value, message", [
     ("CHECKPOINT", "nowhere", "no such folder"), ("CHECKPOINT", ",", "expected bundled names or folders, got ','"),
-    ("CHECKPOINT", "smollm2-135m,smollm2-135m", "different names"), ("KERNELS", "yes", "expected 0 or 1, got 'yes'"),
-    ("MODE", "ram", "expected one of disk, memory, got 'ram'"), ("WARMUP", "2", "expected 0 or 1, got '2'"),
+    ("CHECKPOINT", "smollm2-135m,smollm2-135m", "different names"), ("KERNELS", "yes", "expected one of 0, 1, got 'yes'"),
+    ("MODE", "ram", "expected one of disk, memory, got 'ram'"), ("WARMUP", "2", "expected one of 0, 1, got '2'"),
     ("THREADS", "0", "expected a positive whole number, got '0'"), ("STORE_BYTES", "4GiB", "positive whole number"),
     ("MAX_NAMES", "-1", "positive whole number"), ("CHECKPOINTS", "", "expected one of T2L_VLLM_CHECKPOINT, "),
 ])  # fmt: skip

@@ -13,7 +13,7 @@ from t2l_engine.hypernetwork.folder import bundled_checkpoints, format_of, resol
 PREFIX = "T2L_VLLM_"
 #: Names of the environment variables without PREFIX.
 VARIABLES = ("CHECKPOINT", "KERNELS", "MODE", "STORE", "STORE_BYTES", "MAX_NAMES", "THREADS", "WARMUP")
-DISK, MEMORY = MODES = ("disk", "memory")
+DISK, MEMORY = "disk", "memory"
 
 _SHARED_MEMORY = Path("/dev/shm")
 _MIN_FREE = 1 << 30  # bytes that must be free in shared memory for the store to be there by default
@@ -63,18 +63,15 @@ class Settings:
         values = {name: environ.get(PREFIX + name, "").strip() for name in VARIABLES}
         checkpoints = _checkpoints(values["CHECKPOINT"])
         store, room = (Path(values["STORE"]), _STORE_BYTES) if values["STORE"] else _default_store()
-        mode = values["MODE"] or DISK
-        if mode not in MODES:
-            raise ValueError(f"{PREFIX}MODE: expected one of {', '.join(MODES)}, got {mode!r}")
         return cls(
             checkpoints=checkpoints,
-            kernels=_switch("KERNELS", values, default=bool(checkpoints)),
-            mode=mode,
+            kernels=_choice("KERNELS", values, ("0", "1"), "1" if checkpoints else "0") == "1",
+            mode=_choice("MODE", values, (DISK, MEMORY), DISK),
             store=store,
             store_bytes=_count("STORE_BYTES", values, room),
             max_names=_count("MAX_NAMES", values, _MAX_NAMES),
             threads=_count("THREADS", values, 1),
-            warmup=_switch("WARMUP", values, default=False),
+            warmup=_choice("WARMUP", values, ("0", "1"), "0") == "1",
         )
 
 
@@ -98,10 +95,11 @@ def _checkpoints(text: str) -> dict[str, str]:
     return found
 
 
-def _switch(name: str, values: Mapping[str, str], default: bool) -> bool:
-    if values[name] not in ("", "0", "1"):
-        raise ValueError(f"{PREFIX}{name}: expected 0 or 1, got {values[name]!r}")
-    return values[name] == "1" if values[name] else default
+def _choice(name: str, values: Mapping[str, str], allowed: tuple[str, ...], default: str) -> str:
+    text = values[name] or default
+    if text not in allowed:
+        raise ValueError(f"{PREFIX}{name}: expected one of {', '.join(allowed)}, got {text!r}")
+    return text
 
 
 def _count(name: str, values: Mapping[str, str], default: int) -> int:
