@@ -7,7 +7,8 @@ from transformers import DeepseekV2Config, LlamaConfig, MixtralConfig
 import t2l_engine as t2l
 from t2l_engine.serving.vllm.fit import misfit
 
-COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 64}
+COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 64,
+          "dtype": "bfloat16"}  # fmt: skip
 SERVED = {
     "llama": LlamaConfig(**COMMON, num_key_value_heads=2),
     # q is as wide as what is rotated and what is not; o reads values of a width of their own.
@@ -37,9 +38,13 @@ def network(layers=2, **sizes):
     ("latent attention", network(gate_proj=(32, 48)), None),  # dense in one layer, of experts in the other: not compared
     ("experts", network(q_proj=(32, 32), up_proj=(1, 1)), None),  # no linear of that name
 ])  # fmt: skip
-def test_sizes_are_compared(tmp_path, served, config, found):
+def test_sizes_are_compared(tmp_path, monkeypatch, served, config, found):
+    """Of models in bfloat16, without a change of the default dtype, which other threads use."""
+    dtypes = []
+    monkeypatch.setattr(torch, "set_default_dtype", dtypes.append)
     SERVED[served].save_pretrained(tmp_path)
     said = misfit(config, str(tmp_path))
+    assert set(dtypes) <= {torch.float32}
     assert said is None if found is None else said.endswith(found)
 
 
@@ -51,11 +56,3 @@ def test_models_that_cannot_be_made_are_errors(tmp_path, monkeypatch):
     LlamaConfig(**COMMON).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="LlamaConfig: division by zero"):
         misfit(network(q_proj=(32, 32)), str(tmp_path))
-
-
-def test_the_default_dtype_is_left_to_other_threads(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(torch, "set_default_dtype", seen.append)
-    LlamaConfig(**COMMON, dtype="bfloat16").save_pretrained(tmp_path)
-    assert misfit(network(q_proj=(32, 32)), str(tmp_path)) is None
-    assert set(seen) <= {torch.float32}

@@ -60,9 +60,7 @@ def load(server, bundled, monkeypatch, capsys, tmp_path):
     return run
 
 
-@pytest.mark.parametrize(
-    "known", ["LoRA with name {} already exists.", "Failed to load LoRA adapter {} because it is already loaded"]
-)
+@pytest.mark.parametrize("known", ["LoRA with name {} already exists.", "LoRA adapter {} because it is already loaded"])
 def test_sentences_become_names(load, server, bundled, known):
     """The same ones again, whether the server has them loaded or was restarted."""
     server.known = known
