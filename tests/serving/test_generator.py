@@ -166,17 +166,13 @@ def test_names_are_limited_and_belong_to_one_adapter(settings):
         generator.claim("a", "another")
 
 
-def test_a_wrong_request(settings, loaded):
-    (blank,) = gather(Generator(settings()), [" "])
-    assert type(blank) is ValueError and str(blank) == "description: expected a description, got an empty one"
-
-
 def test_task_names_of_a_one_hot_checkpoint(settings, monkeypatch, tmp_path):
     net = HyperShape("tiny", 2, 12, 20, 20, embed_dim=2, latent_size=16, head_in_size=10).make()
     engine = t2l.TextToLoRA(t2l.OneHotEncoder(t2l.OneHotConfig(("antonyms", "sentiment"))), net)
     monkeypatch.setattr(Checkpoint, "load", lambda name, source: Checkpoint.of(engine, name))
-    known, unknown = gather(Generator(settings()), ["sentiment", "Name the capital."])
+    known, unknown, blank = gather(Generator(settings()), ["sentiment", "Name the capital.", " "])
     assert known.is_dir() and isinstance(unknown, ValueError)
+    assert type(blank) is ValueError and str(blank) == "description: expected a description, got an empty one"
     assert str(unknown).startswith("description: a hypernetwork with one-hot task embeddings knows only the names")
 
 

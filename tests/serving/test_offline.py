@@ -46,12 +46,6 @@ def prompts():
     return [torch.randint(100, 40_000, (n,), generator=generator).tolist() for n in (5, 9, 16, 7, 12)]
 
 
-@pytest.fixture(scope="module")
-def base(run_llm, prompts):
-    """The same prompts in a server without LoRA."""
-    return run_llm({"prompts": prompts, "calls": [[None] * 5]}, {"T2L_VLLM_CHECKPOINT": "", "T2L_VLLM_KERNELS": "0"})
-
-
 #: Adapters of the five rows; all of ours are used, so that with two slots every slot is filled.
 MIXED = [0, None, 1, None, 1]
 FLAGS = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2, "max_cpu_loras": 2}
@@ -64,8 +58,9 @@ def mixed(run_llm, prompts):
     return run_llm({"prompts": prompts, "calls": calls, "llm": FLAGS, "logprobs": 20})
 
 
-def test_base_rows_equal_a_server_without_lora(mixed, base):
+def test_base_rows_equal_a_server_without_lora(run_llm, prompts, mixed):
     """Under our wrapper; and an adapter that is scaled, evicted and read again is the same, as are its neighbours."""
+    base = run_llm({"prompts": prompts, "calls": [[None] * 5]}, {"T2L_VLLM_CHECKPOINT": "", "T2L_VLLM_KERNELS": "0"})
     assert mixed["wrapper"] == "PunicaWrapperT2L" and mixed["tokens"][2] == mixed["tokens"][0]
     for call, rows in ((0, [1, 3]), (1, [2, 3]), (3, range(5))):
         for row in rows:

@@ -32,7 +32,6 @@ from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 import t2l_engine as t2l
 import t2l_vllm
 from t2l_engine.serving import names
-from t2l_engine.serving import vllm as serving
 from t2l_engine.serving.checkpoints import Checkpoint
 from t2l_engine.serving.vllm import offline, resolver
 
@@ -170,9 +169,7 @@ def test_check_model_takes_descriptions_where_vllm_may_load_adapters(serve, monk
 def hooks(monkeypatch):
     """Calls of hooks.install, which replaces parts of vLLM and has tests of its own."""
     calls = []
-    replaced = types.SimpleNamespace(install=lambda settings: (calls.append(settings), settings)[1])
-    monkeypatch.setitem(sys.modules, "t2l_engine.serving.vllm.hooks", replaced)
-    monkeypatch.setattr(serving, "hooks", replaced, raising=False)
+    monkeypatch.setattr("t2l_engine.serving.vllm.hooks.install", lambda settings: (calls.append(settings), settings)[1])
     for name in ("CHECKPOINT", "KERNELS", "STORE"):
         monkeypatch.delenv(f"T2L_VLLM_{name}", raising=False)
     return calls
