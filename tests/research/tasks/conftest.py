@@ -11,18 +11,11 @@ from t2l_specs import synthetic
 
 #: JSON text that no reader may take, whatever it expects.
 BROKEN_JSON = {
-    "empty": "",
-    "text": "no json",
-    "list": "[]",
-    "null": "null",
-    "number": "1e999",
-    "digits": '{"a": ' + "9" * 100_000 + "}",
-    "deep": "[" * 100_000 + "]" * 100_000,
-    "deep object": '{"a":' * 100_000 + "1" + "}" * 100_000,
-    "doubled key": '{"a": ["x"], "a": ["x"]}',
-    "cut": '{"a": ["x"',
-    "bom": '\ufeff{"a": ["x"]}',
-}
+    "empty": "", "text": "no json", "list": "[]", "null": "null", "number": "1e999",
+    "digits": '{"a": ' + "9" * 100_000 + "}", "cut": '{"a": ["x"',
+    "deep": "[" * 100_000 + "]" * 100_000, "deep object": '{"a":' * 100_000 + "1" + "}" * 100_000,
+    "doubled key": '{"a": ["x"], "a": ["x"]}', "bom": '\ufeff{"a": ["x"]}',
+}  # fmt: skip
 
 
 @pytest.fixture(params=BROKEN_JSON.values(), ids=BROKEN_JSON)

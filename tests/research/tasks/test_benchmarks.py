@@ -17,13 +17,9 @@ HELLASWAG = {"ind": 1, "ctx": "He sits", "endings": ["up.", "down."], "label": "
 PIQA = {"goal": "Open the door.", "sol1": "Turn the knob.", "sol2": "Wait for it.", "label": 0}
 WINOGRANDE = {"sentence": "The cup was on the table, so the _ was wet.", "option1": "cup", "option2": "table", "answer": "2"}
 GSM8K = {"question": "What is 500 times 2?", "answer": "500*2=<<500*2=1000>>1,000\n#### 1,000"}
-HUMANEVAL = {
-    "task_id": "HumanEval/0",
-    "prompt": '\ndef one():\n    """Return 1."""\n',
-    "canonical_solution": "    return 1\n",
-    "test": "def check(candidate):\n    assert candidate() == 1",
-    "entry_point": "one",
-}
+CHECKS = "def check(candidate):\n    assert candidate() == 1"
+HUMANEVAL = {"task_id": "HumanEval/0", "prompt": '\ndef one():\n    """Return 1."""\n', "entry_point": "one",
+             "canonical_solution": "    return 1\n", "test": CHECKS}  # fmt: skip
 MBPP = {"text": "Write one.", "code": "def one(): return 1", "test_list": ["assert one()", "assert one() < 2"]}
 SETUP = MBPP | {"test_setup_code": "import math"}
 SANITIZED = {"prompt" if key == "text" else key: value for key, value in MBPP.items()} | {"test_imports": ["import math"]}
@@ -32,31 +28,29 @@ FISH = Example("What swims?", ("a fish",), "test", "options", ("a stone", "a fis
 PROGRAM = "Write one.\n\nThe program must fulfil:\nassert one()\nassert one() < 2"
 TESTS = "import math\nassert one()\nassert one() < 2"
 CODE = Example(PROGRAM, ("def one(): return 1",), "test", "pass", tests=TESTS)
-OPTIONS, CHECK = ("test", "options"), HUMANEVAL["test"] + "\ncheck(one)"
+OPTIONS = ("test", "options")
 CUP = "The cup was on the table, so the _ was wet.\n\nQuestion: does the blank _ stand for cup or for table?"
+SWIM, KNOB = "Fish -- They swim.\n\nQuestion: can fish swim?", ("Turn the knob.", "Wait for it.")
+STEM = {"question": {"stem": "What swims?", "choices": OBJECTS}, "answerKey": "2"}
 #: name -> rows in every spelling, and what they become.
 FORMS = {
-    "arc_easy": [(ARC, FISH), (ARC | {"question": {"stem": "What swims?", "choices": OBJECTS}}, FISH)],
+    "arc_easy": [(ARC, FISH), (STEM, FISH)],
     "arc_challenge": [(ARC, FISH)],
-    "openbookqa": [
-        ({"question_stem": "What swims?", "choices": COLUMNS, "answerKey": "2"}, FISH),
-        ({"question": {"stem": "What swims?", "choices": OBJECTS}, "answerKey": "2"}, FISH),
-    ],
+    "openbookqa": [({"question_stem": "What swims?", "choices": COLUMNS, "answerKey": "2"}, FISH), (STEM, FISH)],
     "boolq": [
-        (
-            BOOLQ | {"answer": right},
-            Example("Fish -- They swim.\n\nQuestion: can fish swim?", (text,), *OPTIONS, ("yes", "no")),
-        )
+        (BOOLQ | {"answer": right}, Example(SWIM, (text,), *OPTIONS, ("yes", "no")))
         for right, text in ((True, "yes"), (False, "no"))
     ],
     "hellaswag": [(HELLASWAG, Example("He sits", ("down.",), "val", "options", ("up.", "down.")))],
-    "piqa": [(PIQA, Example("Open the door.", ("Turn the knob.",), "test", "options", ("Turn the knob.", "Wait for it.")))],
+    "piqa": [(PIQA, Example("Open the door.", KNOB[:1], *OPTIONS, KNOB))],
     "winogrande": [
         (WINOGRANDE | {"answer": number}, Example(CUP, (text,), *OPTIONS, ("cup", "table")))
         for number, text in ((1, "cup"), ("2", "table"))
     ],
     "gsm8k": [(GSM8K, Example("What is 500 times 2?", ("1,000",), "test", "number"))],
-    "humaneval": [(HUMANEVAL, Example(HUMANEVAL["prompt"], ("    return 1\n",), "test", "pass", tests=CHECK))],
+    "humaneval": [
+        (HUMANEVAL, Example(HUMANEVAL["prompt"], ("    return 1\n",), "test", "pass", tests=f"{CHECKS}\ncheck(one)"))
+    ],
     "mbpp": [(SETUP, CODE), (SANITIZED, CODE)],
 }
 NO_ANSWER, CHOICES = "no answer is stated", "the choices are not distinct texts"

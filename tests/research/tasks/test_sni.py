@@ -9,21 +9,13 @@ from t2l_engine.research.tasks import sni as importer
 from t2l_engine.research.tasks.sni import further_descriptions, import_sni
 
 COLOURS = {
-    "Contributors": ["somebody"],
-    "Source": ["colour_words"],
-    "Categories": ["Word Semantics"],
-    "Definition": ["Name the colour of the thing."],
+    "Contributors": ["somebody"], "Source": ["colour_words"], "Categories": ["Word Semantics"],
+    "Definition": ["Name the colour of the thing."], "Instance License": ["CC BY 4.0"],
     "Positive Examples": [{"input": "snow", "output": "white", "explanation": "It is."}],
-    "Instance License": ["CC BY 4.0"],
-    "Instances": [
-        {"id": "task001-1", "input": "grass", "output": ["green"]},
-        {"id": "task001-2", "input": "coal", "output": ["black", "dark"]},
-        {"id": "task001-3", "input": "Grass ", "output": ["light green", "green"]},
-        {"id": "task001-4", "input": " ", "output": ["nothing"]},
-        {"id": "task001-5", "input": "air", "output": [""]},
-        {"id": "task001-6", "input": "sky", "output": ["blue"]},
-    ],
-}
+    "Instances": [{"id": f"task001-{i}", "input": text, "output": outputs} for i, (text, outputs) in enumerate((
+        ("grass", ["green"]), ("coal", ["black", "dark"]), ("Grass ", ["light green", "green"]), (" ", ["nothing"]),
+        ("air", [""]), ("sky", ["blue"])))],
+}  # fmt: skip
 #: An early version: texts where later ones have lists, and fields that are absent.
 EARLY = {"Definition": "Count the letters.", "Instances": [{"input": "ant", "output": "3"}, {"input": "bee", "output": "3"}]}
 
@@ -37,11 +29,8 @@ def test_instances_are_pooled_and_split(sni):
     colours, count = imported.tasks
     assert imported.left_out == imported.missing == {}
     assert (colours.name, colours.descriptions) == ("task001_colours", ("Name the colour of the thing.",))
-    assert {e.input: e.outputs for e in colours.examples} == {
-        "grass": ("green", "light green"),
-        "coal": ("black", "dark"),
-        "sky": ("blue",),
-    }
+    outputs = {"grass": ("green", "light green"), "coal": ("black", "dark"), "sky": ("blue",)}
+    assert {e.input: e.outputs for e in colours.examples} == outputs
     assert (count.name, count.descriptions) == ("task002_count", ("Count the letters.",))
     assert sorted(e.split for e in count.examples) == ["train", "train"]
 
