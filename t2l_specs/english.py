@@ -22,11 +22,9 @@ NOUNS += (w for of in _DATA["kinds"].values() if of["group"] in ("creature", "th
 NAMES, SURNAMES, DAYS, MONTHS = (_DATA[key] for key in ("names", "surnames", "days", "months"))
 TOPICS: dict[str, list[str]] = _DATA["topics"]
 #: What it is for -> sentences with slots: those that are seen in training, and unseen ones.
-FRAMES: dict[str, tuple[list[str], list[str]]] = {name: (of["seen"], of["unseen"]) for name, of in _DATA["frames"].items()}
+FRAMES: dict[str, list[list[str]]] = _DATA["frames"]
 #: As FRAMES: kind of thing -> sentences with a slot for its word, ``{w}`` or (with its article) ``{a}``.
-SENTENCES: dict[str, tuple[list[str], list[str]]] = {
-    kind: (of["seen"], of["unseen"]) for kind, entry in _DATA["kinds"].items() for of in [_DATA["sentences"][entry["group"]]]
-}
+SENTENCES: dict[str, list[list[str]]] = {kind: _DATA["sentences"][of["group"]] for kind, of in _DATA["kinds"].items()}
 #: Adjective -> [comparative, superlative]; verb -> [third person, past, -ing form].
 ADJECTIVES: dict[str, list[str]] = _DATA["adjectives"]
 OPPOSITES: dict[str, str] = _DATA["opposites"]
@@ -34,18 +32,20 @@ VERBS: dict[str, list[str]] = _DATA["verbs"]
 VERB_WORDS, ADJECTIVE_WORDS = list(VERBS), list(ADJECTIVES)
 GOOD, BAD, REVIEWED = _DATA["good_words"], _DATA["bad_words"], _DATA["reviewed"]
 #: Words and short phrases that a specification may ask to write.
-STRINGS: list[str] = _DATA["strings"]
-REPLIES: list[str] = _DATA["replies"]
-#: Further values of parameters, by name: strings, numbers, and tuples of strings.
-POOLS: dict[str, tuple[Any, ...]] = {
-    name: tuple(tuple(value) if isinstance(value, list) else value for value in values)
-    for name, values in _DATA["pools"].items()
-}
+STRINGS, REPLIES = _DATA["strings"], _DATA["replies"]
 #: What a description says -> what it means: a place its index, letters their regular expression, a time its hours.
 MAPS: dict[str, dict[str, Any]] = _DATA["maps"]
 #: (unit, smaller unit) -> how many of the latter one of the former is.
 UNITS: dict[tuple[str, str], int] = {tuple(units): factor for units, factor in _DATA["conversions"]}
 
+
+def values_of(listed: list[Any]) -> tuple[Any, ...]:
+    """Values of a parameter: strings, numbers, and tuples of strings, which JSON has as lists."""
+    return tuple(tuple(value) if isinstance(value, list) else value for value in listed)
+
+
+#: Further values of parameters, by name.
+POOLS: dict[str, tuple[Any, ...]] = {name: values_of(listed) for name, listed in _DATA["pools"].items()}
 _ONES, _TENS = _DATA["ones"].split(), _DATA["tens"].split()
 
 

@@ -19,7 +19,7 @@ from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Example
 from t2l_engine.research.tasks.rows import expect
 from t2l_specs.draw import Draw
-from t2l_specs.english import KIND_NAMES, KINDS, MAPS, NAMES, NOUNS, POOLS, REPLIES, STRINGS, TOPICS, UNITS
+from t2l_specs.english import KIND_NAMES, KINDS, MAPS, NAMES, NOUNS, POOLS, REPLIES, STRINGS, TOPICS, UNITS, values_of
 from t2l_specs.inputs import FIELDS, READERS, Maker
 
 #: Families with their phrases, and phrases of further descriptions.
@@ -118,7 +118,7 @@ def sections(file: str) -> dict[str, dict[str, tuple[str, ...]]]:
 def _values(text: str, pools: Mapping[str, tuple[Any, ...]]) -> tuple[Any, ...]:
     """The values in a ``param`` line: a JSON list, the name of a pool, or ``name[:count]`` for its first values."""
     if text.startswith("["):
-        return tuple(tuple(value) if isinstance(value, list) else value for value in json.loads(text))
+        return values_of(json.loads(text))
     name, _, count = text.rstrip("]").partition("[:")
     return pools[name][: int(count)] if count else pools[name]
 

@@ -232,7 +232,7 @@ def file(text: str) -> tuple[str, str, str]:
 # --- sentences ---------------------------------------------------------------------------------------------------------
 
 
-def fill(draw: Draw, frames: tuple[Sequence[str], Sequence[str]], word: str) -> str:
+def fill(draw: Draw, frames: Sequence[Sequence[str]], word: str) -> str:
     """A sentence with ``word``, in one of ``frames`` (seen, unseen)."""
     frame = draw.layout(*frames)
     return capital(frame.format(w=word, a=with_article(word), name=draw.pick(NAMES), day=draw.pick(DAYS)))
@@ -278,12 +278,7 @@ def filled(pattern: str, parts: dict[str, str]) -> str:
     >>> filled("F. Last", {"First": "Ada", "F": "A", "Last": "King", "L": "K"})
     'A. King'
     """
-    made, i = "", 0
-    while i < len(pattern):
-        key = next((key for key in parts if pattern.startswith(key, i)), "")
-        made += parts.get(key, pattern[i])
-        i += len(key) or 1
-    return made
+    return re.sub("|".join(map(re.escape, parts)), lambda key: parts[key[0]], pattern)
 
 
 #: What a family reads -> its reader.

@@ -110,7 +110,7 @@ class _Writer:
 
 def _turns(draw: Draw, values: Sequence[str]) -> Iterator[str]:
     """``values`` in random order, again and again."""
-    while True:
+    while values:
         yield from reversed(draw.shuffled(values))
 
 
