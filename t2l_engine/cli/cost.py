@@ -147,44 +147,34 @@ def document(setup: costs.Setup, load: costs.Workload, options: Options) -> dict
     }
 
 
-def amount(value: float, unit: str = "") -> str:
-    """``value`` with three significant digits and a prefix of its unit.
-
-    >>> amount(6815744, "B"), amount(999.9e6, "B"), amount(0.0457, "s"), amount(12, "B")
-    ('6.82 MB', '1.00 GB', '45.7 ms', '12.0 B')
-    """
-    exponent = min(6, max(-3, math.floor(math.log10(float(f"{value:.3g}")) / 3))) if value else 0
-    digits = f"{float(f'{value / 1000**exponent:.3g}'):#.3g}".rstrip(".")
-    return f"{digits} {'num kMGTPE'[exponent + 3].strip()}{unit}"
-
-
 def render(about: dict[str, Any]) -> None:
-    """Print the setup and a table of the ways."""
+    """Print the setup and tables of the ways."""
     from rich.table import Table
 
-    model, cache, net, encoder = (about[name] for name in ("model", "cache", "hypernetwork", "encoder"))
-    facts = {
-        "language model": f"{printable(model['name'])}, {amount(model['parameters'])} parameters, {model['dtype']}",
-        "keys and values": f"{cache['dtype']}, {amount(cache['bytes_per_token'], 'B')} a token",
-        "text encoder": f"{printable(encoder['name'])}, {amount(encoder['parameters'])} parameters",
-        "hypernetwork": f"{net['variant']}, {amount(net['parameters'])} parameters",
-        "adapter": f"rank {net['rank']} on {', '.join(net['modules'])}, {amount(about['adapter_bytes'], 'B')}",
+    number, screen = "{:,.4g}".format, console()
+    model, net, encoder = (about[name] for name in ("model", "hypernetwork", "encoder"))
+    for name, fact in {
+        "language model": f"{printable(model['name'])}, {number(model['parameters'] / 1e6)} M parameters, {model['dtype']}",
+        "keys and values": f"{about['cache']['dtype']}, {number(about['cache']['bytes_per_token'] / 1e3)} kB a token",
+        "text encoder": f"{printable(encoder['name'])}, {number(encoder['parameters'] / 1e6)} M parameters",
+        "hypernetwork": f"{net['variant']}, {number(net['parameters'] / 1e6)} M parameters",
+        "adapter": f"rank {net['rank']} on {', '.join(net['modules'])}, {number(about['adapter_bytes'] / 1e6)} MB",
         "tokens": ", ".join(f"{name} {length:,}" for name, length in about["workload"].items() if length),
-    }
+    }.items():
+        screen.print(f"{name:16} {fact}")
     heads = "to the\nfirst token", "later\nquestion", f"{about['questions']:,}\nquestions"
-    table = Table("FLOP", *heads, "T2L per task takes\nfewer, questions")
-    held = Table("bytes", "decode\nstep reads", "memory beside\nthe weights", "T2L per task\nholds less, tasks")
-    times = Table("roofline time", *heads)
+    flops = Table("TFLOP", *heads, "T2L per task takes\nfewer, questions")
+    held = Table("GB", "decode\nstep reads", "memory beside\nthe weights", "T2L per task\nholds less, tasks")
+    times = Table("seconds, roofline", *heads)
     for name, way in about["ways"].items():
         label, (first, last) = costs.LABELS[name], way["questions_won"] or (None, None)
         won = "never" if first is None else f"{first:,} to {last:,}" if last else f"from {first:,}"
-        table.add_row(label, *map(amount, way["flops"].values()), won)
+        flops.add_row(label, *(number(of / 1e12) for of in way["flops"].values()), won)
         least = f"from {way['tasks_to_win']:,}" if way["tasks_to_win"] else "never"
-        held.add_row(label, amount(way["decode_step_bytes"], "B"), amount(way["memory_bytes"], "B"), least)
-        times.add_row(label, *(amount(of, "s") for of in (way["seconds"] or {}).values()))
-    for shown in (*(f"{name:16} {fact}" for name, fact in facts.items()), table, held, *[times] * bool(way["seconds"])):
-        console().print(shown)
-    typer.echo(
-        "First token: of a task's first question; filling a warm cache before it is not counted.  Bytes: at "
+        held.add_row(label, number(way["decode_step_bytes"] / 1e9), number(way["memory_bytes"] / 1e9), least)
+        times.add_row(label, *map(number, (way["seconds"] or {}).values()))
+    screen.print(flops, held, *[times] * bool(way["seconds"]))
+    screen.print(
+        "First token: of a task's first question; filling a warm cache before it is not counted.  GB: at "
         f"{about['users']:,} users with {about['tasks']:,} tasks.\nAll is computed, nothing measured."
     )

@@ -82,7 +82,7 @@ def test_hypernetworks(variant, encoder):
     assert hypernet_flops(config)["heads"] == 2 * 18 * config.adapter_values
 
 
-@pytest.mark.parametrize("name", ["research.costs", "cli.cost", "ops.flops"])
+@pytest.mark.parametrize("name", ["research.costs", "ops.flops"])
 def test_examples(name):
     assert doctest.testmod(importlib.import_module(f"t2l_engine.{name}")).failed == 0
 
@@ -192,11 +192,8 @@ def test_what_is_shared_stays_beyond_a_window(prefix, system, own):
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Workload)])
-@pytest.mark.parametrize("value", [-1, 2.0, True])
-def test_bad_workloads(field, value):
+def test_bad_workloads(field):
     least = 1 if field in ("question", "answer", "description") else 0
-    with pytest.raises(ValueError, match=f"{field}: expected a number of tokens of at least {least}, got {value!r}"):
-        dataclasses.replace(LOAD, **{field: value})
-    if least:
-        with pytest.raises(ValueError, match=f"{field}: expected a number of tokens of at least 1, got 0"):
-            dataclasses.replace(LOAD, **{field: 0})
+    for value in (least - 1, 2.0, True):
+        with pytest.raises(ValueError, match=f"{field}: expected a number of tokens of at least {least}, got {value!r}"):
+            dataclasses.replace(LOAD, **{field: value})

@@ -76,32 +76,21 @@ def test_examples_cached(server, made):
         assert counted(lambda cache=cache: server.answer(BEFORE, cache)) == made[name].later.flops()
 
 
-def test_an_adapter_a_task(server, made):
-    """Describe, generate and use at the first question; use alone at the next, the system text read under the adapter."""
-    handles = []
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_adapter(server, made, merge):
+    """Describe, generate, perhaps merge, and use; then use alone, the system text read under the adapter."""
+    way, handles = made["t2l-merged" if merge else "t2l-task"], []
 
     def first():
         handles.append(attach(server.model, server.make()))
-        with handles[0].use(0):
-            server.answer(LOAD.system)
-
-    assert counted(first) == made["t2l-task"].first.flops() == made["t2l-request"].later.flops()
-    with handles[0].use(0):
-        cache = server.cached(LOAD.system)
-        assert counted(lambda: server.answer(LOAD.system, cache)) == made["t2l-task"].later.flops()
-    handles[0].detach()
-
-
-def test_an_adapter_merged(server, made):
-    handles = []
-
-    def first():
-        handles.append(attach(server.model, server.make()))
-        handles[0].merge(0)
+        handles[0].merge(0) if merge else handles[0].set([0])
         server.answer(LOAD.system)
 
-    assert counted(first) == made["t2l-merged"].first.flops()
+    assert counted(first) == way.first.flops()
     cache = server.cached(LOAD.system)
-    assert counted(lambda: server.answer(LOAD.system, cache)) == made["t2l-merged"].later.flops()
-    handles[0].unmerge()
+    assert counted(lambda: server.answer(LOAD.system, cache)) == way.later.flops()
+    if merge:
+        handles[0].unmerge()
+    else:
+        assert made["t2l-request"].first == made["t2l-request"].later == way.first
     handles[0].detach()
