@@ -6,31 +6,29 @@ import functools
 import importlib
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 from rich.table import Table
 
 from bench import compare as comparing
 from bench import harness
 from bench.harness import OURS, BenchError, Context, Record
-from bench.records import ResultError, stem
-from bench.source import ROOT
+from bench.records import ROOT, ResultError, stem
 
 app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 DEFAULT_THREADS = torch.get_num_threads()
 CONSOLE = Console(width=None if sys.stdout.isatty() else 160)
 RESULTS = ROOT / "bench" / "results"
-PLANS = {name: f"bench.suites.{name}" for name in ("generate", "apply", "train", "serving", "energy")} | {"icl": "bench.icl"}
 ABOUT = {
     "generate": "Generating adapters: hypernetworks of released shapes, the parts of a request, memory.",
-    "apply": "Applying adapters: the op warm and cold, with gradients, around a linear, in a language model.",
-    "train": "Training through a frozen model: steps with an adapter a sample, memory, hypernetworks, a library.",
+    "apply": "Applying adapters: the op warm and cold, with gradients, in a language model.",
+    "train": "Training through a frozen model: steps with an adapter a sample, memory, a library.",
     "serving": "Many adapters in one batch of vLLM on a CPU: its LoRA kernels and ours; needs vLLM in the environment.",
     "icl": "Examples in the prompt against generated adapters: closed forms, the paper's table, a model measured.",
     "energy": "Millijoules of a generated adapter and of a decoded token on a GPU; needs nvidia-ml-py.",
@@ -50,7 +48,6 @@ def measure(
     threads: Threads = DEFAULT_THREADS,
     only: Annotated[str, typer.Option(help="only tasks whose name contains this")] = "",
     out: Out = None,
-    budget: Annotated[float | None, typer.Option(min=0, help="seconds after which no task is begun")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="go on with the result file; what it has is not run again")
     ] = False,
@@ -58,14 +55,15 @@ def measure(
         Path | None, typer.Option(help="of icl at size full: task folder with splits train, test; docs/icl.md")
     ] = None,
 ) -> None:
-    """The command of every suite in PLANS; a part of a suite is written only where ``--out`` says."""
+    """The command of every suite in ABOUT; a part of a suite is written only where ``--out`` says."""
     name, context = ctx.info_name, Context.of(size, threads, harness.device_of(device))
     if out is None and size == "full" and not only and device != "emulator":
         out = RESULTS / f"{stem(name, harness.machine(context))}.jsonl"
-    plan = importlib.import_module(PLANS[name]).plan  # modules of the other suites, and what they need, stay unread
+    plan = importlib.import_module("bench.icl" if name == "icl" else f"bench.suites.{name}").plan  # others stay unread
     if name == "icl":
         plan = functools.partial(plan, folder=tasks)
-    given = {"only": only, "out": out, "resume": resume, "budget": budget, "progress": bar}
+    bar = functools.partial(track, description=name, console=Console(stderr=True), transient=True)
+    given = {"only": only, "out": out, "resume": resume, "progress": bar}
     CONSOLE.print(shown(harness.run(name, plan, context, command=spelled(ctx), **given)))
 
 
@@ -78,26 +76,17 @@ def spelled(ctx: typer.Context) -> str:
     words = ["python -m bench", ctx.info_name]
     for option in ctx.command.params:
         value = ctx.params.get(option.name)
-        if option.name not in ("out", "budget", "resume") and value != option.default:
+        if option.name not in ("out", "resume") and value != option.default:
             words.append(option.opts[0])
             if not option.is_flag:
                 words.append(option.name.upper() if isinstance(value, Path) else shlex.quote(str(value)))
     return " ".join(words)
 
 
-def bar(tasks: Sequence[harness.Task]) -> Iterator[harness.Task]:
-    """The tasks one by one, with a progress bar."""
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        shown = progress.add_task("")
-        for task in progress.track(tasks, task_id=shown):
-            progress.update(shown, description=task.name)
-            yield task
-
-
 def shown(records: Sequence[Record]) -> Table:
     """The rows of a run for the terminal."""
     made = Table("case", "ours, us", "roofline, us", "times ours", "error / bound", title=records[0]["command"])
-    for row in harness.rows_of(records):
+    for row in (one for one in records if one["record"] == "row"):
         ours, least = row["times"][OURS].get("median_us"), row["roofline"] or {}
         others = [f"{n} {t['median_us'] / ours:.2f}" for n, t in row["times"].items() if ours and n != OURS]
         made.add_row(
@@ -126,18 +115,17 @@ def specs(
     out: Out = None,
 ) -> None:
     """The training study of smollm2-135m-specs: trains the runs of the plan, and judges them; many hours on two cores."""
-    from bench.specs import judge, plan
     from bench.specs import runs as training
     from t2l_engine.cli.common import keep_freed_memory
 
     torch.set_num_threads(threads)
     keep_freed_memory()
     training.tasks(work, training.specifications())
-    for name in runs.split(",") if runs else plan.RUNS:
+    for name in runs.split(",") if runs else training.RUNS:
         training.train(name, work)
     if not runs:
         head = harness.head("specs", Context.of("full", threads), spelled(ctx))
-        harness.Log(out or RESULTS / "specs.jsonl").add(head, *judge.records(work))
+        harness.Log(out or RESULTS / "specs.jsonl").add(head, *training.records(work))
 
 
 @app.command()
@@ -165,15 +153,12 @@ def compare(
     new: Annotated[str, typer.Argument(help="likewise")] = str(ROOT),
     limit: Annotated[float, typer.Option(min=1, help="how many times its old time a case may take")] = comparing.LIMIT,
     only: Annotated[str, typer.Option(help="only cases whose name contains this")] = "",
-    rounds: Annotated[
-        int, typer.Option(min=1, help="rounds of old, new, new, old, in each of several pairs of processes")
-    ] = comparing.ROUNDS,
     threads: Threads = DEFAULT_THREADS,
     old_isa: Annotated[str, typer.Option(help="T2L_ISA of the old side: compares instruction sets of one tree")] = "",
     new_isa: Annotated[str, typer.Option(help="T2L_ISA of the new side")] = "",
 ) -> None:
     """Two trees, their samples interleaved: fails where the median ratio of a case is beyond the limit, twice."""
-    found = comparing.trees((old, old_isa), (new, new_isa), threads, only, rounds, limit)
+    found = comparing.trees((old, old_isa), (new, new_isa), threads, only, limit)
     failed = comparing.slower(found, limit)
     made = Table(title=f"new over old on {threads} threads, at most {limit:g}")
     for name in ("case", "old, us", "new, us", "ratio", "quartiles"):

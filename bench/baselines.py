@@ -1,14 +1,9 @@
-"""What ours is compared with, restated here in plain torch: hypernetworks, the usual ways to apply many adapters, a copy.
-
-Everything that a caller could prepare once (segment bounds, ids of tokens, scalings as numbers) is prepared before the clock
-starts; what is timed is the work itself.
-"""
+"""What ours is compared with, in plain torch; what a caller could prepare once is prepared before the clock starts."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,20 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.timing import Candidate, Device, Timing
+from t2l_engine import AdapterStack
 from t2l_engine.hypernetwork.network import MLP, HyperNetwork, NormedEmbedding
 from t2l_engine.ops import reference
 
 Adapters = dict[str, tuple[Tensor, Tensor]]  # module -> A [N, n, r, in], B [N, n, out, r]
 
 
+def sides(stack: AdapterStack) -> Adapters:
+    return {name: (stack.lora_A[name], stack.lora_B[name]) for name in stack.lora_A}
+
+
 def of_stack(net: HyperNetwork) -> Callable[[Tensor], Adapters]:
     """``net`` as it is, with the plain result that baselines have."""
-
-    def generate(task_emb: Tensor) -> Adapters:
-        stack = net.generate(task_emb)
-        return {name: (stack.lora_A[name], stack.lora_B[name]) for name in stack.lora_A}
-
-    return generate
+    return lambda task_emb: sides(net.generate(task_emb))
 
 
 def plain(net: HyperNetwork) -> Callable[[Tensor], Adapters]:
@@ -52,9 +47,8 @@ def plain(net: HyperNetwork) -> Callable[[Tensor], Adapters]:
 class Eager:
     """A hypernetwork as SakanaAI's code runs it: ``torch.nn`` modules over rows ``[task, depth, module]``.
 
-    One description at a time, one module at a time, and a copy per layer, side and module into a tensor of its own.  Weights
-    are shared with ``net``; where these are bfloat16, so are all activations, as after ``module.to(torch.bfloat16)``.
-    Variants L, M and S-learnable with a linear task encoder and without offsets; ValueError for others.
+    One description at a time, one module at a time, and a copy per layer, side and module, in the dtype of the weights,
+    which are those of ``net``.  ValueError but for released variants with a linear task encoder and no offsets.
     """
 
     def __init__(self, net: HyperNetwork):
@@ -127,10 +121,7 @@ class Eager:
 
 
 def careful(net: HyperNetwork) -> Callable[[Tensor], Adapters]:
-    """Variant L over all rows at once, in products of torch and the dtype of the weights: what a careful author writes.
-
-    A and B are views of what the head products gave.
-    """
+    """Variant L over all rows at once, in products of torch and the dtype of the weights: what a careful author writes."""
     c, folded = net.config, net.folded()
     w_task, table, w2, b2, *rest = folded["weights"]
     dtype = w_task.dtype
@@ -160,16 +151,6 @@ def careful(net: HyperNetwork) -> Callable[[Tensor], Adapters]:
     return generate
 
 
-def compiled(net: HyperNetwork, example: Tensor) -> Callable[[Tensor], Adapters]:
-    """``torch.compile`` of :func:`plain`, compiled here for the shape of ``example``.
-
-    Raises whatever the compiler raises; RuntimeError where there is none.
-    """
-    generate = torch.compile(plain(net), dynamic=False)
-    generate(example)
-    return generate
-
-
 def _segments(arguments: dict[str, Any]) -> list[tuple[int, int, int, float]]:
     """(first token, end, adapter, scaling) of every segment that has work."""
     bounds, scaling = arguments["seg_indptr"].tolist(), arguments["scaling"].tolist()
@@ -177,9 +158,10 @@ def _segments(arguments: dict[str, Any]) -> list[tuple[int, int, int, float]]:
     return [(bounds[s], bounds[s + 1], a, scaling[a]) for s, a in enumerate(ids) if a >= 0 and bounds[s + 1] > bounds[s]]
 
 
-def token_ids(arguments: dict[str, Any]) -> Tensor:
-    """The adapter of every token, ``[T]`` int64."""
-    return torch.repeat_interleave(arguments["seg_adapters"].long(), arguments["seg_indptr"].diff())
+def _of_tokens(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The adapter of every token, ``[T]`` int64, and its scaling, ``[T, 1, 1]``."""
+    ids = torch.repeat_interleave(arguments["seg_adapters"].long(), arguments["seg_indptr"].diff())
+    return ids, arguments["scaling"][ids, None, None]
 
 
 def mm_loop(arguments: dict[str, Any]) -> Callable[[], None]:
@@ -197,8 +179,7 @@ def mm_loop(arguments: dict[str, Any]) -> Callable[[], None]:
 def gather_bmm(arguments: dict[str, Any]) -> Callable[[], None]:
     """A and B gathered for every token, then two batched products, as vLLM's torch path.  Ids of -1 are not handled."""
     y, x, lora_A, lora_B = (arguments[name] for name in ("y", "x", "lora_A", "lora_B"))
-    ids = token_ids(arguments)
-    scaling = arguments["scaling"][ids, None, None]
+    ids, scaling = _of_tokens(arguments)
     stored = lora_B.mT if lora_B.mT.is_contiguous() else lora_B  # gathered as it lies
 
     def run() -> None:
@@ -220,13 +201,8 @@ def mm_loop_delta(arguments: dict[str, Any]) -> Callable[[], Tensor]:
 def gather_bmm_delta(arguments: dict[str, Any]) -> Callable[[], Tensor]:
     """:func:`gather_bmm` with gradients."""
     x, lora_A, lora_B = (arguments[name] for name in ("x", "lora_A", "lora_B"))
-    ids = token_ids(arguments)
-    scaling = arguments["scaling"][ids, None, None]
+    ids, scaling = _of_tokens(arguments)
     return lambda: torch.bmm(lora_B[ids], torch.bmm(lora_A[ids], x[:, :, None]) * scaling)[..., 0]
-
-
-#: Why a PEFT baseline is absent, None where it is there.
-PEFT_ABSENT = None if importlib.util.find_spec("peft") else "peft is not installed"
 
 
 COPY = "copy"

@@ -1,7 +1,6 @@
 """The cases of batched LoRA: what a layer of a model adapts, which tokens use which adapter, and their operands.
 
-Bytes and FLOPs are closed forms of useful work: adapters in use and x read once, y read and written; rows of the base model
-are no work.
+Bytes and FLOPs are of useful work: adapters in use and x read once, y read and written, nothing for rows of the base model.
 """
 
 from __future__ import annotations
@@ -52,7 +51,6 @@ class Layer:
 
     name: str
     groups: tuple[Group, ...]
-    layers: int = 1
 
     @staticmethod
     def linear(features: int) -> Layer:
@@ -81,18 +79,17 @@ _ALL = (
 )
 LAYERS = {
     "linear": Layer.linear(4096),
-    "7b": Layer("Mistral-7B / Llama-8B q,v", (Group.packed(4096, q=4096, k_=1024, v=1024),), 32),
-    "7b-all": Layer("Llama-8B all linears", _ALL, 32),
-    "2b": Layer("Gemma-2-2b q,v", (Group.packed(2304, q=2048, k_=1024, v=1024),), 26),
-    "1b": Layer("1B model q,v", (Group.packed(2048, q=2048, k_=512, v=512),), 16),
-    "tiny": Layer("tiny q,v", (Group.packed(64, q=64, k_=16, v=16), Group.packed(48, o=64)), 2),
+    "7b": Layer("Mistral-7B / Llama-8B q,v", (Group.packed(4096, q=4096, k_=1024, v=1024),)),
+    "7b-all": Layer("Llama-8B all linears", _ALL),
+    "2b": Layer("Gemma-2-2b q,v", (Group.packed(2304, q=2048, k_=1024, v=1024),)),
+    "1b": Layer("1B model q,v", (Group.packed(2048, q=2048, k_=512, v=512),)),
+    "tiny": Layer("tiny q,v", (Group.packed(64, q=64, k_=16, v=16), Group.packed(48, o=64))),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """``pattern``: how tokens x adapters are spread, in words; ``layout``: "r_out" as an attached model stores B, or
-    "out_r" as PEFT does; ``label``: a name of its own, of one linear."""
+    """``pattern``: how tokens are spread, in words; ``layout``: of B, "out_r" as PEFT's; ``label``: a name of its own."""
 
     layer: Layer
     segments: Segments
@@ -158,13 +155,6 @@ def rows(*ids: int) -> Segments:
 def even(tokens: int, adapters: int) -> Segments:
     """A prefill: one segment of the same length an adapter."""
     return tuple((tokens // adapters, i) for i in range(adapters))
-
-
-def zipf(tokens: int, seed: int = 0) -> Segments:
-    """A token a segment; adapter i is chosen 1 / (i + 1) as often as adapter 0."""
-    drawn = random.Random(seed).choices(range(tokens), [1 / (i + 1) for i in range(tokens)], k=tokens)
-    names = {adapter: i for i, adapter in enumerate(dict.fromkeys(drawn))}
-    return rows(*(names[adapter] for adapter in drawn))
 
 
 def ragged(tokens: int, segments: int, seed: int = 0) -> Segments:

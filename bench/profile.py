@@ -1,8 +1,4 @@
-"""``python -m bench profile``: NVIDIA's Nsight Compute (``ncu``) over each CUDA kernel; prints what bounds it.
-
-A case runs in a process of its own.  ncu replays each launch with empty caches, one at a time, so its durations are not
-those of the suites.
-"""
+"""``python -m bench profile``: NVIDIA's Nsight Compute (``ncu``) over each CUDA kernel, with empty caches."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ import torch
 from bench import cases, kernels
 from bench.cases import LAYERS, Case, Layer, even, rows
 from bench.harness import OURS, BenchError, Context, device_of
-from bench.source import ROOT
+from bench.records import ROOT
 from bench.suites import apply, generate
 from bench.timing import Call
 
@@ -40,17 +36,13 @@ def profiled(full: bool) -> dict[str, Callable[[Context], Call]]:
         applied += [Case(LAYERS["7b"], many, rank=16), Case(LAYERS["7b"], even(2048, 4))]
     trained = Case(LAYERS["linear"], even(512, 8)) if full else Case(Layer.linear(64), even(32, 2))
     found = {f"generate {of[0]} L bfloat16, {of[1]}": functools.partial(_generation, *of) for of in generated}
-    found |= {f"apply {case.name}": functools.partial(_application, case) for case in applied}
-    return found | {f"gradients {trained.name}": functools.partial(_gradients, trained)}
+    operands = {f"apply {of.name}": lambda c, of=of: cases.operands(of, c.device.torch, seed=2).grouped() for of in applied}
+    return found | operands | {f"gradients {trained.name}": functools.partial(_gradients, trained)}
 
 
 def _generation(name: str, count: int, context: Context) -> Call:
     shape, net = generate.one_net(context, name, "bfloat16")
     return generate.preallocated(net, shape.task_embeddings(count, seed=3).to(context.device.torch))[0]
-
-
-def _application(case: Case, context: Context) -> Call:
-    return cases.operands(case, context.device.torch, seed=2).grouped()
 
 
 def _gradients(case: Case, context: Context) -> Call:

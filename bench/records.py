@@ -8,13 +8,19 @@ microseconds.  Ratios and speedups are computed here and stored nowhere.
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import hashlib
 import json
 import re
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
+#: Bundled checkpoints, of which some results are.
+BUNDLED, SPECS = "smollm2-135m", "smollm2-135m-specs"
 OURS = "ours"
 #: The model without adapters: what a target may refer to; no competitor.
 BASE = "base"
@@ -82,28 +88,17 @@ class Row:
         return self.times[OURS]["median_us"]
 
     @property
-    def iqr_us(self) -> float:
-        return self.times[OURS]["iqr_us"]
-
-    @property
     def name(self) -> str:
         """The case, its threads and its cache: unique in a file."""
         threads = None if self.threads is None else f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         return ", ".join(filter(None, (self.case, threads, self.cache)))
 
     @property
-    def baselines(self) -> list[str]:
-        return [name for name in self.times if name != OURS]
-
-    @property
     def over_roofline(self) -> float | None:
         return self.us / self.roofline["us"] if self.roofline else None
 
     def speedup(self, baseline: str) -> float | None:
-        """Time of the baseline over ours; None where it did not run.
-
-        On a GPU a baseline without a CUDA graph is compared with ours called from the host.
-        """
+        """Time of the baseline (without a CUDA graph: over ours called from the host); None where it did not run."""
         ours, other = self.times[OURS], self.times.get(baseline)
         if other and ours.get("graph") and other.get("graph") is False:
             ours = self.times.get(HOST)
@@ -111,13 +106,13 @@ class Row:
 
     def rivals(self) -> dict[str, float]:
         """Speedup over each other way of doing the same work."""
-        return {name: s for name in self.baselines if name not in BESIDE and (s := self.speedup(name)) is not None}
+        others = self.times.keys() - BESIDE - {OURS}
+        return {name: s for name in self.times if name in others and (s := self.speedup(name)) is not None}
 
     @property
     def best(self) -> str | None:
         """The fastest other way of doing the same work; None where there is none."""
-        rivals = self.rivals()
-        return min(rivals, key=rivals.__getitem__) if rivals else None
+        return min(rivals, key=rivals.__getitem__) if (rivals := self.rivals()) else None
 
     @property
     def target_text(self) -> str | None:
@@ -183,12 +178,11 @@ def load(path: Path) -> Result:
     """The result file at ``path``; ResultError unless it is a whole run of a commit whose results were correct."""
     result = read(path)
     try:
-        for fault in _faults(result):
-            raise ResultError(fault)
-    except ResultError as e:
-        raise ResultError(f"{path.name}: {e}") from e
+        fault = next(_faults(result), None)
     except (KeyError, TypeError) as e:
-        raise ResultError(f"{path.name}: no result file of python -m bench: {type(e).__name__}: {e}") from e
+        fault = f"no result file of python -m bench: {type(e).__name__}: {e}"
+    if fault:
+        raise ResultError(f"{path.name}: {fault}")
     return result
 
 
@@ -197,9 +191,7 @@ def _faults(result: Result) -> Iterator[str]:
     expected = (name.removesuffix(CUDA), "full", "cuda" if name.endswith(CUDA) else "cpu")
     got = (run["suite"], run.get("size", "full"), run.get("device", "cpu"))
     if got != expected:
-        yield "expected suite {!r} of size {!r} on {!r}".format(*expected) + ", got suite {!r} of size {!r} on {!r}".format(
-            *got
-        )
+        yield "expected " + ", got ".join("suite {!r} of size {!r} on {!r}".format(*of) for of in (expected, got))
     if "flags" in (about := run.get("machine") or {}) and of_cpu not in ("", cpu_class(about)):  # older ones do not say
         yield f"expected a run on {of_cpu}, got one on {cpu_class(about)}"
     if "--only" in run["command"]:
@@ -210,8 +202,8 @@ def _faults(result: Result) -> Iterator[str]:
         if result.unfinished:
             yield f"expected a whole run, got one without: {', '.join(result.unfinished)}"
         ceilings = result.others.get("ceiling", [])
-        before, after = ({ceiling_key(c) for c in ceilings if c["when"] == when} for when in ("before", "after"))
-        for key in sorted(before - after, key=str):
+        keys = {(of["when"], of["kind"], of.get("dtype"), of.get("bytes"), of["threads"]) for of in ceilings}
+        for key in sorted((key[1:] for key in keys if ("after", *key[1:]) not in keys), key=str):
             yield f"ceiling {' '.join(str(part) for part in key if part)} was not measured again: the run did not end"
     for name, count in Counter(row.name for row in result.rows).items():
         if count > 1:
@@ -221,6 +213,21 @@ def _faults(result: Result) -> Iterator[str]:
             yield f"{row.name}: error {row.error['value']:g} is beyond its bound {row.error['bound']:g}"
 
 
-def ceiling_key(entry: dict[str, Any]) -> tuple:
-    """Identity of a ceiling, whenever it was measured."""
-    return entry["kind"], entry.get("dtype"), entry.get("bytes"), entry["threads"]
+def source() -> dict[str, Any]:
+    """Date, commit and bundled checkpoint of the measured tree; without a history ``commit`` and ``dirty`` are None."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    # Results themselves do not count: writing the first file would make the tree of the second dirty.
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    about = {"date": datetime.date.today().isoformat(), "commit": git("rev-parse", "--short", "HEAD")}
+    return about | {"dirty": None if changed is None else bool(changed), "checkpoint": bundled()}
+
+
+def bundled(name: str = BUNDLED) -> str:
+    """SHA-256 of the weights of a bundled checkpoint."""
+    return hashlib.sha256((ROOT / "t2l_engine" / "checkpoints" / name / "hypernet.safetensors").read_bytes()).hexdigest()

@@ -13,11 +13,23 @@ MERGED = "merged"
 MODULES = ("q_proj", "v_proj")
 
 
-class Method(NamedTuple):
-    """vLLM's engine.  ``modules``: what it wraps, None: every layer; ``kernels``: ours under its LoRA layers.
+#: What sentences ask for: each task with each wish, then each again under another number.
+TASKS = (
+    *("Translate the text into French", "Write the words in reverse order"),
+    *("Say whether the review is positive or negative", "Count the letters of the word", "Name the capital of the country"),
+    *("Add the two numbers", "Repeat the last word of the list", "Write the text in capital letters"),
+)
+WISHES = ("", " as JSON", " in one word", " politely", " and explain why", " for a child", " twice", ", nothing else")
 
-    ``merged``: adapter 0 is in the weights, for all rows.
-    """
+
+def sentences(count: int) -> list[str]:
+    """Different ones, always the same."""
+    made = [f"{task}{wish}" for wish in WISHES for task in TASKS]
+    return [f"{made[i % len(made)]}{f', item {i // len(made)}' if i >= len(made) else ''}." for i in range(count)]
+
+
+class Method(NamedTuple):
+    """``modules``: what vLLM wraps, None: every layer; ``kernels``: ours below; ``merged``: all rows have adapter 0."""
 
     lora: bool = False
     modules: tuple[str, ...] | None = None
@@ -41,10 +53,7 @@ UNMERGED = tuple(name for name in METHODS if name != MERGED)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A batch: row i has adapter i, every ``stride``-th row alone; 0: none has one.
-
-    ``target``: ours may take so many times the time of that method.
-    """
+    """Row i has adapter i, every ``stride``-th alone (0: none); ``target``: times the time of that method for ours."""
 
     name: str
     requests: int

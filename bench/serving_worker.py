@@ -1,7 +1,6 @@
 """A vLLM engine in a process of its own, for :mod:`bench.suites.serving`.
 
-Reads lines of JSON, ``[name, arguments]``: first "load" with the arguments of :class:`Vllm`, then names of its methods.
-Answers each with a line.  The end of its input ends it; what else is printed goes to standard error.
+Answers lines of JSON, ``[name, arguments]``: first "load" with the arguments of :class:`Vllm`, then names of its methods.
 """
 
 from __future__ import annotations
@@ -19,10 +18,7 @@ Rows = Sequence[int | None]
 
 
 class Vllm:
-    """vLLM's engine in this process, without a prefix cache; ``modules``: what it wraps, None: every layer it can.
-
-    Rows are decoded greedily; ``adapters``: of every row, None: the base model.
-    """
+    """vLLM's engine, greedy, without a prefix cache; ``modules``: what it wraps, None: all; an adapter None: the base."""
 
     def __init__(self, model: str, folders: Sequence[str], *, lora: bool, modules: list[str] | None, eager: bool, rank: int):
         from vllm import LLM

@@ -1,7 +1,4 @@
-"""Ours beside the usual ways in torch, with pytest-benchmark; everything is verified before it is timed.
-
-Compare medians of one run.  Released shapes, rooflines, cold caches, memory, PEFT: ``python -m bench generate`` and so on.
-"""
+"""Ours beside the usual ways in torch, with pytest-benchmark; everything is verified before it is timed."""
 
 import copy
 import dataclasses
@@ -28,7 +25,6 @@ PACKED = Case(Layer("phi3 qkv", (Group.packed(3072, q=3072, k_=3072, v=3072),)),
 BACKWARD = [Case(Layer.linear(n), even(512, 8), dtype=torch.float32, label=f"8x64_{n}") for n in (576, 2048)]
 TINY = Context.of("tiny", torch.get_num_threads())
 NATIVE = pytest.mark.skipif(not ops.NATIVE, reason="no native library")
-CPU = torch.device("cpu")
 
 
 def of(table):
@@ -51,8 +47,8 @@ def verified(case, way, build, errors):
 def test_lora_add(benchmark, case, way):
     benchmark.group = f"lora_add_ {case.name}"
     build = Operands.grouped if way == OURS else lambda operands: operands.one_by_one(apply.BUILDERS[way])
-    verified(case.name, way, build, apply.lora_errors(case, {way: build}, CPU, None))
-    call = build(cases.operands(case, CPU, seed=0))
+    verified(case.name, way, build, apply.lora_errors(case, {way: build}, apply.CPU, None))
+    call = build(cases.operands(case, apply.CPU, seed=0))
     with torch.inference_mode():
         benchmark(call)
 

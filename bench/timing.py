@@ -1,7 +1,6 @@
 """Timers: candidates are timed beside each other in one process, on the clock of a device.
 
-:class:`Cpu` calls and looks at the clock.  :class:`Cuda` replays graphs between two events, so that neither Python nor a
-launch is in the time.  :class:`Dry` goes the way of a card on this CPU; its times are not written.
+:class:`Cuda` replays graphs between two events, so that neither Python nor a launch is in the time.
 """
 
 from __future__ import annotations
@@ -47,10 +46,7 @@ def first_line(error: Exception, length: int = 200) -> str:
 
 @contextlib.contextmanager
 def tolerant(name: Hashable, skipped: dict[Any, str] | None) -> Iterator[None]:
-    """A failing baseline is skipped, not fatal: its error goes to ``skipped`` under ``name``.
-
-    Raised all the same: an error of ours, a lost device, and everything if ``skipped`` is None.
-    """
+    """The error of a baseline goes to ``skipped``; one of ours or of a lost device is raised, and any if that is None."""
     try:
         yield
     except Exception as error:
@@ -61,16 +57,11 @@ def tolerant(name: Hashable, skipped: dict[Any, str] | None) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Microseconds a call: median and interquartile range over ``rounds`` samples, and these in the order of the rounds.
-
-    Of a card also ``graph``: the calls were replayed as one graph, else made from the host; ``note``: why, where a graph of
-    ours was tried.
-    """
+    """Microseconds a call over ``rounds`` samples; of a card, whether one ``graph`` was replayed, and a ``note`` why not."""
 
     median_us: float
     iqr_us: float
     rounds: int
-    samples: tuple[float, ...] = dataclasses.field(default=(), repr=False)
     graph: bool | None = None
     note: str | None = None
 
@@ -78,22 +69,17 @@ class Timing:
     def of(samples: Sequence[float], graph: bool | None = None, note: str | None = None) -> Timing:
         """Of at least two samples in us."""
         low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
-        return Timing(median, high - low, len(samples), tuple(samples), graph, note)
+        return Timing(median, high - low, len(samples), graph, note)
 
     def to_json(self) -> dict[str, Any]:
         fields = {"median_us": round(self.median_us, 3), "iqr_us": round(self.iqr_us, 3), "rounds": self.rounds}
-        if self.graph is not None:
-            cuts = statistics.quantiles(self.samples, n=20, method="inclusive")
-            fields |= {"p5_us": round(cuts[0], 3), "p95_us": round(cuts[-1], 3), "graph": self.graph}
-        return fields | ({"note": self.note} if self.note else {})
+        more = {"graph": self.graph, "note": self.note}
+        return fields | {name: value for name, value in more.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """What is timed: a call for each set of operands, in turn.  Sets that together exceed the caches are cold.
-
-    ``graph``: False where it works on the host between launches.
-    """
+    """A call for each set of operands, in turn; ``graph``: False where the host works between launches."""
 
     calls: Sequence[Call]
     graph: bool = True
@@ -138,17 +124,16 @@ def filling(us: Mapping[Name, float], seconds: float, rounds: tuple[int, int]) -
 
 
 class Cpu:
-    """This CPU.  ``timed``: whether times mean something."""
+    """This CPU.  ``timed``: whether times mean something; ``spoiled``: whether a capture failed in this process."""
 
     kind = "cpu"
     on_card, timed, spoiled = False, True, False
     torch = torch.device("cpu")
 
     def prepare(self, name: Hashable, candidate: Candidate) -> Pass:
-        """A short function finds in cache what its own last calls left there, not what another candidate did: WARM_CALLS
-        untimed calls come before every sample (a last-level cache that is filled by evictions needs more than one).  Where
-        many sets take turns, half of them do, which rids the caches of what another candidate wrote and would else be
-        written back on its account.
+        """WARM_CALLS untimed calls come before every sample of a short function, so that it finds what its own calls
+        left in cache (one does not fill a cache of evictions).  Where sets take turns, half of them come before: else what
+        another candidate wrote would be written back on this one's account.
         """
         sets = len(candidate.calls)
         call = candidate.calls[0] if sets == 1 else candidate.once
@@ -170,10 +155,7 @@ class Cpu:
         return elapsed_us(one.run)
 
     def samples(self, passes: Mapping[Name, Pass], seconds: float, rounds: tuple[int, int]) -> tuple[int, dict[Name, int]]:
-        """Rounds that there are at least, and the most samples of each; between, ``seconds`` decide.
-
-        Where all take long, as whole models do, each gets the same time: a slow one would else leave the others few samples.
-        """
+        """The least rounds, and the most samples of each.  Where all take long, as models do, each gets the same time."""
         if not all(one.us > WARM_BELOW_US for one in passes.values()):
             return rounds[0], dict.fromkeys(passes, rounds[1])
         wanted = filling({name: one.us for name, one in passes.items()}, seconds, rounds)
@@ -184,11 +166,7 @@ class Cpu:
 
 
 class Dry(Cpu):
-    """A card's way on this CPU, where its times mean nothing: passes of graphs, and fewer samples of what is slow.
-
-    ``uncaptured``: what no graph could hold, by name, and why; it is not tried again.  ``spoiled``: whether a capture has
-    failed in this process.
-    """
+    """A card's way on this CPU; its times mean nothing.  ``uncaptured``: why no graph held a name; it is not tried again."""
 
     timed = False
     #: Samples that all aim at, and the least of any; us and calls of a pass.
@@ -204,10 +182,7 @@ class Dry(Cpu):
             self.replays, self.least_replays, self.pass_us = 2, 2, 0.0
 
     def num_sets(self, num_bytes: int) -> int:
-        """How many sets of operands of ``num_bytes`` are together well beyond the level-2 cache.
-
-        More than three times: an exact multiple could leave the first set in it.
-        """
+        """Sets of operands of ``num_bytes`` that together exceed three level-2 caches."""
         return 1 if num_bytes > 3 * self.l2_bytes else 3 * self.l2_bytes // num_bytes + 1
 
     def prepare(self, name: Hashable, candidate: Candidate) -> Pass:
@@ -269,9 +244,7 @@ class Cuda(Dry):
         torch.cuda.synchronize()
 
     def capture(self, run: Call) -> Call:
-        """Raises NotCaptured where the capture fails; it leaves torch's allocator and generators as if it still went on, so
-        this process is ``spoiled``.
-        """
+        """A capture that fails (NotCaptured) leaves torch's allocator as if it still went on: the process is ``spoiled``."""
         stream, graph = self._stream, torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), _no_gc():  # freeing a graph would spoil the capture of another
@@ -314,10 +287,9 @@ def measure(
 ) -> dict[Name, Timing]:
     """Time every function beside the others for about ``seconds`` in all.
 
-    A round takes one sample of each in turn, beginning with another one every time, so that a change of the machine's speed
-    affects all candidates alike.  The first round is discarded; there are at least ``rounds[0]``, two or more, and at most
-    ``rounds[1]`` others.  The garbage collector is off.  A function that fails, or that no graph holds, goes to ``skipped``
-    (:func:`tolerant`).
+    A round takes one sample of each, beginning with another one every time, so that a change of the machine's speed affects
+    all alike.  The first round is discarded; there are from ``rounds[0]``, two or more, to ``rounds[1]`` others.  What fails
+    goes to ``skipped`` (:func:`tolerant`).
     """
     passes: dict[Name, Pass] = {}
     for name, function in functions.items():

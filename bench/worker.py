@@ -1,7 +1,6 @@
-"""One side of ``python -m bench compare``: times cases of the t2l_engine in the folder it runs in, a sample a request.
+"""One side of ``python -m bench compare``: writes a line about itself, then answers a case with microseconds a call.
 
-It runs against trees that know nothing of it: it imports torch and public names of t2l_engine, nothing of bench.
-Started as the text of a command, it writes a line about itself, and answers a case with microseconds a call.
+It is started as the text of a command in trees that know nothing of it: it imports public names of t2l_engine alone.
 """
 
 import functools
@@ -17,10 +16,8 @@ from torch import nn
 
 import t2l_engine as t2l
 
-#: Seconds of untimed calls before a sample.
-SETTLE_S = 0.05
-#: Microseconds of a sample.
-SAMPLE_US = 10_000.0
+#: Seconds of untimed calls before a sample; microseconds of one.
+SETTLE_S, SAMPLE_US = 0.05, 10_000.0
 F32, BF16 = torch.float32, torch.bfloat16
 
 

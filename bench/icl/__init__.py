@@ -1,8 +1,6 @@
 """What a question costs by examples in the prompt (in-context learning, ICL) and by a generated adapter (T2L).
 
-Closed forms for the models of released checkpoints and the paper's own table beside them (:mod:`bench.icl.costs`), a model
-measured at given lengths (:mod:`bench.icl.first`), and a small one answering the questions of real tasks
-(:mod:`bench.icl.questions`).
+Closed forms beside the paper's table (``costs``), a model at given lengths (``first``), answers to tasks (``questions``).
 """
 
 from __future__ import annotations
@@ -15,10 +13,7 @@ if TYPE_CHECKING:
 
 
 def plan(context: Context, folder: Path | None = None) -> list[Task]:
-    """``folder``: of tasks, with splits train (for the examples) and test; required at size full on a CPU.
-
-    At size tiny the tasks are those of the demo, with a question each.  On a card the first question alone.
-    """
+    """``folder``: of tasks, with splits train (for the examples) and test; at size tiny None means those of the demo."""
     import torch  # here: tables and figures read names of this package without it
 
     from bench.harness import BenchError, Task

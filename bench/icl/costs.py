@@ -1,9 +1,8 @@
 """Closed forms for the models of released checkpoints, at the token statistics of the ten benchmarks and at the paper's.
 
-Beside the paper's own table (arXiv 2506.06105, appendix I), which gives no token counts.  Each cell is a number printed with
-so many digits, so it stands for an interval.  Of the counts of ``research.costs.PAPER``, 59 and 299 fit best where a
-token costs two operations a weight and no more; with attention and logits, which are counted here, the cells imply fractions
-of tokens beside them.
+Beside the paper's own table (arXiv 2506.06105, appendix I), which gives no token counts.  Of those of ``costs.PAPER``,
+59 and 299 fit best where a token costs two operations a weight; with attention and logits, which are counted here, its cells
+imply fractions of tokens beside them.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from typing import Any
 
 from bench.harness import Record, record
 from bench.icl.names import MEAN
-from bench.records import read
-from bench.source import ROOT
+from bench.records import ROOT, read
 from t2l_engine.hypernetwork.network import hypernet_flops
 from t2l_engine.research import costs
 from t2l_engine.research.costs import PAPER, Setup, Way, Workload, hypernetwork_for

@@ -1,16 +1,11 @@
-"""The first answer token of a new task by each way: a real small model on a CPU, one of 7B shape on a card.
-
-Token ids are drawn at random: what they say does not change what a forward pass costs.  What answers are worth is measured
-in :mod:`bench.icl.questions`.
-"""
+"""The first answer token of a new task, of random tokens, by each way: a real small model on a CPU, a 7B shape on a card."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import functools
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -19,24 +14,15 @@ from torch import Tensor, nn
 import t2l_engine as t2l
 from bench import models
 from bench.harness import OURS, Context, Error, Record, Target, logits_error, record, row, verify, worst
-from bench.icl.names import ALONE, DESCRIBE, GENERATE, ICL, KEPT, MERGED, WARM
+from bench.icl.names import ALONE, ICL, KEPT, MERGED, WARM
 from bench.models import MODULES, Step, layer_error, shared
 from bench.suites.generate import CUDA_TINY, cuda_errors, one_net
-from bench.timing import Timing
 from t2l_engine.research import costs
 from t2l_engine.research.costs import PAPER, Request, Setup, Workload, hypernetwork_for
 
 TINY = Workload(question=12, answer=1, shots=3, shot=8, description=12)
 #: Three shots without a prefix cache take at least three times what a new task by description does; stated for a CPU.
 TARGET = Target(round(1 / 3, 4), of=ICL)
-RIVALS = (ICL, WARM, KEPT, MERGED, ALONE)
-
-
-def setup_of(context: Context) -> Setup:
-    """Mistral-7B with gte-large and a hypernetwork of variant L; at size tiny a small one of the same kind."""
-    if context.full:
-        return costs.known_setup("mistral-7b")
-    return Setup(costs.count(models.TINY), costs.count(models.TINY_TEXT, head=False), CUDA_TINY.config())
 
 
 class Served:
@@ -49,7 +35,7 @@ class Served:
         self.setup = dataclasses.replace(self.setup, itemsize=dtype.itemsize, cache_itemsize=dtype.itemsize)
         most = self.load.question + self.load.prefix
         self.tokens = _random(self.setup.model.vocabulary, most, device, seed=3)
-        self.question = self.prompt(0)
+        self.question = self.tokens[:, -self.load.question :]
         self.stack = self.net.generate(self.describe()).to(dtype=dtype)
         self.net.generate(self.describe(), out=self.stack)  # rounded once, as in the slot
         adapted, merged = shared(self.model), shared(self.model, own=MODULES["q,v"])
@@ -76,8 +62,11 @@ class Served:
 
     def _large(self, context: Context, dtype: torch.dtype) -> None:
         """Mistral-7B's shape, gte-large's and a hypernetwork of variant L, random weights."""
-        self.setup, device = setup_of(context), context.device.torch
-        values = (models.MISTRAL, models.GTE) if context.full else (models.TINY, models.TINY_TEXT)
+        device, values = context.device.torch, (models.MISTRAL, models.GTE)
+        self.setup = costs.known_setup("mistral-7b")
+        if not context.full:
+            values = models.TINY, models.TINY_TEXT
+            self.setup = Setup(costs.count(values[0]), costs.count(values[1], head=False), CUDA_TINY.config())
         self.name, self.model = "7B-shaped, random", models.decoder(values[0], device, dtype)
         encoder = models.encoder(values[1], device, dtype)
         _, self.net = one_net(context, "mistral-7b", str(dtype).removeprefix("torch."))
@@ -86,38 +75,21 @@ class Served:
 
     # --- the steps of a request ---------------------------------------------------------------------------------------
 
-    def prompt(self, shots: int) -> Tensor:
-        """The last tokens are the question, whatever the number of shots before it."""
-        return self.tokens[:, -(self.load.question + shots * self.load.shot) :]
-
     def new_task(self) -> Tensor:
         """From description and question to logits, with nothing kept of an earlier request."""
-        self.generate_into(self.describe())
+        with self.handle.borrow_slots(0, self.stack) as slot:  # that is in use
+            self.net.generate(self.describe(), out=slot)
         return self.adapted(self.question)
-
-    def generate_into(self, task_emb: Tensor) -> None:
-        """The adapter into the slot that is in use."""
-        with self.handle.borrow_slots(0, self.stack) as slot:
-            self.net.generate(task_emb, out=slot)
-
-    def in_context(self, shots: int) -> dict[str, Callable[[], Tensor]]:
-        """Examples and question read at once, and the question read after the examples' keys and values."""
-        prompt = self.prompt(shots)
-        whole = Step.of(self.model, 1, prompt.shape[1], new=prompt.shape[1])
-        behind = Step.of(self.model, 1, prompt.shape[1], new=self.load.question)
-        whole(prompt)
-        behind.follow(whole)
-        return {ICL: functools.partial(whole, prompt), WARM: functools.partial(behind, self.question)}
 
     def calls(self) -> dict[str, Callable[[], Tensor]]:
         """Every way by name; each gives logits ``[1, vocabulary]``."""
-        others = {KEPT: self.adapted, MERGED: self.merged, ALONE: self.alone}
-        others = {name: functools.partial(step, self.question) for name, step in others.items()}
-        return {OURS: self.new_task, **self.in_context(self.load.shots), **others}
-
-    def parts(self) -> dict[str, Callable[[], object]]:
-        """What ours consists of, but for the question."""
-        return {DESCRIBE: self.describe, GENERATE: functools.partial(self.generate_into, self.describe())}
+        count = self.tokens.shape[1]
+        whole, behind = (Step.of(self.model, 1, count, new=new) for new in (count, self.load.question))
+        whole(self.tokens)
+        behind.follow(whole)
+        steps = {WARM: behind, KEPT: self.adapted, MERGED: self.merged, ALONE: self.alone}
+        others = {name: functools.partial(step, self.question) for name, step in steps.items()}
+        return {OURS: self.new_task, ICL: functools.partial(whole, self.tokens), **others}
 
     def requests(self) -> dict[str, Request]:
         """What every way does, by name."""
@@ -151,9 +123,7 @@ def text_of(encoder: t2l.TextEncoder, count: int) -> str:
 def errors(served: Served, calls: Mapping[str, Callable[[], Tensor]]) -> dict[str, Error]:
     """Of adapters, of the adapted linears where they are, and of logits, against the model in float64.
 
-    ICL reads examples and question at once, or the question after cached examples: each is the other implementation that
-    the bound of both wants.  So are an adapter that is applied and one that is merged.  Of the question alone nothing is
-    claimed.
+    ICL without and with a cache, and an adapter applied or merged, are the other implementations that bounds want.
     """
     adapters = cuda_errors(served.net, served.describe(), {}, {})[OURS]
     layers = layer_error(served.adapted, served.question)
@@ -191,7 +161,7 @@ def exact_logits(model: nn.Module, tokens: Tensor, stack: t2l.AdapterStack | Non
 
 @torch.inference_mode()
 def first(context: Context, dtype: torch.dtype) -> Iterator[Record]:
-    """The row that carries the claim, and its parts."""
+    """The row that carries the claim, and what the operations say."""
     served = Served(context, dtype)
     load, dtype = served.load, str(dtype).removeprefix("torch.")
     calls, requests = served.calls(), served.requests()
@@ -200,45 +170,13 @@ def first(context: Context, dtype: torch.dtype) -> Iterator[Record]:
     for name in (KEPT, MERGED):  # ours, too, and what bounds of the others come from
         verify(f"{case}: {name}", {OURS: calls[name]}, {OURS: found[name]})
     verified, skipped = verify(case, calls, found)
-    timings = context.time(verified | served.parts(), factor=30, skipped=skipped)
+    timings = context.time(verified, factor=30, skipped=skipped)
     flops = {name: request.flops(first_token=True) for name, request in requests.items()}
     num_bytes = sum(moved for _, moved in requests[OURS].until(first_token=True))
     least = context.roofline(flops[OURS], num_bytes, dtype)
     lengths = {field: getattr(load, field) for field in ("question", "shots", "shot", "description")}
     shape = {"model": served.name, "dtype": dtype, **lengths}
-    ways = {name: timing for name, timing in timings.items() if name in requests}
     given = {"skipped": skipped, "least": least, "target": TARGET if context.on_cpu else None}
-    yield row(context, case, "icl", shape, ways, found[OURS], **given)
-    if not context.device.timed:
-        return
-    rates = {name: least[name] for name in ("gflops", "gbps")}
-    seconds = {name: r.seconds(*(1e9 * rate for rate in rates.values()), first_token=True) for name, r in requests.items()}
-    measured, predicted = {}, {}
-    for name in (name for name in RIVALS if name in ways):
-        measured[name] = spread(timings[name], timings[OURS])
-        over = {"flops": flops[name] / flops[OURS], "roofline": seconds[name] / seconds[OURS]}
-        predicted[name] = {by: round(ratio, 4) for by, ratio in over.items()}
-    phases = requests[OURS].phases
-    flops |= {DESCRIBE: phases["describe"][0], GENERATE: phases["generate"][0]}
-    parts = {
-        name: {**timing.to_json(), "flops": flops[name], "gflops": round(flops[name] / timing.median_us / 1e3, 3)}
-        for name, timing in timings.items()
-    }
-    about = {"case": case, "dtype": dtype, "threads": context.threads, "rates": rates}
-    yield record("first_question", **about, parts=parts, measured=measured, predicted=predicted)
-
-
-def quantiles(values: Sequence[float], digits: int) -> dict[str, float]:
-    """Median, and between which values nine tenths lie."""
-    cut = statistics.quantiles(values if len(values) > 1 else [*values, *values], n=20, method="inclusive")
-    return {name: round(value, digits) for name, value in (("median", cut[9]), ("low", cut[0]), ("high", cut[-1]))}
-
-
-def spread(of: Timing, over: Timing) -> dict[str, float]:
-    """Ratio of two timings that took turns, round by round.
-
-    On a card the slower one has fewer samples, spread over all rounds: each is paired with the other's of that time.
-    """
-    count = min(len(of.samples), len(over.samples))
-    pairs = [[timing.samples[i * len(timing.samples) // count] for timing in (of, over)] for i in range(count)]
-    return quantiles([a / b for a, b in pairs], 4)
+    yield row(context, case, "icl", shape, timings, found[OURS], **given)
+    predicted = {name: {"flops": round(flops[name] / flops[OURS], 4)} for name in requests if name != OURS}
+    yield record("first_question", case=case, dtype=dtype, predicted=predicted)

@@ -15,5 +15,3 @@ MODELS = {
 #: What is timed beside ours, the first question of a task by a new adapter.
 ICL, WARM, ALONE = LABELS["icl"], LABELS["icl-warm"], "question alone"
 KEPT, MERGED = (f"{LABELS[way]}, later question" for way in ("t2l-task", "t2l-merged"))
-#: What ours consists of, timed by itself beside it.
-DESCRIBE, GENERATE = "part: text encoder", "part: hypernetwork"

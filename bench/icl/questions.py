@@ -1,20 +1,16 @@
-"""A small real model answers the questions of real tasks one by one, in every way: time to first and last token, accuracy.
+"""A small real model answers the questions of real tasks one by one, in every way: time to the first token, accuracy.
 
-Examples come before the question as plain text, after the description; an adapted model reads the question alone, in the
-form of its training: both as in ``t2l evaluate``.  Every way answers a question before the next is asked, in an order that
-rotates.
+Prompts are those of ``t2l evaluate``.  Every way answers a question before the next is asked, in an order that rotates.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,7 +18,7 @@ from transformers import DynamicCache
 
 import t2l_engine as t2l
 from bench.harness import Context, Record, record
-from bench.icl.first import quantiles, tokens_of, uncached
+from bench.icl.first import tokens_of, uncached
 from bench.models import shared
 from bench.timing import elapsed_us
 from t2l_engine.cli import demo
@@ -37,18 +33,14 @@ from t2l_engine.text.prompts import prompt_ids, raw_prompt
 SHOTS, MAX_NEW_TOKENS = 3, 16
 #: As the quality of the bundled checkpoint was measured.
 DTYPE = torch.bfloat16
-ICL, WARM, ADAPTED, MERGED, DESCRIBED = METHODS = ("icl", "icl-warm", "t2l-task", "t2l-merged", "description")
 Shots = Sequence[tuple[str, str]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """``us``: to the last token, ``first_us``: to the first; ``tokens``: how many."""
+class Answer(NamedTuple):
+    """``us``: to the first token."""
 
     text: str
-    first_us: float
     us: float
-    tokens: int
 
 
 def tasks(folder: Path | None) -> list[tuple[Task, Shots]]:
@@ -85,16 +77,15 @@ class Speaker:
         before, made, line = cache.get_seq_length(), [], ""
         start = time.perf_counter_ns()
         token = self.read(ids, cache)
-        first = time.perf_counter_ns()
+        us = (time.perf_counter_ns() - start) / 1e3
         while token not in self.ends:
             made.append(token)
             line, *more = self.tokenizer.decode(made, skip_special_tokens=True).strip().split("\n")
             if more or len(made) == MAX_NEW_TOKENS:
                 break
             token = self.read([token], cache)
-        end = time.perf_counter_ns()
         cache.crop(before - cache.get_seq_length())
-        return Answer(line, (first - start) / 1e3, (end - start) / 1e3, len(made) + (token in self.ends))
+        return Answer(line, us)
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -103,29 +94,19 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     return min(sum(1 for _ in alike), min(map(len, prompts)) - 1)
 
 
-def task_prefix(ids: Callable[[str], list[int]], description: str, shots: Shots, prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all prompts of a task begin with, some of which are ``prompts``.
-
-    Beside questions of no task: all tokens of a single prompt would be common, and few questions may begin alike.
-    """
-    strange = [ids(raw_prompt(description, text, shots)) for text in ("0", "a")]
-    return min(common_prefix([*prompts, other]) for other in strange)
-
-
 # --- a task ----------------------------------------------------------------------------------------------------------
 
 
 class Serving:
-    """The model as it is, the same weights with a slot for an adapter, and a copy of them that adapters are merged into."""
+    """The model as it is, and on the same weights with a slot for an adapter."""
 
     def __init__(self):
         self.engine = t2l.TextToLoRA.from_pretrained("smollm2-135m")
         self.engine.encoder = uncached(self.engine.encoder)
         model, self.tokenizer = packaged.load(DTYPE)
-        adapted, merged = shared(model), copy.deepcopy(model)
-        rank = self.engine.hypernetwork.config.rank
-        self.slot, self.weights = (t2l.attach(m, slots=1, max_rank=rank) for m in (adapted, merged))
-        self.plain, self.adapted, self.merged = (Speaker(m, self.tokenizer) for m in (model, adapted, merged))
+        adapted = shared(model)
+        self.slot = t2l.attach(adapted, slots=1, max_rank=self.engine.hypernetwork.config.rank)
+        self.plain, self.adapted = Speaker(model, self.tokenizer), Speaker(adapted, self.tokenizer)
 
     def ids(self, prompt: str) -> list[int]:
         return prompt_ids(self.tokenizer, [prompt])[0]
@@ -148,74 +129,38 @@ def entries(context: Context, folder: Path | None) -> Iterator[Record]:
 
 
 def asked(serving: Serving, task: Task, shots: Shots) -> dict[str, Any]:
-    """How much depends on the wording is told by accuracies alone: answers by further descriptions are not timed."""
-    description, *others = task.descriptions
+    """By the first description of the task."""
+    description, cache = task.descriptions[0], DynamicCache()
     prompts = {
         "icl": [serving.ids(raw_prompt(description, e.input, shots)) for e in task.examples],
         "t2l": [serving.ids(serving.engine.prompt(serving.tokenizer, e.input)) for e in task.examples],
-        "description": [serving.ids(raw_prompt(description, e.input)) for e in task.examples],
     }
-    shown, alone, described = prompts.values()
-    prefix = task_prefix(serving.ids, description, shots, shown)
-
-    def fill() -> None:
-        if prefix:
-            serving.plain.read(shown[0][:prefix], cache)
-
-    cache = DynamicCache()
-    fill()  # not timed, as what follows: first calls are slower
-    cache = DynamicCache()
-    fill_us = elapsed_us(fill)
-    serving.put(description)
-    generate_us, given = [], {method: [] for method in METHODS}
-    serving.engine.generate_into(serving.weights, 0, [description])
-    merge_us = elapsed_us(lambda: serving.weights.merge(0))
+    shown, alone = prompts.values()
+    # Beside questions of no task: all tokens of a single prompt would be common, and few questions may begin alike.
+    prefix = common_prefix([*shown, *(serving.ids(raw_prompt(description, text, shots)) for text in ("0", "a"))])
+    if prefix:
+        serving.plain.read(shown[0][:prefix], cache)
     ways = {
-        ICL: lambda i: serving.plain.answer(shown[i]),
-        WARM: lambda i: serving.plain.answer(shown[i][prefix:], cache),
-        ADAPTED: lambda i: serving.adapted.answer(alone[i]),
-        MERGED: lambda i: serving.merged.answer(alone[i]),
-        DESCRIBED: lambda i: serving.plain.answer(described[i]),
+        "icl": lambda i: serving.plain.answer(shown[i]),
+        "icl-warm": lambda i: serving.plain.answer(shown[i][prefix:], cache),
+        "t2l-task": lambda i: serving.adapted.answer(alone[i]),
     }
+    serving.put(description)
     for ask in ways.values():
-        ask(0)
+        ask(0)  # not timed, as what comes before: first calls are slower
+    generate_us, given, methods = [], {method: [] for method in ways}, [*ways]
     for i in range(len(task.examples)):
         generate_us.append(elapsed_us(lambda: serving.put(description)))
-        for method in METHODS[i % len(METHODS) :] + METHODS[: i % len(METHODS)]:
+        for method in methods[i % len(ways) :] + methods[: i % len(ways)]:
             given[method].append(ways[method](i))
-    serving.weights.unmerge()
-    reworded = {}
-    for other in others:
-        serving.put(other)
-        reworded[other] = _accuracy(task, [serving.adapted.answer(ids) for ids in alone])
-    same = {
-        method: sum(a.text == b.text for a, b in zip(given[method], given[other], strict=True))
-        for method, other in ((WARM, ICL), (MERGED, ADAPTED))
-    }
     tokens = {name: round(statistics.fmean(map(len, ids)), 1) for name, ids in prompts.items()}
     tokens |= {"prefix": prefix, "encoder": tokens_of(serving.engine.encoder, description)}
-    once = {"generate_us": statistics.median(generate_us), "merge_us": merge_us, "fill_us": fill_us}
-    return {
-        "description": description,
-        "tokens": tokens,
-        **{name: round(us, 1) for name, us in once.items()},
-        "reworded": reworded,
-        "arms": {method: _measured(task, answers) for method, answers in given.items()},
-        "same_answers": same,
-    }
-
-
-def _accuracy(task: Task, answers: Sequence[Answer]) -> float:
-    """Exact match, in percent."""
-    right = [exact_match(a.text, question.outputs) for a, question in zip(answers, task.examples, strict=True)]
-    return round(100 * statistics.fmean(right), 1)
+    arms = {method: _measured(task, answers) for method, answers in given.items()}
+    return {"description": description, "tokens": tokens, "generate_us": statistics.median(generate_us), "arms": arms}
 
 
 def _measured(task: Task, answers: Sequence[Answer]) -> dict[str, Any]:
-    return {
-        "accuracy": _accuracy(task, answers),
-        "tokens": round(statistics.fmean(a.tokens for a in answers), 2),
-        "first_token_us": quantiles([a.first_us for a in answers], 1),
-        "answer_us": quantiles([a.us for a in answers], 1),
-        "all_us": round(sum(a.us for a in answers), 1),
-    }
+    """Exact match in percent, and the time to the first token."""
+    right = [exact_match(a.text, question.outputs) for a, question in zip(answers, task.examples, strict=True)]
+    median = round(statistics.median(a.us for a in answers), 1)
+    return {"accuracy": round(100 * statistics.fmean(right), 1), "first_token_us": {"median": median}}

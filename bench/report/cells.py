@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bench.records import BASE, ResultError, Row
+from bench.records import BASE, OURS, ResultError, Row
 from t2l_engine.research.evaluation.metrics import Interval
 
 GAP = "–"
@@ -102,7 +102,7 @@ COLUMNS: dict[str, Callable[[Row], Any]] = {
     "case": lambda row: row.case,
     "threads": lambda row: row.threads,
     "ours": lambda row: duration(row.us),
-    "IQR": lambda row: duration(row.iqr_us),
+    "IQR": lambda row: duration(row.times[OURS]["iqr_us"]),
     "best baseline": lambda row: f"{label(row.best)}, {duration(row.times[row.best]['median_us'])}" if row.best else None,
     "speedup": lambda row: times(row.speedup(row.best)) if row.best else None,
     "x roofline": lambda row: times(row.over_roofline),

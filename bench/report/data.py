@@ -5,19 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.records import OF_A_CPU, Result, ResultError, Row, load
-from bench.source import ROOT, SPECS, bundled
+from bench.records import BUNDLED, OF_A_CPU, ROOT, SPECS, Result, ResultError, Row, bundled, load
 
 FOLDER = Path("bench", "results")
 #: Results of a bundled checkpoint.
-OF_CHECKPOINT = {
-    "icl": "smollm2-135m",
-    "study": "smollm2-135m",
-    "specs": SPECS,
-    "specs-other": SPECS,
-    "adapt": SPECS,
-    "costs": SPECS,
-}
+OF_CHECKPOINT = dict.fromkeys(("icl", "study"), BUNDLED) | dict.fromkeys(("specs", "specs-other", "adapt", "costs"), SPECS)
 
 
 class Data:
@@ -45,15 +37,12 @@ class Data:
         return result
 
     def results(self, suite: str, machine: str | None = None) -> list[Result]:
-        """The results of a suite, one a machine; ``machine``: the class of CPUs of the only one wanted, such as intel-amx.
-
-        A suite measured on a GPU has ``-cuda`` at the end of its name.
-        """
+        """The results of a suite (on a GPU: SUITE-cuda), one a machine, or only of the class of CPUs ``machine``."""
         found = [of for stem, of in self.found.items() if stem.partition(".")[0] == suite]
         found = [of for of in found if machine in (None, of.path.stem.partition(".")[2])]
         if not found:
-            file = f"{suite}.{machine or '*'}.jsonl" if suite in OF_A_CPU else f"{suite}.jsonl"
-            raise ResultError(f"{FOLDER.as_posix()}/{file}: missing")
+            of = f".{machine or '*'}" if suite in OF_A_CPU else ""
+            raise ResultError(f"{FOLDER.as_posix()}/{suite}{of}.jsonl: missing")
         return found
 
     def run(self, suite: str, machine: str | None = None) -> dict[str, Any]:
@@ -65,8 +54,7 @@ class Data:
         found = [row for result in self.results(suite, machine) for row in result.rows]
         for name, wanted in where.items():
             values = wanted if isinstance(wanted, list) else [wanted]
-            of = (lambda row, name=name: getattr(row, name)) if name in Row.__dataclass_fields__ else _of_shape(name)
-            found = [row for row in found if of(row) in values]
+            found = [row for row in found if (vars(row) if name in vars(row) else row.shape).get(name) in values]
         if not found:
             raise ResultError(f"{FOLDER.as_posix()}/{suite}: no row with {where}")
         return found
@@ -85,7 +73,3 @@ class Data:
         if not found:
             raise ResultError(f"{FOLDER.as_posix()}/{suite}: no record {kind!r} with {where}")
         return found
-
-
-def _of_shape(name: str) -> Any:
-    return lambda row: row.shape.get(name)

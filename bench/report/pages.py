@@ -1,8 +1,4 @@
-"""Writes and checks docs/results, docs/figures, and blocks between markers in other documents.
-
-A page is a template of bench/report/templates/results; its numbers come from bench/results.  ``check`` names files that were
-edited by hand, are missing, or are older than their data.
-"""
+"""Writes and checks docs/results, docs/figures, and blocks between markers in other documents, from bench/results."""
 
 from __future__ import annotations
 
@@ -14,10 +10,9 @@ from pathlib import Path
 import jinja2
 from rich.console import Console
 
-from bench.records import ResultError
+from bench.records import ROOT, ResultError
 from bench.report import cells, figures, icl, quality, tables  # noqa: F401
 from bench.report.data import Data
-from bench.source import ROOT
 
 TEMPLATES = Path(__file__).parent / "templates"
 PAGES, DRAWN = Path("docs", "results"), Path("docs", "figures")

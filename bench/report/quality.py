@@ -14,12 +14,7 @@ from bench.report.tables import Line, derived
 from t2l_engine.research.evaluation.metrics import Interval, interval
 
 #: Split -> part of the records of ``specs``.
-SPLITS = {
-    "trained tasks": "trained",
-    "development tasks": "development",
-    "in-family": "sibling",
-    "out-of-family": "novel",
-}
+SPLITS = {"trained tasks": "trained", "development tasks": "development", "in-family": "sibling", "out-of-family": "novel"}
 #: Tasks that no code made, of which nothing was trained on: a result of its own.
 OTHER = "other origin"
 #: Out-of-family tasks with more than two different answers, of which a guess is seldom right.
@@ -72,8 +67,7 @@ def split(data: Data, name: str) -> Scores:
 
 def mean(found: Scores, method: str) -> float | None:
     """Mean over the tasks that ``method`` answered; None where there is none."""
-    values = [of[method] for of in found.values() if method in of]
-    return statistics.fmean(values) if values else None
+    return statistics.fmean(values) if (values := [of[method] for of in found.values() if method in of]) else None
 
 
 def gap(found: Scores, ours: str, theirs: str) -> Interval | None:
@@ -161,13 +155,13 @@ def changes(data: Data) -> list[Line]:
     return lines
 
 
-#: Small run -> the one thing that it changes.
+#: Small run -> what it changes.
 SMALL = {
     "small-adamw": "AdamW instead of Muon",
     "small-slow": "learning rate 5e-4 instead of 1e-3",
     "small-warm": "start from a reconstruction of 128 adapters",
 }
-#: Start of tuning -> its name in the records of ``adapt``.
+#: Start of tuning -> its name in ``adapt``.
 STARTS = {
     "PEFT's start": "peft",
     "generated from the description": "generated",

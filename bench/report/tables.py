@@ -1,7 +1,4 @@
-"""Long tables, for ``python -m bench table``: every group of rows and every kind of record, and what pages derive from them.
-
-A table is a list of lines, each a dict from heading to value; values are raw, in the unit of their heading.
-"""
+"""Long tables, for ``python -m bench table``: lists of lines from heading to value, raw, in the unit of the heading."""
 
 from __future__ import annotations
 
@@ -42,8 +39,8 @@ def flat(entry: Line, *without: str) -> Line:
 def _row_line(row: Row) -> Line:
     """One row of times with everything that was measured beside it."""
     line = {"case": row.case, **flat(row.shape), "threads": row.threads, "cache": row.cache}
-    line |= {"us": row.us, "IQR us": row.iqr_us, "rounds": row.times[OURS]["rounds"]}
-    line |= {f"{name} us": row.times[name]["median_us"] for name in row.baselines}
+    line |= {"us": row.us, "IQR us": row.times[OURS]["iqr_us"], "rounds": row.times[OURS]["rounds"]}
+    line |= {f"{name} us": row.times[name]["median_us"] for name in row.times if name != OURS}
     line |= {"best baseline": row.best, "speedup": row.best and row.speedup(row.best)}
     line |= {"roofline us": row.roofline and row.roofline["us"], "x roofline": row.over_roofline, "target": row.target_text}
     why = "; ".join(f"{name}: {reason}" for name, reason in row.skipped.items())

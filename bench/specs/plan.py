@@ -15,8 +15,7 @@ from t2l_engine.research.training.settings import LoRASettings, SFTSettings
 
 #: Kind of ``t2l train`` -> its settings.
 KINDS = {"sft": SFTSettings, "lora": LoRASettings}
-#: Fields of a run that are no settings: read the tasks of part MORE or FURTHER instead of TRAINED; how many tasks (default:
-#: all); only tasks with two different answers.
+#: Fields of a run that are no settings: tasks of MORE or FURTHER instead of TRAINED; how many; only those with two answers.
 OTHER = ("more", "further", "tasks", "two_answers")
 #: Parts of the result: a sample of the trained tasks, tasks kept for choosing settings, and by task split those held out.
 TRAINED, DEVELOPMENT, HELD_OUT = "trained", "development", {"sibling": "in-family", "novel": "out-of-family"}
@@ -29,19 +28,13 @@ STORED = "stored"
 T2L, EVEN, RIVAL, LIBRARY = "t2l", "t2l-first", "multi-task-description", "library"
 #: Numbers of worked examples; methods without a number show the first.
 SHOTS = (3, 6)
-METHODS = (
-    *("t2l", "t2l-shuffled", "t2l-examples", "t2l-examples-6", RIVAL, "nearest"),
-    *("base-description", "icl", "icl-6"),
-)
+METHODS = ("t2l", "t2l-shuffled", "t2l-examples", "t2l-examples-6", RIVAL, "nearest", "base-description", "icl", "icl-6")
 STORED_METHODS = ("oracle", "t2l", "t2l-examples", RIVAL, "icl")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training run.
-
-    ``kind``: of ``t2l train``; ``initial``: name of the run that it starts from, "": none; ``other``: its fields of OTHER.
-    """
+    """``kind``: of ``t2l train``; ``initial``: name of the run that it starts from, "": none; ``other``: fields of OTHER."""
 
     kind: str
     settings: SFTSettings | LoRASettings

@@ -1,17 +1,23 @@
-"""Task folders and training runs of the study; interrupted runs go on, finished ones are read."""
+"""Task folders, training runs and evaluations of the study; what is interrupted goes on, what is finished is read."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import os
+import statistics
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import t2l_engine as t2l
 from bench.harness import BenchError, Record, record
-from bench.specs.plan import DEVELOPMENT, FURTHER, HELD_OUT, MORE, PLAN, RUNS, TRAINED, Run, drawn, ordered
+from bench.specs import plan
+from bench.specs.plan import DEVELOPMENT, FURTHER, HELD_OUT, MORE, PLAN, RIVAL, RUNS, T2L, TRAINED, Run, drawn, ordered
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_texts
 from t2l_engine.files.yaml import read_yaml
@@ -24,14 +30,9 @@ from t2l_engine.research.training.settings import LoRASettings, Settings, differ
 from t2l_engine.text.llm_encoder import LLMEncoder
 from t2l_specs import suite
 
-Specifications = Mapping[str, Sequence[suite.Placed]]  # by part
 
-
-def specifications() -> Specifications:
-    """Those of the plan, drawn from the suite.
-
-    The held-out ones are the third set.  What earlier sets and the study of tuning used is left out.
-    """
+def specifications() -> dict[str, list[suite.Placed]]:
+    """Those of the plan by part; held out is the third set, without what earlier sets and the study of tuning used."""
     found = suite.suite(PLAN["more"])
     first, later = found[: PLAN["specifications"]], found[PLAN["specifications"] :]
     known = {placed.spec.name: placed for placed in first if placed.task_split == "train"}
@@ -61,11 +62,8 @@ def folder_of(work: Path, part: str) -> Path:
     return work / "tasks" / part
 
 
-def tasks(work: Path, parts: Specifications) -> None:
-    """Write the task folders of all parts.
-
-    Raises BenchError if a held-out description is trained on, ConfigError if ``work`` holds other tasks already.
-    """
+def tasks(work: Path, parts: Mapping[str, Sequence[suite.Placed]]) -> None:
+    """Write the task folders of all parts; BenchError if a held-out description is trained on."""
     made = {part: [suite.task(placed.spec, suite.EXAMPLES, 0) for placed in of] for part, of in parts.items()}
     made[FURTHER] = [suite.task(placed.spec, suite.EXAMPLES, 0, PLAN["further"]) for placed in parts[MORE]]
     splits = [("train", task) for part in (MORE, FURTHER) for task in made[part]]
@@ -154,3 +152,69 @@ def trained(work: Path) -> Iterator[Record]:
         about = {"settings": run.settings.model_dump(mode="json"), "tasks": len(learnt(run, work)[1]), "steps": len(steps)}
         sums = {"tokens": sum(row["tokens"] for row in steps), "seconds": round(sum(row["seconds"] for row in steps))}
         yield record("training", run=name, **({"initial": run.initial} if run.initial else {}), **about, **sums)
+
+
+# --- evaluations, by ``t2l evaluate`` as a user calls it ---------------------------------------------------------------
+
+
+def records(work: Path) -> Iterator[Record]:
+    """Every record of the result file but the run line; evaluations that were made before are read."""
+    if without := [name for name in RUNS if not finished(name, work)]:
+        raise BenchError(f"--work: expected finished runs of the plan in {work}, got none of {', '.join(without)}")
+    weights = hashlib.sha256((rounded(T2L, work) / WEIGHTS_NAME).read_bytes()).hexdigest()
+    yield record("plan", checkpoint=weights)
+    for part in plan.PARTS:
+        found = judged(part, work)
+        for task, scores in judged(part, work, plan.EVEN, [T2L])["tasks"].items():
+            found["tasks"][task][plan.EVEN] = scores[T2L]
+        yield from part_records(part, found)
+        yield record("two_answers", part=part, tasks=with_two_answers(folder_of(work, part), [*found["tasks"]]))
+    yield from part_records(plan.STORED, stored(work))
+    yield from trained(work)
+
+
+def judged(part: str, work: Path, name: str = T2L, methods: Sequence[str] = plan.METHODS) -> dict[str, Any]:
+    """The result of evaluating run ``name`` on one part, on held-out descriptions."""
+    source = folder_of(work, part)
+    names = drawn(read_descriptions(source), PLAN["trained_tasks"] if part == TRAINED else None, "judged")
+    shots = ",".join(map(str, plan.SHOTS))
+    return evaluate(work, f"{name}-{part}", names, methods, source, name, shots=shots, max_items=PLAN["items"][part])
+
+
+def stored(work: Path) -> dict[str, Any]:
+    """The result on trained tasks with a per-task LoRA, on held-out descriptions and inputs."""
+    source = folder_of(work, TRAINED)
+    names = drawn(read_descriptions(source), RUNS[plan.LIBRARY].other["tasks"], TRAINED)
+    return evaluate(work, f"{T2L}-{plan.STORED}", names, plan.STORED_METHODS, source, T2L, max_items=PLAN["items"][TRAINED])
+
+
+def evaluate(
+    work: Path, name: str, names: Sequence[str], methods: Sequence[str], tasks: Path, run: str, **options: Any
+) -> dict[str, Any]:
+    """The result of ``methods`` on the tasks ``names``, kept as ``name``; ``options``: more of those of ``t2l evaluate``."""
+    out = work / "judged"
+    out.mkdir(parents=True, exist_ok=True)
+    library = work / plan.LIBRARY / lora_runs.ADAPTERS
+    needed = {RIVAL: ("multi_task", work / RIVAL), "nearest": ("library", library), "oracle": ("oracle", library)}
+    given = {"json": out / f"{name}.json", "resume": out / f"{name}.answers.jsonl", "names": ",".join(names)}
+    given |= {"methods": ",".join(methods), "tasks": tasks, "checkpoint": rounded(run, work)}
+    given |= {"dtype": "bfloat16", "batch_size": 32, "held_out_descriptions": suite.HELD_OUT, "repeats": PLAN["repeats"]}
+    # One validation item of each task chooses the base model's prompt template.
+    given |= {"validation_items": 1, "verify": True} | dict(needed[of] for of in methods if of in needed) | options
+    command = [sys.executable, "-m", "t2l_engine", "evaluate"]
+    for option, value in given.items():
+        command += [f"--{option.replace('_', '-')}", *([] if value is True else [str(value)])]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | threads)
+    return read_texts(out / f"{name}.json", MAX_DESCRIPTIONS_BYTES)  # names of ten thousand tasks
+
+
+def part_records(part: str, result: Mapping[str, Any]) -> Iterator[Record]:
+    """Scores by task; by method its prompt form and mean number of prompt tokens."""
+    for task, scores in result["tasks"].items():
+        scores = {method: round(score, 2) for method, score in scores.items()}
+        yield record("scores", part=part, task=task, items=result["items"][task], scores=scores)
+    for method, details in result["details"].items():
+        tokens = round(statistics.fmean(task["prompt_tokens"] for task in details["tasks"].values()), 2)
+        form = result["forms"][method]["form"]
+        yield record("arm", part=part, arm=method, form=form, groups={"all": {"prompt_tokens": tokens}})

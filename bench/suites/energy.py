@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from bench.harness import OURS, BenchError, Context, Record, Task, record, verify
-from bench.suites import decode, generate
+from bench.suites import apply, generate
 from bench.timing import Call, Candidate, repeated
 
 #: A case is replayed for so long, since the counter moves ten times a second or so; with a wait after so many replays.
@@ -41,7 +41,6 @@ def counter() -> Callable[[], float]:
 def measured(context: Context, joules: Callable[[], float], case: str, unit: str, count: int, calls: list[Call]) -> Record:
     """Energy and mean power while ``calls``, which together make ``count`` of ``unit``, are replayed."""
     run, made = repeated(context.device.capture(Candidate(calls).once), REPLAYS), 0
-    context.device.synchronize()
     before, start = joules(), time.perf_counter()
     while not made or time.perf_counter() - start < SECONDS:
         run()
@@ -65,7 +64,7 @@ def generation(context: Context, joules: Callable[[], float], count: int) -> Ite
 @torch.inference_mode()
 def decoding(context: Context, joules: Callable[[], float], rows: int) -> Iterator[Record]:
     """Decode steps of a 7B-shaped model without adapters, and with another one in every row."""
-    tokens, base, adapted, *_ = decode.Steps.of(context, "q,v", rows, (rows,))
+    tokens, base, adapted, *_ = apply.Steps.of(context, "q,v", rows, (rows,))
     for number, step in {0: base, **adapted}.items():
         case = f"decode step, {rows} rows, {number} adapters"
         yield measured(context, joules, case, "token", rows, [functools.partial(step, tokens)])

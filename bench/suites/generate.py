@@ -1,4 +1,4 @@
-"""Generating adapters: whole hypernetworks, memory, what bfloat16 weights cost; on a card cold, beside torch and cuBLAS."""
+"""Generating adapters: whole hypernetworks (on a card cold, beside cuBLAS), memory, where the time of a request goes."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bench import baselines
+import t2l_engine as t2l
+from bench import baselines, cases
 from bench.baselines import Adapters
-from bench.ceilings import gemm_call, peak_memory
+from bench.cases import Case, Group, Layer, Operands
+from bench.ceilings import apart, gemm_call, peak_bytes, resident_bytes
 from bench.harness import OURS, Context, Error, Record, Target, Task, record, roofline, row, verify, worst
 from bench.records import HOST
-from bench.suites import request
+from bench.suites.apply import lora_errors
 from bench.timing import Call, Candidate, tolerant
-from t2l_engine import AdapterStack
-from t2l_engine.hypernetwork.config import HyperNetworkConfig
+from t2l_engine import ops
 from t2l_engine.hypernetwork.network import HyperNetwork, hypernet_flops
+from t2l_engine.ops import reference
+from t2l_engine.research import costs
 from t2l_engine.testing import numerics
 from tests import networks
 from tests.networks import SHAPES, VARIANTS, HyperShape
@@ -40,9 +44,8 @@ ONE = {"L": (1.25, 1.35), "M": (1.35, 1.5), "S-learnable": (1.35, 1.5)}
 MANY, MEMORY = Target(1.2), Target(1.2, of="weights + adapters")
 #: Descriptions that the float64 oracle takes at a time: 64 at once would need gigabytes.
 CHUNK = 8
-#: Compiling takes a minute: the released Mistral form only, at this number of descriptions.
+#: Compiling takes a minute: the released Mistral form only, for one description.
 COMPILED = "torch.compile"
-COMPILED_AT = (1,)
 
 #: On a card: (model, dtype) in order of worth; numbers of descriptions.
 CUDA_FULL = tuple((name, dtype) for dtype in DTYPES[::-1] for name in ("mistral-7b", "llama-3.1-8b", "gemma-2-2b"))
@@ -62,22 +65,16 @@ WAYS: dict[str, Way] = {"cuBLAS": baselines.careful, "reference": baselines.plai
 CPU_WAYS: dict[str, Way] = {OURS: baselines.of_stack, "reference": baselines.plain, "eager": baselines.Eager}
 
 
-def cpu_ways(shape: HyperShape) -> dict[str, Way]:
-    """Ways to do the same on a CPU."""
-    return CPU_WAYS | ({BATCHED: baselines.careful} if shape.variant == "L" else {})
-
-
 def plan(context: Context) -> list[Task]:
     # Fail fast: cheapest checks first.
-    tasks = request.plan(context)
     if context.on_cpu:
-        tasks.append(Task.of("memory", memory, context))
+        tasks = [Task.of(f"split {MODEL} bundled", bundled, context), Task.of("memory", memory, context)]
         for name, (variants, counts) in (FULL if context.full else TINY).items():
             for variant, dtype in itertools.product(variants, DTYPES):
                 shape = dataclasses.replace(SHAPES[name], variant=variant)
                 tasks.append(Task.of(f"{name} {variant} {dtype}", generation, context, shape, dtype, counts))
         return tasks
-    counts = (1, 8, 64) if context.full else (1, 2)
+    tasks, counts = [], (1, 8, 64) if context.full else (1, 2)
     for name, dtype in CUDA_FULL if context.full else (("tiny", "float32"), ("tiny", "bfloat16")):
         tasks.append(Task.of(f"{name} L {dtype}", cuda, context, name, dtype, counts))
     return tasks
@@ -100,10 +97,7 @@ def adapter_errors(
     dtype: torch.dtype,
     skipped: dict[str, str] | None = None,
 ) -> dict[str, Error]:
-    """The worst error of each of ``generators`` over modules, sides and chunks of descriptions.
-
-    ``exact``: the same weights in float64.  "reference" is among the generators: its error in ``dtype`` makes the bound.
-    """
+    """The worst error of each of ``generators``, of which "reference" makes the bound; ``exact``: the net in float64."""
     results: dict[str, Adapters] = {}
     for name, generate in generators.items():
         with tolerant(name, skipped):
@@ -121,19 +115,14 @@ def adapter_errors(
     return {name: worst(found) for name, found in errors.items()}
 
 
-def adapter_bytes(config: HyperNetworkConfig, count: int, dtype: torch.dtype) -> int:
-    """A and B of ``count`` adapters."""
-    return count * config.num_layers * config.rank * sum(config.in_features + config.out_features) * dtype.itemsize
-
-
 def weight_bytes(net: HyperNetwork) -> int:
     """All parameters of a hypernetwork."""
     return sum(p.nbytes for p in net.parameters())
 
 
 def moved(net: HyperNetwork, count: int) -> int:
-    """Bytes of weights and adapters, each once."""
-    return weight_bytes(net) + adapter_bytes(net.config, count, net.dtype)
+    """Bytes of weights and ``count`` adapters, each once."""
+    return weight_bytes(net) + count * net.config.adapter_values * net.dtype.itemsize
 
 
 def described(shape: HyperShape, dtype: str, count: int) -> tuple[str, Record]:
@@ -169,10 +158,12 @@ def candidates(
     net: HyperNetwork, exact: HyperNetwork, shape: HyperShape, count: int, compile_it: bool = False
 ) -> tuple[dict[str, Callable], dict[str, str], Error]:
     """Verified calls that generate ``count`` adapters; what is skipped and why; the error of ours."""
-    generators, skipped = built(net, cpu_ways(shape), None), {}
-    if compile_it and count in COMPILED_AT:
+    ways, skipped = CPU_WAYS | ({BATCHED: baselines.careful} if shape.variant == "L" else {}), {}
+    generators = built(net, ways, None)
+    if compile_it and count == 1:
         with tolerant(COMPILED, skipped):  # whatever the compiler cannot do is a fact about it, and is reported
-            generators[COMPILED] = baselines.compiled(net, shape.task_embeddings(count))
+            generators[COMPILED] = torch.compile(baselines.plain(net), dynamic=False)
+            generators[COMPILED](shape.task_embeddings(count))
     elif compile_it:
         skipped[COMPILED] = "compiled for 1 description only"
     fresh, timed = (shape.task_embeddings(count, seed) for seed in (2, 3))
@@ -182,29 +173,30 @@ def candidates(
     return functions, skipped | wrong, errors[OURS]
 
 
-def build_and_generate(name: str, dtype: str, count: int) -> tuple[int, int]:
-    """Bytes of the weights and of the adapters of a hypernetwork that is made, and used, here."""
-    shape = SHAPES[name]
-    net = shape.make(getattr(torch, dtype))
-    stack = net.generate(shape.task_embeddings(count))
-    return weight_bytes(net), sum(t.nbytes for side in (stack.lora_A, stack.lora_B) for t in side.values())
+def build_and_generate(name: str, count: int) -> tuple[int, int, int]:
+    """Bytes that this process holds at most, beyond before, while it makes a hypernetwork and adapters; bytes of both."""
+    made: dict[str, Any] = {}
+
+    def run() -> None:
+        made["net"] = SHAPES[name].make(torch.bfloat16)
+        made["stack"] = made["net"].generate(SHAPES[name].task_embeddings(count))
+
+    before = resident_bytes("VmRSS")
+    peak, stack = peak_bytes(run) - before, made["stack"]
+    return peak, weight_bytes(made["net"]), sum(t.nbytes for of in (stack.lora_A, stack.lora_B) for t in of.values())
 
 
 def memory(context: Context) -> Iterator[Record]:
     """The peak of a process that makes a hypernetwork and many adapters, beyond what it held before."""
     name, count = (TARGETED, 64) if context.full else ("smollm2-135m", 8)
-    peak, (weights, adapters) = peak_memory(build_and_generate, name, "bfloat16", count)
-    yield record(
-        "memory",
-        what=f"{name} L bfloat16, {count} descriptions",
-        peak_mib=round(peak / 2**20, 1),
-        weights_mib=round(weights / 2**20, 1),
-        adapters_mib=round(adapters / 2**20, 1),
-        target=MEMORY._asdict() if name == TARGETED else None,  # beside a few megabytes, torch's own pages count
-    )
+    peak, weights, adapters = apart(build_and_generate, name, count)
+    sizes = {"peak_mib": peak, "weights_mib": weights, "adapters_mib": adapters}
+    sizes = {field: round(size / 2**20, 1) for field, size in sizes.items()}
+    target = MEMORY._asdict() if name == TARGETED else None  # beside a few megabytes, torch's own pages count
+    yield record("memory", what=f"{name} L bfloat16, {count} descriptions", **sizes, target=target)
 
 
-def preallocated(net: HyperNetwork, task_emb: Tensor) -> tuple[Call, AdapterStack]:
+def preallocated(net: HyperNetwork, task_emb: Tensor) -> tuple[Call, t2l.AdapterStack]:
     """Ours: the public call over earlier adapters, and where it writes."""
     out = net.generate(task_emb)
     return functools.partial(net.generate, task_emb, out=out), out
@@ -227,7 +219,7 @@ def into_used_memory(net: HyperNetwork) -> Generate:
         for tensor in (*out.lora_A.values(), *out.lora_B.values()):
             tensor.fill_(float("nan"))
         call()
-        return {name: (out.lora_A[name], out.lora_B[name]) for name in out.lora_A}
+        return baselines.sides(out)
 
     return generate
 
@@ -241,8 +233,7 @@ def cuda_errors(net: HyperNetwork, task_emb: Tensor, ways: Mapping[str, Way], sk
 
 def copies(context: Context, net: HyperNetwork) -> list[HyperNetwork]:
     """As many of it as exceed the caches."""
-    count = context.num_sets(weight_bytes(net)) if context.full else 2
-    return [net, *(copy.deepcopy(net) for _ in range(count - 1))]
+    return [net, *(copy.deepcopy(net) for _ in range(1, context.num_sets(weight_bytes(net)) if context.full else 2))]
 
 
 @torch.inference_mode()
@@ -276,3 +267,132 @@ def cuda(context: Context, name: str, dtype: str, counts: Sequence[int]) -> Iter
         elif CUDA_SEVERAL.of in timings:
             given["target"] = CUDA_SEVERAL
         yield row(context, case, "generate", fields, timings, errors[OURS], **given)
+
+
+# --- where the time of a request goes -----------------------------------------------------------------------------------
+
+COUNTS = (1, 8, 64)
+MODEL = "smollm2-135m"
+
+
+class Part(NamedTuple):
+    """A part of a request as ours does it: its call, its error, its roofline."""
+
+    call: Callable[[], Any]
+    error: Error
+    least: Record
+
+
+@torch.no_grad()
+def bundled(context: Context) -> Iterator[Record]:
+    """The bundled checkpoint, text encoder included."""
+    engine = t2l.TextToLoRA.from_pretrained(MODEL)
+    encoder = t2l.TextEncoder(engine.encoder.model, engine.encoder.tokenizer, engine.encoder.config, cache_size=0)
+    net = engine.hypernetwork.requires_grad_(False)
+    dtype = str(net.dtype).removeprefix("torch.")
+    for count in COUNTS:
+        drawn = torch.randn(count, net.config.embed_dim, generator=torch.Generator().manual_seed(6))
+        task_emb = nn.functional.normalize(drawn, dim=-1) * net.config.embed_dim**0.5
+        parts = {"encoder": encoded(context, encoder, count), **generated(context, net, task_emb)}
+        parts |= {"put": put(context, net, net.generate(task_emb)), "apply": applied(context, net, count)}
+        for part, (call, error, least) in parts.items():
+            case = f"{MODEL} {dtype}, {count} description{'s' if count > 1 else ''}: {part}"
+            calls, _ = verify(case, {OURS: call}, {OURS: error})
+            shape = {"model": MODEL, "dtype": dtype, "descriptions": count, "part": part}
+            yield row(context, case, "split", shape, context.time(calls, factor=2), error, least=least)
+
+
+def encoded(context: Context, encoder: t2l.TextEncoder, count: int) -> Part:
+    """As many texts at a time as there are descriptions; none is kept."""
+    texts = [f"Return item {i:07d} of the comma separated list." for i in range(count)]
+    exact = t2l.TextEncoder(copy.deepcopy(encoder.model).double(), encoder.tokenizer, encoder.config).encode(texts)
+    error = Error(numerics.relative_frobenius(encoder.encode(texts), exact), numerics.EMBEDDING_FROBENIUS)
+    tokens = sum(len(ids) for ids in encoder.tokenizer(encoder.prepare(texts))["input_ids"])
+    num_bytes = sum(p.nbytes for p in encoder.model.encoder.layer.parameters())  # of a table, few rows are read
+    flops = count * costs.count(encoder.model.config, head=False).flops(tokens // count)
+    least = context.roofline(flops, num_bytes, encoder.config.dtype)
+    return Part(lambda: encoder.encode(texts), error, least)
+
+
+def generated(context: Context, net: t2l.HyperNetwork, task_emb: Tensor) -> dict[str, Part]:
+    """The two ops of a hypernetwork, each on the same input as its float64 oracle."""
+    exact, (latent,) = copy.deepcopy(net).set_dtype(torch.float64), trunk_of(net, task_emb)(ops)
+    runs = {"trunk": (trunk_of(net, task_emb), trunk_of(exact, task_emb))}
+    runs |= {"heads": (heads_of(net, latent), heads_of(exact, latent.double()))}
+    head_bytes = sum(p.nbytes for p in net.heads.parameters())
+    weights = {"trunk": sum(p.nbytes for p in net.parameters()) - head_bytes, "heads": head_bytes + latent.nbytes}
+    parts = {}
+    for name, (run, wide) in runs.items():
+        plain = run(reference)
+        error = worst(
+            Error(numerics.relative_frobenius(got, right), numerics.trunk_bound(right, other, net.dtype))
+            for got, right, other in zip(run(ops), wide(reference), plain, strict=True)
+        )
+        flops = len(task_emb) * hypernet_flops(net.config)[name]
+        least = context.roofline(flops, weights[name] + sum(t.nbytes for t in plain), str(net.dtype).removeprefix("torch."))
+        parts[name.removesuffix("s")] = Part(functools.partial(run, ops), error, least)
+    return parts
+
+
+Run = Callable[[Any], list[Tensor]]  # of a backend
+
+
+def trunk_of(net: t2l.HyperNetwork, task_emb: Tensor) -> Run:
+    """Task encoder and trunk."""
+    folded, rotary = net.folded(), net.config.rank if net.config.rotary else 0
+    task_emb = task_emb.to(folded["weights"][1].dtype)
+
+    def run(backend: Any) -> list[Tensor]:
+        z = net.task_encoder(task_emb)
+        return [backend.hypernet_trunk(z, folded["weights"], folded["side_emb"], folded["pos_emb"], rotary)]
+
+    return run
+
+
+def heads_of(net: t2l.HyperNetwork, latent: Tensor) -> Run:
+    """The heads of all modules: all A, then all B."""
+    c, folded = net.config, net.folded()
+    sizes = c.rank, c.in_features, c.out_features
+
+    def run(backend: Any) -> list[Tensor]:
+        if backend is ops:
+            lora_A, lora_B = ops.hypernet_heads(latent, *folded["heads"], *sizes, **folded["offsets"])
+            return lora_A + lora_B
+        made = reference.hypernet_heads(latent, *folded["heads"], *folded["offsets"].values(), *sizes)
+        return made[::2] + made[1::2]
+
+    return run
+
+
+def put(context: Context, net: t2l.HyperNetwork, made: t2l.AdapterStack) -> Part:
+    """Every adapter into its slot of an attached model, which is nothing but the adapted linears."""
+    c = net.config
+    sizes = list(zip(c.modules, c.in_features, c.out_features, strict=True))
+    model = nn.ModuleList(nn.ModuleDict({name: nn.Linear(*of) for name, *of in sizes}) for _ in range(c.num_layers))
+    stack = t2l.AdapterStack(made.lora_A, made.lora_B, made.scaling, made.ranks)
+    handle = t2l.attach(model, stack)
+
+    def run() -> None:
+        for i in range(len(stack)):
+            handle.put(i, stack[i])
+
+    with handle.borrow_slots(0, stack) as slots:  # views, which stay
+        held, given = ([*of.lora_A.values(), *of.lora_B.values()] for of in (slots, stack))
+    for tensor in held:
+        tensor.fill_(float("nan"))
+    run()
+    bound = numerics.lora_frobenius(stack.dtype)
+    error = worst(Error(numerics.relative_frobenius(*pair), bound) for pair in zip(held, given, strict=True))
+    num_bytes, ceilings, dtype = 2 * sum(t.nbytes for t in given), context.ceilings, str(net.dtype).removeprefix("torch.")
+    rates = ceilings.gemm_at(dtype, context.threads), ceilings.copy_at(num_bytes, context.threads)
+    return Part(run, error, roofline(0, num_bytes, *rates))
+
+
+def applied(context: Context, net: t2l.HyperNetwork, count: int) -> Part:
+    """One token of every adapter through all adapted linears, the linears' own products left out."""
+    c, device = net.config, context.device.torch
+    groups = [Group.packed(n_in, q=n_out) for n_in, n_out in zip(c.in_features, c.out_features, strict=True)]
+    case = Case(Layer(MODEL, tuple(groups * c.num_layers)), cases.rows(*range(count)), rank=c.rank, dtype=net.dtype)
+    error = lora_errors(case, {OURS: Operands.grouped}, device, None)[OURS]
+    call = cases.operands(case, device, seed=7).grouped()
+    return Part(call, error, context.roofline(case.flops, case.bytes, case.dtype_name))

@@ -1,8 +1,7 @@
 """Many adapters in one batch inside vLLM on a CPU: its own LoRA kernels, ours in their place, and none at all.
 
-Every way is a process of its own (:mod:`bench.serving_worker`).  All processes of a task wait while one generates; calls
-are interleaved, all ways in one order and then in the other, and processes are started anew a few times.  Before anything
-is timed, first-token logits are held to the float64 model, and rows without an adapter to the tokens of vLLM without LoRA.
+Every way is a process of its own (:mod:`bench.serving_worker`), which waits while another generates: all in one order, then
+in the other.  Before, first-token logits are held to the float64 model, and rows without an adapter to vLLM without LoRA.
 """
 
 from __future__ import annotations
@@ -25,26 +24,12 @@ import torch
 from torch import Tensor, nn
 
 import t2l_engine as t2l
-from bench import models
+from bench import harness, models
 from bench.ceilings import resident_bytes
 from bench.compare import Process
-from bench.harness import (
-    OURS,
-    BenchError,
-    Context,
-    Error,
-    Record,
-    Target,
-    Task,
-    VerificationError,
-    logits_error,
-    record,
-    row,
-    verify,
-)
-from bench.records import BASE
-from bench.serving_methods import FULL, METHODS, TINY, Case, Load
-from bench.source import ROOT
+from bench.harness import OURS, BenchError, Context, Error, Record, Target, Task, VerificationError, record, row
+from bench.records import BASE, ROOT
+from bench.serving_methods import FULL, METHODS, TINY, Case, Load, sentences
 from bench.suites import serving_life
 from bench.timing import Timing, tolerant
 from t2l_engine.text import packaged
@@ -53,22 +38,7 @@ from t2l_engine.text import packaged
 CHECKED = 8
 MEASURE = "logits against float64, root mean square over rows of error / bound"
 WRAPPER = "PunicaWrapperT2L"
-NO_VLLM = (
-    "serving: vllm is not installed for this Python; run: make serve && .venv-serve/bin/python -m bench serving"
-    " (vLLM wants releases of its own of torch and transformers)"
-)
-#: What adapters are for: each task with each wish.
-TASKS = (
-    "Translate the text into French",
-    "Write the words in reverse order",
-    "Say whether the review is positive or negative",
-    "Count the letters of the word",
-    "Name the capital of the country",
-    "Add the two numbers",
-    "Repeat the last word of the list",
-    "Write the text in capital letters",
-)
-WISHES = ("", " as JSON", " in one word", " politely", " and explain why", " for a child", " twice", ", nothing else")
+NO_VLLM = "serving: vllm is not installed for this Python; run: make serve && .venv-serve/bin/python -m bench serving"
 
 
 def plan(context: Context) -> list[Task]:
@@ -117,7 +87,7 @@ class Inputs:
     @staticmethod
     def of(scratch: Path, load: Load) -> Inputs:
         engine = t2l.TextToLoRA.from_pretrained(packaged.LANGUAGE_MODEL)
-        stack = engine.generate([f"{TASKS[i % len(TASKS)]}{WISHES[i // len(TASKS)]}." for i in range(load.adapters)])
+        stack = engine.generate(sentences(load.adapters))
         folders = [scratch / f"adapter-{i}" for i in range(load.adapters)]
         for i, folder in enumerate(folders):
             stack.save_pretrained(folder, adapter=i)
@@ -176,7 +146,7 @@ class Server(Process):
         """Seconds, the tokens of every row, and MiB that the process then holds."""
         prompts, rows = inputs.prompts[: case.requests].tolist(), case.rows(self.name)
         seconds, tokens = self._call("generate", prompts=prompts, adapters=rows, new=new)
-        return seconds, tokens, resident_bytes("VmRSS", self.pid) / 2**20
+        return seconds, tokens, resident_bytes("VmRSS", self._process.pid) / 2**20
 
     def logits(self, case: Case, inputs: Inputs, rows: Sequence[int]) -> Tensor:
         prompts = inputs.prompts[: case.requests].tolist()
@@ -204,13 +174,11 @@ class Oracle:
         return exact, other
 
     def error(self, got: Tensor, requests: Sequence[int], adapters: Sequence[int | None]) -> Error:
-        """Over the rows the root mean square of error / bound: rounding is amplified in some rows ten times as in others,
-        and these must not hide an error of the rest.
-        """
+        """Over the rows the root mean square of error / bound: some amplify rounding ten times as others do."""
         shares = []
         for logits, request, adapter in zip(got, requests, adapters, strict=True):
             exact, other = self(request, adapter)
-            of = logits_error(logits.to(other.dtype), exact, other)
+            of = harness.logits_error(logits.to(other.dtype), exact, other)
             shares.append(of.value / of.bound)
         return Error(float(torch.tensor(shares).square().mean().sqrt()), 1.0, MEASURE)
 
@@ -229,7 +197,7 @@ def _verified(inputs: Inputs, cases: Iterable[Measured], servers: Mapping[str, S
                 others = [rows[i] for i in (*checked[1:], checked[0])]
                 if len(set(others)) > 1 and (control := oracle.error(got, checked, others)).value <= control.bound:
                     raise BenchError(f"{one.case.name}, {name}: logits do not tell the adapters of two rows apart")
-                skipped |= verify(f"{one.case.name}, {name}", {_as(name): None}, {_as(name): one.errors[name]})[1]
+                skipped |= harness.verify(f"{one.case.name}, {name}", {_as(name): None}, {_as(name): one.errors[name]})[1]
     return skipped
 
 
@@ -245,10 +213,7 @@ class Measured:
         self.seconds, self.steps, self.rss_mib, self.alike = (defaultdict[str, list](list) for _ in range(4))
 
     def time(self, servers: Mapping[str, Server], inputs: Inputs) -> None:
-        """One start: an untimed call of every method, whose tokens are compared, then one pass in each order.
-
-        The first pass has calls of half the length too.
-        """
+        """An untimed call of every method, whose tokens are compared, then a pass in each order, one with shorter calls."""
         tokens = {name: server.generate(self.case, inputs, self.new)[1] for name, server in servers.items()}
         for name in servers:
             plain = [i for i, adapter in enumerate(self.case.rows(name)) if adapter is None]
@@ -280,13 +245,7 @@ class Measured:
         error = self.errors[OURS]
         yield row(context, self.case.name, "serving", shape, timings, error, skipped=skipped, target=target)
         for name in timings:
-            yield record(
-                "arm",
-                case=self.case.name,
-                arm=name,
-                step_us=round(1e6 * statistics.median(self.steps[name]), 1),
-                rss_mib=round(max(self.rss_mib[name]), 1),
-                plain_rows=len(self.alike[name]),
-                plain_rows_alike=sum(self.alike[name]),
-                error=self.errors[name]._asdict(),
-            )
+            step_us, rss_mib = 1e6 * statistics.median(self.steps[name]), max(self.rss_mib[name])
+            known = {"step_us": round(step_us, 1), "rss_mib": round(rss_mib, 1)}
+            known |= {"plain_rows": len(self.alike[name]), "plain_rows_alike": sum(self.alike[name])}
+            yield record("arm", case=self.case.name, arm=name, **known)

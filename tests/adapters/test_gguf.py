@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import t2l_engine as t2l
-from bench.source import ROOT
+from bench.records import ROOT
 
 CONFIG = types.SimpleNamespace(
     model_type="llama", num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32
