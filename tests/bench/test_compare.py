@@ -5,17 +5,18 @@ import pytest
 from bench import compare
 from bench.compare import Compared
 from bench.harness import BenchError
-from bench.source import ROOT
+from bench.records import ROOT
 from t2l_engine import ops
 
 
-def test_samples_are_taken_old_new_new_old():
+def test_samples_are_taken_old_new_new_old(monkeypatch):
+    monkeypatch.setattr(compare, "ROUNDS", 2)
     seen = []
 
     def side(name):
         return lambda case: seen.append(f"{case}{name}") or float(len(seen))
 
-    pairs = compare.compare(side("o"), side("n"), ["x", "y"], rounds=2)
+    pairs = compare.compare(side("o"), side("n"), ["x", "y"])
     assert seen[:8] == ["xo", "xn", "xn", "xo", "yo", "yn", "yn", "yo"] and len(seen) == 24
     assert pairs["x"] == [(9, 10), (12, 11), (17, 18), (20, 19)], "the first round is discarded"
 
@@ -45,16 +46,14 @@ def test_trees_that_cannot_be_measured_are_refused(tmp_path):
         pass
     with pytest.raises(BenchError, match="no t2l_engine/_C.so"), compare.tree(str(tmp_path)):
         pass
+    with pytest.raises(BenchError, match="got 'no such case'"):
+        compare.trees((str(ROOT), ""), (str(ROOT), ""), 1, "no such case", 1.15)
 
 
 @pytest.mark.skipif(not ops.NATIVE, reason="no native library")
 @pytest.mark.slow
 def test_a_worker_times_the_tree_it_runs_in(monkeypatch):
     monkeypatch.setattr(compare, "STARTS", 1)
-    (found,) = compare.trees((str(ROOT), ""), (str(ROOT), ""), 1, "lora_add_ 8x8", 1, 1.15).values()
+    monkeypatch.setattr(compare, "ROUNDS", 1)
+    (found,) = compare.trees((str(ROOT), ""), (str(ROOT), ""), 1, "lora_add_ 8x8", 1.15).values()
     assert found.old_us > 0 and found.new_us > 0
-
-
-def test_a_case_that_there_is_not():
-    with pytest.raises(BenchError, match="got 'no such case'"):
-        compare.trees((str(ROOT), ""), (str(ROOT), ""), 1, "no such case", 1, 1.15)

@@ -13,27 +13,16 @@ from t2l_engine import ops
 from t2l_engine.lora import layer
 
 
-class NVMLError(Exception):
-    pass
-
-
 @pytest.fixture
 def nvml(monkeypatch):
     """A card that takes 5 J between two readings."""
-    millijoules = iter(range(0, 1_000_000, 5000))
-
-    def handle(uuid):
-        if uuid != "GPU-7":
-            raise NVMLError("Not Found")
-        return "card"
-
-    fake = types.SimpleNamespace(NVMLError=NVMLError, nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=handle)
+    millijoules, cards = iter(range(0, 1_000_000, 5000)), {"GPU-7": "card"}
+    fake = types.SimpleNamespace(NVMLError=KeyError, nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=cards.__getitem__)
     fake.nvmlDeviceGetTotalEnergyConsumption = lambda card: next(millijoules)
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: types.SimpleNamespace(uuid=7))
     monkeypatch.setattr(energy, "SECONDS", 0.0)
     monkeypatch.setattr(energy, "REPLAYS", 2)
-    return fake
 
 
 def test_energy_is_that_of_one_adapter_and_of_one_token(nvml):
@@ -58,7 +47,7 @@ def test_what_cannot_be_measured_is_refused(nvml, monkeypatch):
     with pytest.raises(BenchError, match="^energy: expected device 'cuda', got 'cpu'"):
         energy.plan(Context.of("tiny", 1))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: types.SimpleNamespace(uuid=8))
-    with pytest.raises(BenchError, match="^energy: NVML: Not Found"):
+    with pytest.raises(BenchError, match="^energy: NVML: 'GPU-8'"):
         energy.counter()
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(BenchError, match="^energy: expected the package nvidia-ml-py, found none"):

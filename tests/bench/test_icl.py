@@ -13,15 +13,12 @@ import t2l_engine as t2l
 from bench import icl
 from bench.harness import OURS, BenchError, Context, VerificationError
 from bench.icl import costs, first, names, questions
-from bench.models import MODULES, TINY, Step, decoder, shared
-from bench.records import read
-from bench.source import ROOT
-from bench.timing import Dry, Timing
+from bench.models import Step
+from bench.records import ROOT, read
+from bench.timing import Dry
 from t2l_engine import ops
 from t2l_engine.cli import demo
 from t2l_engine.lora import layer
-from t2l_engine.research import costs as flops
-from t2l_engine.testing import numerics
 
 #: One for each class of CPUs.
 RESULTS = sorted((ROOT / "bench" / "results").glob("icl.*.jsonl"))
@@ -30,33 +27,6 @@ RESULTS = sorted((ROOT / "bench" / "results").glob("icl.*.jsonl"))
 def test_a_task_folder_is_needed_at_full_size():
     with pytest.raises(BenchError, match="^tasks:"):
         icl.plan(Context.of("full", 1))
-
-
-# --- closed forms ----------------------------------------------------------------------------------------------------
-
-
-def test_implied_tokens():
-    assert costs.implied(10.5e-9, lambda tokens: 1000 * tokens) == pytest.approx(10.5)
-
-
-def test_paper_is_consistent():
-    made = list(costs.paper())
-    cells = {entry["cell"]: entry for entry in made if entry["record"] == "paper"}
-    hypernet = cells.pop("hypernetwork (variant M)")
-    assert all(abs(cell["off_percent"]) < 3 for cell in cells.values())
-    assert hypernet["off_percent"] > 70_000  # the one cell that does not fit, whatever the lengths
-    (about,) = (entry for entry in made if entry["record"] == "hypernetwork")
-    assert round(about["trunk_of_one_layer_tflop"], 6) == hypernet["printed_tflop"]
-    (ratio,) = (entry for entry in made if entry["record"] == "ratio")
-    assert ratio["printed"] == pytest.approx(ratio["ours"], rel=0.01)
-
-
-@pytest.mark.parametrize("model", flops.KNOWN["model"])
-def test_workloads(model):
-    loads = costs.workloads(model)
-    assert len(loads) == 11 and names.MEAN in loads
-    assert loads["humaneval"].prefix == 0  # T2L's evaluation shows no examples there
-    assert loads["gsm8k"].shots == 3 and loads["gsm8k"].answer > 100
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
@@ -76,9 +46,6 @@ def test_example_of_the_page(capsys):
     exec(compile(code, page.name, "exec"), {})
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2 and all(f"# {line}" in code for line in printed)
-
-
-# --- the first question ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -106,11 +73,12 @@ def test_a_request_makes_the_adapter_that_it_uses(served):
 def test_every_way_is_verified(context, device):
     if device == "cpu":
         context = dataclasses.replace(Context.of("tiny", 1), rounds=(2, 2), seconds=0.0)
-    row, *more = first.first(context, torch.float32)
-    assert row["skipped"] == {} and set(row["times"]) == {OURS, *first.RIVALS}
+    row, counted = first.first(context, torch.float32)
+    rivals = {names.ICL, names.WARM, names.KEPT, names.MERGED, names.ALONE}
+    assert row["skipped"] == {} and set(row["times"]) == {OURS, *rivals}
     assert row["error"]["value"] <= row["error"]["bound"] and row["roofline"]["flops"] > 0
-    kinds = [entry["record"] for entry in more]
-    assert kinds == (["first_question"] if device == "cpu" else [])  # no times of a dry run
+    predicted = counted["predicted"]
+    assert predicted.keys() == rivals and predicted[names.ICL]["flops"] > predicted[names.ALONE]["flops"]
 
 
 @pytest.mark.parametrize("broken", ["kernel", "merge", "generation"])
@@ -131,41 +99,10 @@ def test_a_wrong_rival_is_skipped(context, monkeypatch):
     assert row["skipped"][names.WARM].startswith("wrong: error") and names.WARM not in row["times"]
 
 
-def test_models_have_the_sizes_that_costs_are_made_of():
-    made = decoder(TINY, torch.device("cpu"), torch.bfloat16)
-    assert sum(p.numel() for p in made.parameters()) == flops.count(TINY).parameters
-    other = shared(made, own=MODULES["q,v"])
-    own = {name for (name, a), b in zip(made.named_parameters(), other.parameters(), strict=True) if a is not b}
-    assert own == {f"model.layers.{i}.self_attn.{name}.weight" for i in (0, 1) for name in ("q_proj", "v_proj")}
-
-
-def test_a_prefill_is_decoding_token_by_token():
-    """In float64: no token of a prefill sees what comes after it, and each is at its place."""
-    tokens = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
-    model = decoder(TINY, torch.device("cpu"), torch.float64)
-    whole = Step.of(model, 2, 5, new=5)
-    exact = whole(tokens)
-    assert numerics.relative_frobenius(exact, first.exact_logits(model, tokens)) < numerics.EMBEDDING_FROBENIUS
-    for new in (1, 2, 4):
-        last = Step.of(model, 2, 5, new=new)
-        last.follow(whole)
-        assert numerics.relative_frobenius(last(tokens[:, -new:]), exact) < numerics.EMBEDDING_FROBENIUS
-
-
-def test_spread_pairs_samples_of_the_same_time():
-    slow, fast = Timing.of([2.0, 40.0, 6.0]), Timing.of([1.0, 20.0, 3.0])
-    assert first.spread(slow, fast) == {"median": 2.0, "low": 2.0, "high": 2.0}
-    fewer, more = Timing.of([2.0, 40.0]), Timing.of([1.0, 9.0, 20.0, 9.0])
-    assert first.spread(fewer, more)["median"] == 2.0
-
-
 def test_text_of_a_length():
     encoder = t2l.TextEncoder.from_pretrained("minilm")
     for count in (4, 35):
         assert first.tokens_of(encoder, first.text_of(encoder, count)) == count
-
-
-# --- questions -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -192,21 +129,19 @@ def test_a_cached_prefix_gives_the_same_answer_and_stays(speaker):
     speaker.read(prompt[:15], cache)
     for _ in range(2):
         rest = speaker.answer(prompt[15:], cache)
-        assert (rest.text, rest.tokens) == (whole.text, whole.tokens)
-        assert cache.get_seq_length() == 15
-    assert 0 < whole.first_us < whole.us
+        assert rest.text == whole.text and cache.get_seq_length() == 15
+    assert whole.us > 0
 
 
 def test_an_answer_ends_with_its_line(speaker):
     tokenizer = types.SimpleNamespace(decode=lambda ids, skip_special_tokens: "one" + "\ntwo" * (len(ids) // 3))
     answer = questions.Speaker(speaker.model, tokenizer).answer(list(range(20)), DynamicCache())
-    assert (answer.text, answer.tokens) == ("one", 3)
+    assert answer.text == "one"
 
 
 def test_tasks_of_a_folder(tmp_path):
-    rows = [
-        {"input": f"in {i}", "output": [f"out {i}"], "split": split} for i, split in enumerate(["train"] * 4 + ["test"] * 2)
-    ]
+    splits = ["train"] * 4 + ["test"] * 2
+    rows = [{"input": f"in {i}", "output": [f"out {i}"], "split": split} for i, split in enumerate(splits)]
     (tmp_path / "copy.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "descriptions.json").write_text(json.dumps({"copy": ["Copy the number.", "Not used."]}))
     ((task, shots),) = questions.tasks(tmp_path)

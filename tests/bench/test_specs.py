@@ -3,11 +3,12 @@
 import dataclasses
 import hashlib
 import json
+from unittest import mock
 
 import pytest
 
 from bench.harness import BenchError
-from bench.specs import judge, plan, runs
+from bench.specs import plan, runs
 from t2l_engine.cli import demo
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.tasks.examples import normalise
@@ -117,10 +118,7 @@ def test_lora_runs_are_finished_with_all_their_adapters(tmp_path, monkeypatch):
 
 
 def test_a_run_that_went_on_is_rounded_anew(monkeypatch, tmp_path):
-    def fail(_):
-        raise RuntimeError("rounded")
-
-    monkeypatch.setattr(runs.t2l.TextToLoRA, "from_pretrained", fail)
+    monkeypatch.setattr(runs.t2l.TextToLoRA, "from_pretrained", mock.Mock(side_effect=RuntimeError("rounded")))
     weights = tmp_path / "t2l" / runs.WEIGHTS_NAME
     weights.parent.mkdir()
     weights.write_bytes(b"first")
@@ -136,22 +134,21 @@ def test_a_run_that_went_on_is_rounded_anew(monkeypatch, tmp_path):
 def test_unfinished_runs_are_not_judged(monkeypatch, tmp_path):
     monkeypatch.setattr(runs, "finished", lambda name, work: name != plan.T2L)
     with pytest.raises(BenchError, match="--work: expected finished runs of the plan in .*, got none of t2l$"):
-        list(judge.records(tmp_path))
+        list(runs.records(tmp_path))
 
 
 def test_evaluations_are_commands(monkeypatch, tmp_path):
     def command(words, **_):
         given.append(" ".join(words[4:]))
-        name = words[words.index("--json") + 1]
-        open(name, "w").write("{}")
+        open(words[words.index("--json") + 1], "w").write("{}")
 
     given = []
     monkeypatch.setattr(runs, "rounded", lambda name, work: work / name)
-    monkeypatch.setattr(judge.subprocess, "run", command)
+    monkeypatch.setattr(runs.subprocess, "run", command)
     for part in (plan.TRAINED, "novel"):
         write_tasks(runs.folder_of(tmp_path, part), [task("f-000", split="test")])
-        judge.judged(part, tmp_path)
-    judge.stored(tmp_path)
+        runs.judged(part, tmp_path)
+    runs.stored(tmp_path)
     for text, part, items in zip(given, ("trained", "novel", "trained"), (2, 3, 2), strict=True):
         assert f"--tasks {tmp_path}/tasks/{part}" in text and f"--max-items {items}" in text
         assert f"--held-out-descriptions {suite.HELD_OUT}" in text and f"--checkpoint {tmp_path}/t2l" in text
@@ -162,7 +159,7 @@ def test_evaluations_are_commands(monkeypatch, tmp_path):
 def test_records_of_an_evaluation():
     details = {"t2l": {"tasks": {"a": {"score": 50.0, "prompt_tokens": 14.0}}}}
     found = {"tasks": {"a": {"t2l": 50.004}}, "items": {"a": 4}, "details": details, "forms": {"t2l": {"form": "raw"}}}
-    of_task, of_method = judge.part_records("novel", found)
+    of_task, of_method = runs.part_records("novel", found)
     assert (of_task["record"], of_task["items"], of_task["scores"]) == ("scores", 4, {"t2l": 50.0})
     assert of_method["groups"] == {"all": {"prompt_tokens": 14.0}} and of_method["form"] == "raw"
 

@@ -21,9 +21,6 @@ def one_thread():
         yield
 
 
-# --- ways ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("case", train.cases(TINY), ids=lambda case: case.name)
 def test_ways_agree(case):
     frozen, single = train.both(TINY, case.dtype)
@@ -58,8 +55,7 @@ def test_hooks_repeat_a_token(monkeypatch):
     shapes.clear()
     batched = train.batched(x, A, B, 2.0)
     assert shapes == [(rows, tokens, features), (rows, tokens, rank)]
-    expected = torch.stack([2 * row @ a.mT @ b.mT for row, a, b in zip(x, A, B, strict=True)])
-    assert torch.allclose(repeated, expected, atol=1e-5) and torch.allclose(batched, expected, atol=1e-5)
+    assert torch.allclose(repeated, batched, atol=1e-5)
 
 
 def test_hooks_leave_no_adapter_behind():
@@ -75,30 +71,19 @@ def test_hooks_leave_no_adapter_behind():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, group",
-    [
-        ("library float32", "library"),
-        ("step q,v, 16 tokens, float32", "train"),
-    ],
-)
+@pytest.mark.parametrize("name, group", [("library float32", "library"), ("step q,v, 16 tokens, float32", "train")])
 def test_tasks(name, group):
     (task,) = (task for task in train.plan(TINY) if task.name == name)
-    made = list(task.run())
-    found = [entry for entry in made if entry["record"] == "row"]
+    found = [entry for entry in task.run() if entry["record"] == "row"]
     assert {row["group"] for row in found} == {group}
     assert all(row["error"]["value"] <= row["error"]["bound"] and row["times"].keys() > {OURS} for row in found)
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_a_child_tells_its_memory():
-    tokens = 256
-    found = train.peak(TINY, Case("q,v", tokens, "float32"), HOOKS)
-    stack = train.adapters(train.load(TINY, "float32").model, Case("q,v", tokens, "float32"))
-    once_a_token = tokens * sum(t.nbytes for side in (stack.lora_A, stack.lora_B) for t in side.values()) / 2**20
+    case = Case("q,v", 256, "float32")
+    found, stack = train.peak(TINY, case, HOOKS), train.adapters(train.load(TINY, "float32").model, case)
+    once_a_token = case.tokens * sum(t.nbytes for side in (stack.lora_A, stack.lora_B) for t in side.values()) / 2**20
     added = found["peak_mib"] - found["loaded_mib"]
     assert once_a_token > 10 and once_a_token <= added <= once_a_token + 500
     assert 50 < found["loaded_mib"] < 2000
