@@ -119,11 +119,17 @@ class AdapterLibrary:
         """
         folder = Path(folder)
         descriptions = _descriptions(folder / DESCRIPTIONS)
+        stated = read_json(folder / DIGESTS) if (folder / DIGESTS).is_file() else None
+        stated = stated if isinstance(stated, dict) else {}
         if encoder is None:
-            _check_minilm(folder / DIGESTS)
+            if (name := stated.get("encoder", MINILM.name)) != MINILM.name:
+                raise ConfigError(
+                    f"{folder / DIGESTS}: expected embeddings of {MINILM.name!r}, got those of {short_repr(name)}; pass "
+                    "encoder=..., or remove this file to embed the descriptions anew"
+                )
             encoder = TextEncoder.from_pretrained()
-        digest = _digest(descriptions, encoder)
-        means = _stored(folder, digest, (len(descriptions), encoder.embed_dim))
+        known = stated.get("sha256") == _digest(descriptions, encoder) and (folder / EMBEDDINGS).is_file()
+        means = _stored(folder / EMBEDDINGS, (len(descriptions), encoder.embed_dim)) if known else None
         return cls(AdapterStack.from_peft([folder / name for name in descriptions]), descriptions, encoder, means)
 
     def save(self, folder: str | Path, base_model_name_or_path: str | None = None) -> None:
@@ -253,26 +259,10 @@ def _digest(descriptions: Mapping[str, Sequence[str]], encoder: TextEncoder) -> 
     return hashlib.sha256(json.dumps(known, ensure_ascii=False).encode()).hexdigest()
 
 
-def _check_minilm(path: Path) -> None:
-    """ConfigError if ``path`` states another encoder of the embeddings beside it."""
-    stated = read_json(path) if path.is_file() else None
-    name = stated.get("encoder", MINILM.name) if isinstance(stated, dict) else MINILM.name
-    if name != MINILM.name:
-        raise ConfigError(
-            f"{path}: expected embeddings of {MINILM.name!r}, got those of {short_repr(name)}; pass encoder=..., or remove "
-            "this file to embed the descriptions anew"
-        )
-
-
-def _stored(folder: Path, digest: str, shape: tuple[int, int]) -> Tensor | None:
-    """The embeddings in ``folder`` if they have this ``digest``, else None."""
-    if not (folder / EMBEDDINGS).is_file() or not (folder / DIGESTS).is_file():
-        return None
-    stated = read_json(folder / DIGESTS)
-    if not isinstance(stated, dict) or stated.get("sha256") != digest:
-        return None
-    means = read_safetensors(folder / EMBEDDINGS, ConfigError).get("means")
+def _stored(path: Path, shape: tuple[int, int]) -> Tensor:
+    """The embeddings in ``path``."""
+    means = read_safetensors(path, ConfigError).get("means")
     if means is None or means.shape != shape:
         got = None if means is None else tuple(means.shape)
-        raise ConfigError(f"{folder / EMBEDDINGS}: means: expected shape {shape}, got {got}")
+        raise ConfigError(f"{path}: means: expected shape {shape}, got {got}")
     return means.to(torch.float32, copy=True)  # not a view of the file
