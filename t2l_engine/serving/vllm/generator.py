@@ -144,11 +144,12 @@ class Generator:
     def _pass(self, checkpoint: Checkpoint, jobs: list[Job]) -> list[Path | Exception]:
         """Folders of ``jobs``, which are all of ``checkpoint``; errors are returned."""
         assert self._store is not None  # opened before any checkpoint was loaded
-        for job in jobs:
-            tokens, used = checkpoint.length(job.prepared)
-            if used < tokens:
-                logger.warning("adapter %s: description of %d tokens cut to %d", job.key[:16], tokens, used)
-        try:  # in this thread, since another process may lock the store for long
+        try:
+            for job in jobs:
+                tokens, used = checkpoint.length(job.prepared)
+                if used < tokens:
+                    logger.warning("adapter %s: description of %d tokens cut to %d", job.key[:16], tokens, used)
+            # In this thread, since another process may lock the store for long.
             found, generated = checkpoint.make([(job.text, job.key) for job in jobs], self._store)
         except Exception as error:  # of any kind: requests wait for an answer
             return [_fault(error)] * len(jobs)
