@@ -18,7 +18,7 @@ from torch import Tensor
 from bench.timing import Call
 from t2l_engine import ops
 from t2l_engine.ops import reference
-from t2l_engine.testing.oracle import in_float64, members_of
+from t2l_engine.testing.oracle import in_float64, problems_of
 
 Arguments = dict[str, Any]  # of ops.lora_add_, by name
 ORDER = ("y", "x", "lora_A", "lora_B", "scaling", "seg_indptr", "seg_adapters", "max_seg_len", "ranks")
@@ -170,9 +170,9 @@ class Operands:
     groups: list[Arguments]
 
     @property
-    def members(self) -> list[Arguments]:
+    def problems(self) -> list[Arguments]:
         """Arguments of ``lora_add_`` for every linear, each with its part of ``y``."""
-        return [{name: member[name] for name in ORDER} for group in self.groups for member in members_of(group)]
+        return [{name: problem[name] for name in ORDER} for group in self.groups for problem in problems_of(group)]
 
     def grouped(self) -> Call:
         """Ours as packed projections have it: a launch a group."""
@@ -180,11 +180,11 @@ class Operands:
 
     def one_by_one(self, build: Callable[[Arguments], Call]) -> Call:
         """``build``'s call of every linear, one after the other."""
-        return in_turn([build(member) for member in self.members])
+        return in_turn([build(problem) for problem in self.problems])
 
     def exact(self) -> list[Tensor]:
         """What becomes of the ``y`` of every linear, in float64; these operands stay as they are."""
-        results = [in_float64(member) for member in self.members]
+        results = [in_float64(problem) for problem in self.problems]
         for wide in results:
             reference.lora_add_(**wide)
         return [wide["y"] for wide in results]
@@ -195,14 +195,14 @@ def in_turn(calls: list[Call]) -> Call:
     return calls[0] if len(calls) == 1 else lambda: [call() for call in calls]
 
 
-def launch(member: Arguments) -> Call:
+def launch(problem: Arguments) -> Call:
     """Ours on one linear."""
-    return functools.partial(ops.lora_add_, *member.values())
+    return functools.partial(ops.lora_add_, *problem.values())
 
 
 def _launch_group(group: Arguments) -> Call:
     if len(group["offsets"]) == 1:
-        return launch(Operands([group]).members[0])
+        return launch(Operands([group]).problems[0])
     return functools.partial(ops.lora_add_group_, *group.values())
 
 

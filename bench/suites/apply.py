@@ -146,7 +146,7 @@ def lora_errors(
         fresh = cases.operands(case, device, seed=1)
         with tolerant(name, skipped):
             build(fresh)()
-            got = [member["y"] for member in fresh.members]
+            got = [problem["y"] for problem in fresh.problems]
             pairs = zip(got, exact, strict=True)
             errors[name] = worst(Error(numerics.relative_frobenius(one, right), bound) for one, right in pairs)
     return errors
@@ -196,7 +196,7 @@ def step(build: Delta, arguments: Arguments, grad: Tensor) -> Callable[[], tuple
 
 def backward_operands(case: Case, seed: int) -> tuple[Arguments, Tensor]:
     """Of a case of one linear: arguments, and the gradient of the delta."""
-    arguments = cases.operands(case, CPU, seed).members[0]
+    arguments = cases.operands(case, CPU, seed).problems[0]
     return arguments, torch.randn(arguments["y"].shape, generator=torch.Generator().manual_seed(seed))
 
 

@@ -56,8 +56,8 @@ inline std::string device_of(const Tensor& t) {
 struct Op {
   const char* name;
   bool cuda = false;
-  int32_t device = 0;   // CUDA device index
-  int64_t member = -1;  // of a group, which is being checked; -1: none
+  int32_t device = 0;    // CUDA device index
+  int64_t problem = -1;  // of a group, which is being checked; -1: none
 
   bool holds(const Tensor& t) const { return cuda ? t.is_cuda() && t.get_device_index() == device : t.is_cpu(); }
   std::string device_text() const { return cuda ? cuda_text(device) : "cpu"; }
@@ -75,7 +75,7 @@ Op op_of(const char* name, const Tensor& first) {
 }
 
 [[noreturn]] inline void fail(const Op& op, std::string_view argument, const std::string& expected, const std::string& got) {
-  const std::string place = op.member < 0 ? "" : " at member " + std::to_string(op.member);
+  const std::string place = op.problem < 0 ? "" : " at problem " + std::to_string(op.problem);
   raise(std::string("t2l_engine::") + op.name + ": " + std::string(argument) + ": expected " + expected + ", got " + got +
         place);
 }

@@ -35,7 +35,9 @@ struct Cpu {
   static constexpr int64_t kMaxTrunkWidth = std::numeric_limits<int64_t>::max();
 
   static bool covers(ScalarType type) { return type == ScalarType::Float || type == ScalarType::BFloat16; }
-  static void lora(const Op& op, const LoraParams* members, int64_t count) { t2l::lora(members, count, isa(op), parallel); }
+  static void lora(const Op& op, const LoraParams* problems, int64_t count) {
+    t2l::lora(problems, count, isa(op), parallel);
+  }
   // The kernels of gradients do not write all of it.
   static Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes) {
     return torch::stable::new_zeros(like, sizes);

@@ -68,8 +68,8 @@ struct Cuda {
   static bool covers(ScalarType type) {
     return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
   }
-  static void lora(const Op& op, const LoraParams* members, int64_t count) {
-    check_launch(op, cuda::lora(members, count, OnDevice(op).stream()));
+  static void lora(const Op& op, const LoraParams* problems, int64_t count) {
+    check_launch(op, cuda::lora(problems, count, OnDevice(op).stream()));
   }
   // The kernels of gradients write all of it; the emulator fills it with NaN first.
   static Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes) {

@@ -51,19 +51,19 @@ class GoodIds {
     count_ = static_cast<int32_t*>(bad_ids->mutable_data_ptr());
   }
   bool expects_all() const { return count_ == nullptr; }
-  // After the checks of all members; valid as long as this object.
+  // After the checks of all problems; valid as long as this object.
   template <class Backend>
-  void apply(LoraParams* members, size_t count) {
+  void apply(LoraParams* problems, size_t count) {
     if (count_ == nullptr) return;
-    const LoraParams& p = members[0];
+    const LoraParams& p = problems[0];
     const auto is_bad = [&](int32_t id) { return id < -1 || id >= p.adapters; };
     if (Backend::kReadsIds) {
       ids_.assign(p.seg_adapters, p.seg_adapters + p.segments);
       *count_ += static_cast<int32_t>(std::count_if(ids_.begin(), ids_.end(), is_bad));
       std::replace_if(ids_.begin(), ids_.end(), is_bad, -1);
-      for (size_t i = 0; i < count; ++i) members[i].seg_adapters = ids_.data();
+      for (size_t i = 0; i < count; ++i) problems[i].seg_adapters = ids_.data();
     } else {
-      for (size_t i = 0; i < count; ++i) members[i].bad_ids = count_;
+      for (size_t i = 0; i < count; ++i) problems[i].bad_ids = count_;
     }
   }
 
@@ -230,7 +230,7 @@ void lora_add_group(const Tensor& y, const Tensor& x, std::vector<Tensor> lora_A
   const size_t count = lora_A.size();
   const auto listed = [&](const char* name, size_t got) {
     if (got != count || count == 0)
-      fail(op, name, "one entry a member, as many as lora_A and at least one",
+      fail(op, name, "one entry a problem, as many as lora_A and at least one",
            std::to_string(got) + " for " + std::to_string(count) + " entries of lora_A");
   };
   listed("lora_B", lora_B.size());
@@ -239,30 +239,30 @@ void lora_add_group(const Tensor& y, const Tensor& x, std::vector<Tensor> lora_A
   const Rows rows = rows_of(op, "y", y);
   const int64_t columns = y.size(y.dim() - 1);
   check_apart(op, "y", rows, columns);
-  std::vector<LoraParams> members;
+  std::vector<LoraParams> problems;
   int64_t end = 0;
   bool all_covered = true;
   for (size_t i = 0; i < count; ++i) {
-    op.member = static_cast<int64_t>(i);
-    members.push_back(prepare_lora<Backend>(op, "y", y, x, lora_A[i], lora_B[i], scaling, seg_indptr, seg_adapters,
-                                            max_seg_len, ranks[i], true, ids.expects_all()));
+    op.problem = static_cast<int64_t>(i);
+    problems.push_back(prepare_lora<Backend>(op, "y", y, x, lora_A[i], lora_B[i], scaling, seg_indptr, seg_adapters,
+                                             max_seg_len, ranks[i], true, ids.expects_all()));
     check_type(op, "lora_A", lora_A[i], lora_A[0].scalar_type());
-    if (offsets[i] < end || offsets[i] > columns - members[i].out)
+    if (offsets[i] < end || offsets[i] > columns - problems[i].out)
       fail(op, "offsets", "rising columns of y " + to_text(y) + " that do not overlap",
-           "columns " + std::to_string(offsets[i]) + " to " + std::to_string(offsets[i] + members[i].out));
-    end = offsets[i] + members[i].out;
-    members[i].y = static_cast<char*>(y.mutable_data_ptr()) + offsets[i] * y.element_size();
-    members[i].accumulate = true;
+           "columns " + std::to_string(offsets[i]) + " to " + std::to_string(offsets[i] + problems[i].out));
+    end = offsets[i] + problems[i].out;
+    problems[i].y = static_cast<char*>(y.mutable_data_ptr()) + offsets[i] * y.element_size();
+    problems[i].accumulate = true;
     all_covered = all_covered && covered<Backend>(x, lora_A[i]);
   }
-  op.member = -1;
+  op.problem = -1;
   if (!all_covered) {
     call_reference("t2l_engine::lora_add_group__reference", y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters,
                    max_seg_len, ranks, offsets, bad_ids);
     return;
   }
-  ids.apply<Backend>(members.data(), count);
-  Backend::lora(op, members.data(), static_cast<int64_t>(count));
+  ids.apply<Backend>(problems.data(), count);
+  Backend::lora(op, problems.data(), static_cast<int64_t>(count));
 }
 
 }  // namespace t2l::torch_ops

@@ -349,7 +349,7 @@ def lora_add_group_(
     """
     for name, entries in (("lora_B", lora_B), ("ranks", ranks), ("offsets", offsets)):
         if len(entries) != len(lora_A) or not lora_A:
-            expected = "one entry a member, as many as lora_A and at least one"
+            expected = "one entry a problem, as many as lora_A and at least one"
             reference.fail("lora_add_group_", name, expected, f"{len(entries)} for {len(lora_A)} entries of lora_A")
     _check_frozen("lora_add_group_", x=x, lora_A=lora_A, lora_B=lora_B)
     lora_add_group_op(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets, bad_ids)

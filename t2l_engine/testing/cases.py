@@ -179,23 +179,23 @@ LORA_CASES = (
 
 @dataclasses.dataclass(frozen=True)
 class GroupCase:
-    """A packed projection.  ``lora``: tokens, adapters, dtypes, layout and in features of all members;
-    ``members``: (first column, out features, rank); ``columns``: of the whole output."""
+    """A packed projection.  ``lora``: tokens, adapters, dtypes, layout and in features of all problems;
+    ``problems``: (first column, out features, rank); ``columns``: of the whole output."""
 
     name: str
     lora: LoraCase
-    members: tuple[tuple[int, int, int], ...]
+    problems: tuple[tuple[int, int, int], ...]
     columns: int
 
     @drawn_on_cpu
     def make(self, seed: int = 0) -> dict:
         """Arguments of ``ops.lora_add_group_`` by name."""
-        sizes = [dataclasses.replace(self.lora, out_features=out, rank=rank, ranks=None) for _, out, rank in self.members]
+        sizes = [dataclasses.replace(self.lora, out_features=out, rank=rank, ranks=None) for _, out, rank in self.problems]
         made = [case.make(seed + i) for i, case in enumerate(sizes)]
         pad = self.lora.pad
         y = torch.randn(self.lora.tokens, self.columns + 2 * pad, generator=torch.Generator().manual_seed(seed))
         shared = ("x", "scaling", "seg_indptr", "seg_adapters", "max_seg_len")
-        ranks = [[max(0, rank - i) for i in range(self.lora.adapters)] for _, _, rank in self.members]
+        ranks = [[max(0, rank - i) for i in range(self.lora.adapters)] for _, _, rank in self.problems]
         for m, widths in zip(made, ranks, strict=True):
             for i, width in enumerate(widths):
                 m["lora_A"][i, width:] = float("nan")
@@ -205,7 +205,7 @@ class GroupCase:
             "lora_A": [m["lora_A"] for m in made],
             "lora_B": [m["lora_B"] for m in made],
             "ranks": [torch.tensor(widths, dtype=torch.int32) for widths in ranks],
-            "offsets": [start for start, _, _ in self.members],
+            "offsets": [start for start, _, _ in self.problems],
             **{k: made[0][k] for k in shared},
         }
 
@@ -216,7 +216,7 @@ _PAST_A_PASS = ((0, 1056, 24), (1056, 264, 16), (1320, 264, 8))  # 48 ranks are 
 GROUP_CASES = (
     GroupCase("qkv", LoraCase("", _RAGGED), _QKV, 80),
     GroupCase("q_and_v", LoraCase("", _MIXED), (_QKV[0], _QKV[2]), 80),
-    GroupCase("one_member_with_gaps", LoraCase("", _MIXED, in_features=111), ((7, 77, 3),), 99),
+    GroupCase("one_problem_with_gaps", LoraCase("", _MIXED, in_features=111), ((7, 77, 3),), 99),
     GroupCase("no_tokens", LoraCase("", ()), _QKV, 80),
     GroupCase("all_base", LoraCase("", _rows(-1, -1)), _QKV, 80),
     GroupCase("out_r_layout", LoraCase("", _RAGGED, b_layout="out_r"), _QKV, 80),
@@ -224,7 +224,7 @@ GROUP_CASES = (
     GroupCase("bf16_x_fp32_adapters", LoraCase("", _MIXED, x_dtype=BF16), _QKV, 80),
     GroupCase("fp16", LoraCase("", _RAGGED, **_F16), _QKV, 80),
     GroupCase("aligned_rows", LoraCase("", _MIXED, 1056, **_BF16, pad=8), _PAST_A_PASS, 1584),
-    GroupCase("nine_members", LoraCase("", _RAGGED), tuple((20 * i, 9 + i, 1 + i) for i in range(9)), 180),
+    GroupCase("nine_problems", LoraCase("", _RAGGED), tuple((20 * i, 9 + i, 1 + i) for i in range(9)), 180),
     GroupCase("serve_phi3_qkv_8x8", LoraCase("", _rows(*range(8)), 3072, **_BF16, adapters=8), _PHI3_QV, 9216),
 )
 

@@ -61,16 +61,16 @@ def lora_add_(case: LoraCase) -> float:
 
 
 def lora_add_group_(case: GroupCase) -> float:
-    """Also: the bits of one linear after the other, and the columns between members are left alone."""
+    """Also: the bits of one linear after the other, and the columns between problems are left alone."""
     arguments, alone = case.make(seed=2), case.make(seed=2)
-    exact = [oracle.lora(member) for member in oracle.members_of(arguments)]
+    exact = [oracle.lora(problem) for problem in oracle.problems_of(arguments)]
     _expect(ops.lora_add_group_(**arguments) is arguments["y"], "y itself")
-    for member in oracle.members_of(alone):
-        ops.lora_add_(**member)
+    for problem in oracle.problems_of(alone):
+        ops.lora_add_(**problem)
     same = torch.equal(_buffer(arguments["y"]), _buffer(alone["y"]))
-    _expect(same, "the bits of lora_add_ for one member after the other")
-    members = zip(oracle.members_of(arguments), exact, strict=True)
-    return max(error_ratio(member["y"], y, bound) for member, (y, _, bound) in members)
+    _expect(same, "the bits of lora_add_ for one problem after the other")
+    problems = zip(oracle.problems_of(arguments), exact, strict=True)
+    return max(error_ratio(problem["y"], y, bound) for problem, (y, _, bound) in problems)
 
 
 def lora_delta(case: LoraCase) -> float:

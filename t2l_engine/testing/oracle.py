@@ -44,8 +44,8 @@ def gradients(
     return grad_x, *backward(grad_x, grad, *arguments.values())
 
 
-def members_of(arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    """Arguments of ``lora_add_`` for each member of a group, ``y`` as its column slice."""
+def problems_of(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Arguments of ``lora_add_`` for each problem of a group, ``y`` as its column slice."""
     lists = ("lora_A", "lora_B", "ranks", "offsets")
     rest = {k: v for k, v in arguments.items() if k not in (*lists, "y")}
     return [

@@ -19,7 +19,7 @@ SEED = 11
 #: A sanitizer makes every case some hundred times slower: edges, ranks, layouts, dtypes, one of each.
 FEW = (
     "all_base", "mixed_rows", "ragged", "rank_3", "rank_64", "odd_features", "bf16_odd", "bf16_out_r_mixed_ranks",
-    "bf16_x_fp32_adapters", "fp16", "qkv", "bf16", "one_member_with_gaps", "L", "M_bf16_affine", "S_rotary_bf16",
+    "bf16_x_fp32_adapters", "fp16", "qkv", "bf16", "one_problem_with_gaps", "L", "M_bf16_affine", "S_rotary_bf16",
     "odd_sizes_bf16", "aligned_rows", "aligned_rows_mixed_ranks", "aligned_heads_256",
 )  # fmt: skip
 Arguments = dict[str, Any]

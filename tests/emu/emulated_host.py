@@ -47,7 +47,7 @@ def heads(name: str, modules: int) -> dict:
         (lambda: ops.lora_add_(**ROWS.make()), 1),
         (lambda: ops.lora_add_(**SMALL.make()), 1),
         (lambda: ops.lora_add_group_(**group("qkv")), 1),
-        (lambda: ops.lora_add_group_(**group("nine_members")), 2),  # eight members a launch
+        (lambda: ops.lora_add_group_(**group("nine_problems")), 2),  # eight problems a launch
         (lambda: backward(SMALL), 2),
         (lambda: backward(dataclasses.replace(SMALL, x_dtype=F64, w_dtype=F64)), 0),
         (lambda: ops.hypernet_trunk(**hyper("S_rotary").make_trunk()), 1),

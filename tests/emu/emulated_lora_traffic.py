@@ -73,12 +73,12 @@ def test_lora_group(emulator, num_sms, cluster):
     ops.lora_add_group_(**group.make())
     assert emulator.t2l_emu_counter(b"launches") == 1 and emulator.t2l_emu_last_launch(b"cluster") == cluster
     least, expected, x = 0, 0, group.lora.tokens * group.lora.in_features * group.lora.x_dtype.itemsize
-    for _, out_features, rank in group.members:
+    for _, out_features, rank in group.problems:
         ranks = tuple(max(0, rank - i) for i in range(group.lora.adapters))
         one = moved_once(dataclasses.replace(group.lora, out_features=out_features, rank=rank, ranks=ranks), True)
         least, expected = least + one[0], expected + one[1]
     read, written = traffic(emulator)
-    shared = least - (len(group.members) - 1) * x
+    shared = least - (len(group.problems) - 1) * x
     assert written == expected and shared <= read <= (1.4 if cluster == 8 else 1) * shared
 
 

@@ -206,16 +206,16 @@ SLICED = {name: (64, width) for name, width in WIDTHS.items()} | {"o_proj": (64,
 
 
 def pack(stack):
-    """The same adapters on the packed projections: A of the members one after the other, B zero outside its columns."""
+    """The same adapters on the packed projections: A of the linears one after the other, B zero outside its columns."""
     lora_A, lora_B = dict(stack.lora_A), dict(stack.lora_B)
-    for host, members in PACKED.items():
-        present = [name for name in members if name in lora_A]
+    for host, linears in PACKED.items():
+        present = [name for name in linears if name in lora_A]
         rows = [lora_A.pop(name) for name in present]
         first = {name: sum(a.shape[2] for a in rows[:i]) for i, name in enumerate(present)}
         A = torch.cat(rows, dim=2)
-        B = A.new_zeros(*A.shape[:2], sum(WIDTHS[name] for name in members), A.shape[2])
+        B = A.new_zeros(*A.shape[:2], sum(WIDTHS[name] for name in linears), A.shape[2])
         column = 0
-        for name in members:
+        for name in linears:
             if name in first:
                 b = lora_B.pop(name)
                 B[:, :, column : column + WIDTHS[name], first[name] : first[name] + b.shape[3]] = b

@@ -74,7 +74,7 @@ def test_segments(op, change, message, backend):
 
 @pytest.mark.parametrize("module", [ops, reference], ids=["op", "reference"])
 def test_nothing_is_written_before_all_is_checked(module, backend):
-    """Neither y nor the count of bad ids, where the last member's argument is wrong."""
+    """Neither y nor the count of bad ids, where the last problem's argument is wrong."""
     if backend != "cpu" and module is ops:
         pytest.skip("only the device sees the values")
     single, group, bad_ids = SMALL.make(), GROUP_CASES[0].make(), torch.zeros(1, **INT32)
@@ -105,22 +105,22 @@ def test_a_negative_max_seg_len():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"offsets": [0, 40, 64]}, "offsets: expected rising columns .* not overlap, got columns 40 to 56 at member 1"),
-        ({"offsets": [0, 48, 65]}, r"offsets: expected rising columns of y \[66, 80\] .* got columns 65 to 81 at member 2"),
-        ({"offsets": [-1, 48, 64]}, "got columns -1 to 47 at member 0"),
-        ({"offsets": [2**62, 48, 64]}, "at member 0"),
-        ({"x": torch.zeros(66, 65)}, r"lora_A: expected shape \[\*, \*, 65\], got \[.*\] at member 0"),
+        ({"offsets": [0, 40, 64]}, "offsets: expected rising columns .* not overlap, got columns 40 to 56 at problem 1"),
+        ({"offsets": [0, 48, 65]}, r"offsets: expected rising columns of y \[66, 80\] .* got columns 65 to 81 at problem 2"),
+        ({"offsets": [-1, 48, 64]}, "got columns -1 to 47 at problem 0"),
+        ({"offsets": [2**62, 48, 64]}, "at problem 0"),
+        ({"x": torch.zeros(66, 65)}, r"lora_A: expected shape \[\*, \*, 65\], got \[.*\] at problem 0"),
         ({"y": torch.zeros(80).expand(66, 80)}, "y: expected rows that do not overlap, got rows of 80 elements, 0 apart"),
         ({"bad_ids": torch.zeros(2, **INT32)}, r"bad_ids: expected shape \[1\], got \[2\]"),
         # The wrapper's check, whatever runs the op.
-        ({"offsets": [0, 48]}, "offsets: expected one entry a member, .* got 2 for 3 entries"),
-        ({"ranks": []}, "ranks: expected one entry a member, as many as lora_A and at least one, got 0 for 3 entries"),
-        ({"lora_A": []}, "lora_B: expected one entry a member, as many as lora_A and at least one, got 3 for 0"),
-        ({"lora_A": [], "lora_B": []}, "lora_B: expected one entry a member, .* at least one, got 0 for 0"),
+        ({"offsets": [0, 48]}, "offsets: expected one entry a problem, .* got 2 for 3 entries"),
+        ({"ranks": []}, "ranks: expected one entry a problem, as many as lora_A and at least one, got 0 for 3 entries"),
+        ({"lora_A": []}, "lora_B: expected one entry a problem, as many as lora_A and at least one, got 3 for 0"),
+        ({"lora_A": [], "lora_B": []}, "lora_B: expected one entry a problem, .* at least one, got 0 for 0"),
     ],
 )
 def test_lora_add_group(change, message):
-    if "one entry a member" not in message:
+    if "one entry a problem" not in message:
         needs_native("the native kernels check their arguments")
     refused(message, ops.lora_add_group_, GROUP_CASES[0].make() | change)
 

@@ -198,7 +198,7 @@ def test_bad_ids_without_tokens(segments, counted):
 
 
 @kernel_case
-@pytest.mark.parametrize("name", ["qkv", "nine_members", "bf16"])
+@pytest.mark.parametrize("name", ["qkv", "nine_problems", "bf16"])
 def test_bad_ids_of_a_group_are_counted_once(name):
     case = next(case for case in GROUP_CASES if case.name == name)
     arguments, right = case.make(), case.make()
