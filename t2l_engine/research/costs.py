@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections import defaultdict
 from collections.abc import Mapping
 from fractions import Fraction
@@ -102,17 +103,20 @@ def count(config: Any, *, head: bool = True) -> Model:
     elif not isinstance(config, Mapping):
         values = config.to_dict()
     try:
-        return _counted(values, head)
+        return _counted(json.dumps(values, default=str), head)
     except Exception as error:  # classes of transformers raise anything for values that do not fit
         message = " ".join(str(error).split())
         raise ConfigError(f"{where}: {message[:MAX_SHOWN]}{'...' * (len(message) > MAX_SHOWN)}") from None
 
 
-def _counted(values: Mapping[str, Any], head: bool) -> Model:
+@functools.lru_cache(64)
+def _counted(document: str, head: bool) -> Model:
+    """Of a configuration as JSON, which is hashable: no model is counted twice in a process."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import CONFIG_MAPPING, AttentionInterface, AutoModel, AutoModelForCausalLM
 
+    values = json.loads(document)
     if not isinstance(values, Mapping):
         raise ConfigError(f"expected a JSON object, got {type(values).__name__}")
     text = values.get("text_config")
