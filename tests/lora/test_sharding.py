@@ -75,6 +75,7 @@ def exact(folder, kind):
     return worker.results(kind, worker.model(kind, folder).double(), torch.float64)
 
 
+@pytest.mark.slow  # two processes that start torch and transformers
 def test_the_whole_models_results(divided, whole, kind, exact):
     """With a mixed batch, one adapter, new ids, a replaced adapter, generated ones, one merged; tokens are the same."""
     for own in divided:
@@ -92,6 +93,7 @@ def test_the_whole_models_results(divided, whole, kind, exact):
     assert all(torch.equal(divided[0][kind][name], divided[1][kind][name]) for name in whole if name != "parameters")
 
 
+@pytest.mark.slow  # two processes that start torch and transformers
 def test_the_divided_models_bits(divided, kind):
     """Attached, in rows of the base model, after unmerge and detach it is what it was."""
     found = divided[0][kind]
@@ -102,6 +104,7 @@ def test_the_divided_models_bits(divided, kind):
     assert torch.equal(found["filled"][3], found["base"][3])
 
 
+@pytest.mark.slow  # two processes that start torch and transformers
 def test_each_process_generates_its_part(divided, kind):
     """Half of the heads' rows that depend on divided features; slots get the bits of adapters that were generated whole."""
     net, found = worker.hypernetwork(kind), [own[kind] for own in divided]
