@@ -52,19 +52,20 @@ class Run:
     num_sms: int = 132
     max_cluster: int = 8  # 1: a card without clusters and PDL launches
     shared_kib: int = 227  # of a block
+    release: bool = False  # whether .ci/release runs it alone: what it adds is another order or device
 
 
 RUNS = (
     Run("all", ALL, files=(OPS, *HERE)),
     Run("few_sms", KERNELS, num_sms=1),
     Run("reverse", KERNELS, "reverse"),
-    Run("eager_copies", KERNELS, "forward+eager", num_sms=2),
-    Run("shuffled", KERNELS, "seed=1"),
+    Run("eager_copies", KERNELS, "forward+eager", num_sms=2, release=True),
+    Run("shuffled", KERNELS, "seed=1", release=True),
     Run("compute_8_6", SMALL, max_cluster=1, shared_kib=99),
-    Run("shuffled_few", SMALL, "seed=2+eager", num_sms=1),
+    Run("shuffled_few", SMALL, "seed=2+eager", num_sms=1, release=True),
     Run("address", SMALL, sanitize="address"),
-    Run("address_few", SMALL, "seed=3", sanitize="address", num_sms=1),
-    Run("thread", SMALL, sanitize="thread"),
+    Run("address_few", SMALL, "seed=3", sanitize="address", num_sms=1, release=True),
+    Run("thread", SMALL, sanitize="thread", release=True),
     Run("thread_few", SMALL, "reverse+eager", sanitize="thread", num_sms=1),
 )
 
@@ -105,7 +106,9 @@ def results(request):
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+@pytest.mark.parametrize(
+    "run", [pytest.param(run, marks=pytest.mark.release if run.release else ()) for run in RUNS], ids=lambda run: run.name
+)
 def test_ops(results, run):
     if isinstance(results[run.name], str):
         pytest.skip(results[run.name])
