@@ -99,6 +99,8 @@ def count(config: Any, *, head: bool = True) -> Model:
     where, values = "config", config
     if isinstance(config, (str, Path)):
         where = Path(config, "config.json") if Path(config).is_dir() else Path(config)
+        if not where.is_file():
+            raise FileNotFoundError(f"{where}: expected the configuration of a transformers model, found no file")
         values = read_json(where)
     elif not isinstance(config, Mapping):
         values = config.to_dict()
