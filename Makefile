@@ -93,7 +93,7 @@ fuzz: setup
 
 # The CUDA kernels without a GPU: their own tests in the emulator, and what nvcc makes of them.
 emulator: setup
-	$(BIN)/python -m pytest -q -m emu tests/emu
+	$(BIN)/python -m pytest -q -m "emu and not release" tests/emu
 
 # Where a program of the CUDA toolkit is missing, its packages are installed.
 kernels: setup
