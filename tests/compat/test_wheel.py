@@ -110,7 +110,7 @@ def test_quick_start_without_a_compiler(installed):
     assert Path(where).is_relative_to(folder)
     start = time.monotonic()
     out = run(folder, "python", "-c", QUICK_START)
-    assert len(re.findall(r"'[^']*'", out)) == 3 and (folder.parent / "out" / "adapter_config.json").exists()
+    assert len(re.findall(r"'[^']*'", out)) == 3
     took = time.monotonic() - start
     print(f"{folder.name}, torch {torch}: pip {seconds:.0f} s, quick start {took:.0f} s; CUDA kernels: {cuda}")
 
