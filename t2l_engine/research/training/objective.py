@@ -89,6 +89,16 @@ def token_weights(kind: str, groups: Sequence[Group], per_task: bool) -> Callabl
     return lambda s, g: 1 / (totals[g.task if per_task else None] * (s.answer_len if kind == "sample" else 1))
 
 
+@contextlib.contextmanager
+def _taking(head: nn.Module, chosen: Tensor) -> Iterator[None]:
+    """Let ``head`` see, of states ``[rows, places, hidden]``, only those that ``chosen [rows, places]`` says."""
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0][chosen], *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 class Objective:
     """Cross-entropy of answers given prompts, through the frozen causal LM ``model`` with an adapter per row.
 
@@ -140,14 +150,15 @@ class Objective:
         """
         device = next(self.model.parameters()).device
         ids, mask, labels = (t.to(device) for t in (batch.ids, batch.mask, batch.labels))
+        chosen = labels != IGNORED
         with (
+            _taking(self.model.get_output_embeddings(), chosen),  # answers differ in length
             self.handle.differentiable(stack, batch.adapters, dropout=lora_dropout),
             self._noise(batch, neftune_alpha) if neftune_alpha else contextlib.nullcontext(),
         ):
             logits = self._logits(ids, mask, torch.arange(-labels.shape[1] - 1, -1))
-        chosen = labels != IGNORED
         losses = nn.functional.cross_entropy(
-            logits[chosen].float(), labels[chosen], reduction="none", label_smoothing=label_smoothing
+            logits.float(), labels[chosen], reduction="none", label_smoothing=label_smoothing
         )
         return torch.zeros(labels.shape, device=device).masked_scatter(chosen, losses).sum(dim=1) * batch.weights.to(device)
 
