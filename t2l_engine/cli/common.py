@@ -93,11 +93,11 @@ def json_text(value: Any) -> str:
     return text if is_unicode(text) else json.dumps(value, indent=1)
 
 
-def printable(name: str) -> str:
-    """``name``, of a file or an option, as printable text of bounded length."""
+def printable(name: str, most: int = 120) -> str:
+    """``name``, of a file or an option, as printable text; short if it has over ``most`` characters."""
     from t2l_engine.files.errors import short_repr
 
-    return name if name.isprintable() and len(name) <= 120 else short_repr(name)
+    return name if name.isprintable() and len(name) <= most else short_repr(name)
 
 
 def print_json(value: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from t2l_engine.cli.common import Json, console, named, print_json, printable, split_names
+from t2l_engine.cli.common import Json, console, print_json, printable, split_names
 
 
 class Format(str, enum.Enum):
@@ -43,8 +43,7 @@ def convert(
             raise ValueError(f"{target}: expected another folder than the source")
         if not force and any(target.iterdir()):
             raise FileExistsError(f"{target}: not empty; --force writes into it all the same")
-    with named({"module_order": "--module-order"}):
-        written = conversion.convert(folder, target, to.value if to is not None else None, split_names(module_order) or None)
+    written = conversion.convert(folder, target, to.value if to is not None else None, split_names(module_order) or None)
     if as_json:
         print_json({"source": str(folder), "target": str(target), "form": written})
     else:

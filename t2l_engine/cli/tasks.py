@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from t2l_engine.cli.common import Json, console, named, print_json, say, split_names
-from t2l_engine.files.errors import short_repr
+from t2l_engine.cli.common import Json, console, named, print_json, printable, say, split_names
 
 if TYPE_CHECKING:
     from t2l_engine.research.tasks.folder import Task
@@ -162,7 +161,8 @@ def check(
         tasks = load_tasks(folder, None)
         check_splits(tasks, str(folder))
         if others := {example.split for task in tasks for example in task.examples} - SHARES.keys():
-            say(f"training reads no splits other than {', '.join(SHARES)}: {', '.join(map(_plain, sorted(others)))}")
+            shown = ", ".join(printable(name, 40) for name in sorted(others))
+            say(f"training reads no splits other than {', '.join(SHARES)}: {shown}")
         names, about = [task.name for task in tasks], _summary(folder, tasks)
     if as_json:
         print_json({"manifest": manifest or None, "tasks": names})
@@ -207,7 +207,7 @@ def show(folder: Folder, as_json: Json = False) -> None:
         return
     splits = list(dict.fromkeys(name for row in about for name in row["splits"]))
     table = Table("task", title=f"{len(about)} tasks")
-    for column in ("descriptions", *map(_plain, splits), "mean characters"):
+    for column in ("descriptions", *(printable(name, 40) for name in splits), "mean characters"):
         table.add_column(column, justify="right")
     for row in about:
         counts = (str(row["splits"].get(name, 0)) for name in splits)
@@ -224,8 +224,3 @@ def _write(folder: Path, tasks: Sequence[Task], force: bool) -> None:
 
 def _summary(folder: Path, tasks: Sequence[Task]) -> str:
     return f"{folder}: {len(tasks)} tasks, {sum(len(task.examples) for task in tasks)} examples"
-
-
-def _plain(text: str) -> str:
-    """``text`` from a file, escaped and bounded for a terminal."""
-    return text if text.isprintable() and len(text) <= 40 else short_repr(text)
