@@ -3,17 +3,19 @@
 from t2l_engine import ops
 from t2l_engine.adapters.shard import Shard
 from t2l_engine.adapters.stack import AdapterError, AdapterStack
-from t2l_engine.engine import TextToLoRA
+from t2l_engine.engine import DocToLoRA, TextToLoRA
 from t2l_engine.files.errors import ConfigError
-from t2l_engine.hypernetwork.config import HyperNetworkConfig
+from t2l_engine.hypernetwork.config import HyperNetworkConfig, PerceiverConfig
 from t2l_engine.hypernetwork.folder import CheckpointError, bundled_checkpoints
 from t2l_engine.hypernetwork.network import HyperNetwork
+from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
 from t2l_engine.library import AdapterLibrary
 from t2l_engine.lora.handle import LoRAHandle, attach
 from t2l_engine.lora.layer import LoRALinear
 from t2l_engine.lora.locate import shards
 from t2l_engine.ops.segments import AdapterBatch
-from t2l_engine.text.config import EncoderConfig, LLMEncoderConfig, OneHotConfig
+from t2l_engine.text.config import DocumentEncoderConfig, EncoderConfig, LLMEncoderConfig, OneHotConfig
+from t2l_engine.text.documents import DocumentEncoder
 from t2l_engine.text.encoder import OneHotEncoder, TextEncoder
 from t2l_engine.text.llm_encoder import LLMEncoder
 
@@ -26,6 +28,9 @@ __all__ = [
     "AdapterStack",
     "CheckpointError",
     "ConfigError",
+    "DocToLoRA",
+    "DocumentEncoder",
+    "DocumentEncoderConfig",
     "EncoderConfig",
     "HyperNetwork",
     "HyperNetworkConfig",
@@ -34,6 +39,8 @@ __all__ = [
     "OneHotConfig",
     "OneHotEncoder",
     "LLMEncoderConfig",
+    "PerceiverConfig",
+    "PerceiverHyperNetwork",
     "Shard",
     "TextEncoder",
     "LLMEncoder",

@@ -1,4 +1,4 @@
-"""TextToLoRA: task descriptions to adapters, by an encoder and a hypernetwork."""
+"""TextToLoRA and DocToLoRA: descriptions or documents to adapters, by an encoder and a hypernetwork."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import torch
 
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import short_repr
+from t2l_engine.files.text import to_json
 from t2l_engine.hypernetwork.checkpoint import has_described_prompts, read
-from t2l_engine.hypernetwork.folder import Contents, UndefinedEncoder, resolve_checkpoint
-from t2l_engine.hypernetwork.network import HyperNetwork, build_pooling, load
+from t2l_engine.hypernetwork.folder import CheckpointError, Contents, UndefinedEncoder, resolve_checkpoint
+from t2l_engine.hypernetwork.network import HyperNetwork, build_pooling, load, save
+from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
 from t2l_engine.library import AdapterLibrary, Match
 from t2l_engine.lora.handle import LoRAHandle
-from t2l_engine.text.config import AnyEncoderConfig, LLMEncoderConfig, OneHotConfig
-from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder, WorkedExamples
+from t2l_engine.text.config import AnyEncoderConfig, DocumentEncoderConfig, LLMEncoderConfig, OneHotConfig
+from t2l_engine.text.documents import DocumentEncoder
+from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder, WorkedExamples, refuse_examples
 from t2l_engine.text.llm_encoder import LLMEncoder
 from t2l_engine.text.prompts import CHAT, prompt_of
 
@@ -84,14 +87,16 @@ class TextToLoRA:
         cls,
         checkpoint: str | Path,
         *,
-        encoder: TextEncoder | OneHotEncoder | str | Path | None = None,
+        encoder: TextEncoder | OneHotEncoder | DocumentEncoder | str | Path | None = None,
         scaling: str | float | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         module_order: list[str] | None = None,
         trust_remote_code: bool = False,
     ) -> TextToLoRA:
-        """Load a bundled checkpoint by name ("smollm2-135m"), or a native or Sakana-format folder.
+        """Load a bundled checkpoint by name ("smollm2-135m"), or a folder in native, Sakana or Doc-to-LoRA format.
+
+        A checkpoint that reads documents becomes a :class:`DocToLoRA`.
 
         Args:
             encoder: of the texts; None = the one the checkpoint was trained with (MiniLM if it names none).  A local
@@ -109,8 +114,21 @@ class TextToLoRA:
         folder = resolve_checkpoint(checkpoint)
         contents = read(folder, module_order)
         hypernetwork = load(contents, scaling=scaling, dtype=dtype, device=device)
+        if isinstance(hypernetwork, PerceiverHyperNetwork):
+            if encoder is None or isinstance(encoder, (str, Path)):
+                config = _encoder_config(contents, folder, encoder)
+                if not isinstance(config, DocumentEncoderConfig):
+                    raise CheckpointError(f"{folder}: encoder: expected one that reads documents, got {short_repr(config)}")
+                encoder = DocumentEncoder.from_config(config, device=device, trust_remote_code=trust_remote_code)
+            if not isinstance(encoder, DocumentEncoder):
+                raise ValueError(f"encoder: expected a DocumentEncoder for {folder}, got {type(encoder).__name__}")
+            return DocToLoRA(encoder, hypernetwork, contents.prompt_form)
+        if isinstance(encoder, DocumentEncoder):
+            raise ValueError(f"encoder: expected none that reads documents, since {folder} reads descriptions")
         if encoder is None or isinstance(encoder, (str, Path)):
             config = _encoder_config(contents, folder, encoder)
+            if isinstance(config, DocumentEncoderConfig):
+                raise CheckpointError(f"{folder}: encoder: expected one of descriptions, got {short_repr(config)}")
             if isinstance(config, OneHotConfig):
                 encoder = OneHotEncoder(config, device=device)
             elif isinstance(config, LLMEncoderConfig):
@@ -155,6 +173,14 @@ class TextToLoRA:
         if examples is not None:
             raise ValueError("examples: expected none with a library, whose adapters are found by their descriptions")
         return self.retrieve(texts, library, top_k, min_similarity)[0]
+
+    def save_pretrained(self, folder: str | Path, base_model: str | None = None) -> None:
+        """Write hypernetwork and encoder as a native checkpoint; ``base_model``: name of the model that adapters are for.
+
+        Raises as :meth:`HyperNetwork.save_pretrained`.
+        """
+        pooling = self.encoder.pooling if isinstance(self.encoder, LLMEncoder) else None
+        save(self.hypernetwork, Path(folder), {"encoder": to_json(self.encoder.config), "base_model": base_model}, pooling)
 
     def retrieve(
         self, texts: Sequence[str], library: AdapterLibrary, top_k: int = 1, min_similarity: float = -1.0
@@ -206,3 +232,88 @@ class TextToLoRA:
         if self.description_in_prompt and not description:
             raise ValueError("description: expected the task's, for the checkpoint was trained with it in prompts, got ''")
         return prompt_of(self.prompt_form, tokenizer, text, description)
+
+
+class DocToLoRA(TextToLoRA):
+    """Documents to LoRA adapters in one call (Doc-to-LoRA, arXiv 2602.15902); :meth:`TextToLoRA.from_pretrained` makes one.
+
+    A text is read token by token and in chunks, whose adapters follow each other along the rank.
+    """
+
+    encoder: DocumentEncoder  # pyright: ignore[reportIncompatibleVariableOverride]
+    hypernetwork: PerceiverHyperNetwork  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, encoder: DocumentEncoder, hypernetwork: PerceiverHyperNetwork, prompt_form: str = CHAT):
+        """``prompt_form``: as in :class:`TextToLoRA`.
+
+        Raises ValueError if the hidden states that the encoder reads are not those that the hypernetwork was trained with.
+        """
+        config = hypernetwork.config
+        wanted = config.feature_size, config.num_layers if config.per_layer else 1
+        if (encoder.feature_size, encoder.num_states) != wanted:
+            raise ValueError(
+                f"encoder: expected hidden states of width {wanted[0]} of {wanted[1]} layers, as the hypernetwork was "
+                f"trained with, got width {encoder.feature_size} of {encoder.num_states} from {encoder.config.name!r}"
+            )
+        self.encoder, self.hypernetwork, self.prompt_form = encoder, hypernetwork, prompt_form
+        self.description_in_prompt = False
+
+    def generate(
+        self,
+        texts: Sequence[str],
+        examples: WorkedExamples = None,
+        *,
+        library: AdapterLibrary | None = None,
+        top_k: int = 1,
+        min_similarity: float = -1.0,
+        max_chunk_tokens: int | None = None,
+    ) -> AdapterStack:
+        """One adapter per text, of rank ``(chunks + bias) * rank``; arguments as in :meth:`TextToLoRA.generate`.
+
+        ``max_chunk_tokens``: a longer text is cut into chunks of equal length, at most this; None: as the encoder's
+        configuration says.
+
+        Raises as :meth:`TextToLoRA.generate` and :meth:`DocumentEncoder.chunks`.
+        """
+        refuse_examples(self.encoder.config.name, examples)
+        if library is not None or top_k != 1 or min_similarity != -1.0:
+            return super().generate(texts, library=library, top_k=top_k, min_similarity=min_similarity)
+        return self.generate_from_ids(self.encoder.chunks(texts, max_chunk_tokens))
+
+    def generate_from_ids(
+        self,
+        contexts: Sequence[Sequence[Sequence[int]]],
+        out: AdapterStack | None = None,
+        *,
+        chunk_scale: float = 1.0,
+        bias_scale: float = 1.0,
+    ) -> AdapterStack:
+        """One adapter per context, a list of chunks of token ids; all chunks are read in padded batches.
+
+        ``out``, ``chunk_scale``, ``bias_scale``: as in :meth:`PerceiverHyperNetwork.generate`.
+
+        Raises ValueError for an empty list, a context without chunks, or a chunk that is empty, longer than the model's
+        positions or with ids outside of its vocabulary.
+        """
+        net, found = self.hypernetwork, {}
+        with torch.no_grad():
+            for indices, states, mask in self.encoder.read(contexts):
+                found |= zip(indices, net.latents(states.to(net.device), mask.to(net.device)), strict=True)
+        latents = torch.stack([found[i] for i in range(len(found))])
+        return net.generate(latents, list(map(len, contexts)), out, chunk_scale=chunk_scale, bias_scale=bias_scale)
+
+    def generate_into(
+        self,
+        lora: LoRAHandle,
+        slot: int,
+        texts: Sequence[str],
+        examples: WorkedExamples = None,
+        *,
+        max_chunk_tokens: int | None = None,
+    ) -> None:
+        """As :meth:`TextToLoRA.generate_into`; the slots must have the largest rank of the texts."""
+        refuse_examples(self.encoder.config.name, examples)
+        contexts = self.encoder.chunks(texts, max_chunk_tokens)
+        like = self.hypernetwork.meta_stack(len(contexts), list(map(len, contexts)))
+        with lora.borrow_slots(slot, like, device=self.hypernetwork.device) as out:
+            self.generate_from_ids(contexts, out)

@@ -10,12 +10,13 @@ from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import read_json
 from t2l_engine.hypernetwork import checkpoint
-from t2l_engine.hypernetwork.folder import CONFIG_NAME, SAKANA_NAMES, WEIGHTS_NAME, format_of
-from t2l_engine.hypernetwork.network import check_encoder, hypernet_flops, load
+from t2l_engine.hypernetwork.folder import CONFIG_NAME, D2L_NAME, SAKANA_NAMES, WEIGHTS_NAME, Contents, format_of
+from t2l_engine.hypernetwork.network import HyperNetwork, check_encoder, hypernet_flops, load
+from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
 
 
 def describe(folder: str | Path) -> dict[str, Any]:
-    """Structure, sizes and origin of a T2L checkpoint (native or Sakana format) or of a PEFT adapter folder.
+    """Structure, sizes and origin of a checkpoint (native, Sakana or Doc-to-LoRA format) or of a PEFT adapter folder.
 
     Files are read and checked completely.  Checkpoints: ``parameters`` counts ``trunk`` (all but the heads), ``heads``,
     ``offsets`` (buffers) and ``pooling`` of an LLM encoder.  Adapters: ``parameters`` counts true ranks; ``partial``: the
@@ -24,12 +25,15 @@ def describe(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    if (folder / SAKANA_NAMES[0]).is_file() or ((folder / CONFIG_NAME).is_file() and (folder / WEIGHTS_NAME).is_file()):
+    native = (folder / CONFIG_NAME).is_file() and (folder / WEIGHTS_NAME).is_file()
+    documents = (folder / D2L_NAME).is_file() and not (folder / CONFIG_NAME).is_file()
+    if native or documents or (folder / SAKANA_NAMES[0]).is_file():
         return _checkpoint(folder)
     if (folder / peft.CONFIG_NAME).is_file():
         return _adapter(folder)
     raise ConfigError(
-        f"{folder}: expected a checkpoint ({CONFIG_NAME} and {WEIGHTS_NAME}, or {SAKANA_NAMES[0]}) or a PEFT adapter "
+        f"{folder}: expected a checkpoint ({CONFIG_NAME} and {WEIGHTS_NAME}, or {SAKANA_NAMES[0]}, or {D2L_NAME}) or a "
+        "PEFT adapter "
         f"({peft.CONFIG_NAME} and {peft.WEIGHTS_NAME}), found none of them"
     )
 
@@ -39,14 +43,13 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     check_encoder(contents)
     net = load(contents)
     c, blocks, form = net.config, contents.blocks, format_of(folder)
-    heads = sum(p.numel() for p in net.heads.parameters())
+    weights = {"native": WEIGHTS_NAME, "sakana": SAKANA_NAMES[0], "doc-to-lora": D2L_NAME}[form]
     training = blocks.get("training")
     return {
         "kind": "checkpoint",
         "folder": str(folder),
         "form": form,
         "variant": c.variant,
-        "task_encoder": c.task_encoder,
         "modules": [
             {"name": name, "in_features": n_in, "out_features": n_out}
             for name, n_in, n_out in zip(c.modules, c.in_features, c.out_features, strict=True)
@@ -54,8 +57,23 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         "num_layers": c.num_layers,
         "rank": c.rank,
         "lora_alpha": c.lora_alpha,
-        "scaling": {"mode": c.scaling if isinstance(c.scaling, str) else "given", "value": net.scaling},
+        "scaling": {"mode": c.scaling if isinstance(c.scaling, str) else "given", "value": c.scaling_value},
         "latent_size": c.latent_size,
+        **(_of_task_embedding(net, contents) if isinstance(net, HyperNetwork) else _of_documents(net)),
+        "dtype": str(net.dtype).removeprefix("torch."),
+        "file_bytes": (folder / weights).stat().st_size,
+        "values_per_adapter": c.adapter_values,
+        "encoder": blocks.get("encoder") or _named_encoder(blocks),
+        "base_model": blocks.get("base_model"),
+        "prompt": {"form": contents.prompt_form, "description": checkpoint.has_described_prompts(blocks)},
+        "training": _training(training) if isinstance(training, dict) else None,
+    }
+
+
+def _of_task_embedding(net: HyperNetwork, contents: Contents) -> dict[str, Any]:
+    c, heads = net.config, sum(p.numel() for p in net.heads.parameters())
+    return {
+        "task_encoder": c.task_encoder,
         "trunk_width": c.width,
         "head_in_size": c.head_in_size,
         "embed_dim": c.embed_dim,
@@ -66,14 +84,19 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
             "offsets": sum(b.numel() for b in net.offsets.buffers()),
             "pooling": sum(tensor.numel() for tensor in contents.pooling.values()),
         },
-        "dtype": str(net.dtype).removeprefix("torch."),
-        "file_bytes": (folder / (WEIGHTS_NAME if form == "native" else SAKANA_NAMES[0])).stat().st_size,
         "gflop_per_adapter": sum(hypernet_flops(c).values()) / 1e9,
-        "values_per_adapter": c.adapter_values,
-        "encoder": blocks.get("encoder") or _named_encoder(blocks),
-        "base_model": blocks.get("base_model"),
-        "prompt": {"form": contents.prompt_form, "description": checkpoint.has_described_prompts(blocks)},
-        "training": _training(training) if isinstance(training, dict) else None,
+    }
+
+
+def _of_documents(net: PerceiverHyperNetwork) -> dict[str, Any]:
+    c = net.config
+    parts = {name: sum(p.numel() for p in module.parameters()) for name, module in net.named_children()}
+    return {
+        "feature_size": c.feature_size,
+        "latents": {"queries": c.num_latents, "blocks": c.num_blocks, "self_attention": c.num_self_attention},
+        "mlps": {"count": c.num_mlps, "per_layer": c.per_layer_mlps},
+        "bias": c.bias,
+        "parameters": {"total": c.num_parameters, "head": net.head.numel(), **parts},
     }
 
 

@@ -17,6 +17,7 @@ class Format(str, enum.Enum):
 
     native = "native"
     sakana = "sakana"
+    doc_to_lora = "doc-to-lora"
 
 
 def convert(
@@ -24,7 +25,9 @@ def convert(
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: Annotated[
         Format | None,
-        typer.Option(help="native: hypernet.safetensors; sakana: hypermod.pt; default: the other."),
+        typer.Option(
+            help="native: hypernet.safetensors; sakana: hypermod.pt; doc-to-lora: pytorch_model.bin; default: the other."
+        ),
     ] = None,
     module_order: Annotated[
         str,
@@ -33,7 +36,7 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Convert a checkpoint to the other format."""
+    """Convert a checkpoint to another format."""
     from t2l_engine.hypernetwork import convert as conversion
     from t2l_engine.hypernetwork.folder import resolve_checkpoint
 
@@ -47,14 +50,14 @@ def convert(
     if as_json:
         print_json({"source": str(folder), "target": str(target), "form": written})
     else:
-        typer.echo(f"{target}: {'native' if written == 'native' else 'Sakana'} format")
+        typer.echo(f"{target}: {'Sakana' if written == 'sakana' else written} format")
 
 
 def show(
     folder: Annotated[str, typer.Argument(help="Bundled checkpoint name, a checkpoint folder, or a PEFT adapter folder.")],
     as_json: Json = False,
 ) -> None:
-    """Describe a checkpoint (native or Sakana format) or a PEFT adapter."""
+    """Describe a checkpoint (native, Sakana or Doc-to-LoRA format) or a PEFT adapter."""
     from rich.table import Table
 
     from t2l_engine.cli.describe import describe

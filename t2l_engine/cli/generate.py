@@ -16,7 +16,7 @@ from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.cli import common
 from t2l_engine.cli.common import EngineOptions, Json, named
 from t2l_engine.cli.export import GGUF, save_gguf
-from t2l_engine.engine import TextToLoRA
+from t2l_engine.engine import DocToLoRA, TextToLoRA
 from t2l_engine.files.weights import write_text
 from t2l_engine.hypernetwork.checkpoint import describe
 from t2l_engine.library import AdapterLibrary, Match
@@ -36,6 +36,10 @@ class Options:
     ]
     descriptions: Annotated[list[str], typer.Argument(help="Task descriptions, one adapter each.")] = ()
     file: Annotated[Path | None, typer.Option("--file", "-f", help="A description per line; -: standard input.")] = None
+    document: Annotated[list[Path], typer.Option(help="Text file to read as a whole, one adapter each.")] = ()
+    max_chunk_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Cut longer documents into chunks; default: do not.")
+    ] = None
     examples: Annotated[Path | None, typer.Option(help="JSON Lines of worked examples for the encoder.")] = None
     form: Annotated[Format, typer.Option("--format", help="gguf: DIR/adapter.gguf, or DIR/0.gguf, ...")] = Format.peft
     library: Annotated[Path | None, typer.Option(help="Folder of stored adapters: take the nearest one from there.")] = None
@@ -48,16 +52,17 @@ class Options:
     @property
     def several(self) -> bool:
         """Whether adapters are DIR/0, DIR/1, ... with an index."""
-        return self.file is not None or len(self.descriptions) > 1
+        return self.file is not None or len(self.descriptions) + len(self.document) > 1
 
 
 def generate(options: Options, engine_options: EngineOptions) -> None:
-    """Write one PEFT adapter folder, or GGUF file, per description, replacing existing adapters.
+    """Write one PEFT adapter folder, or GGUF file, per description or document, replacing existing adapters.
 
     A single description as argument is written to DIR itself; several, or those of --file, to DIR/0, DIR/1, ..., with
     DIR/index.json as their index.  --json prints a list of objects with description, folder (of GGUF, file), rank, scaling,
     modules and parameters; with --library, also the stored adapters that were used, with similarity and weight.
-    --examples needs a checkpoint whose encoder reads examples.  PEFT folders state --base-model, of which a name is enough.
+    --examples needs a checkpoint whose encoder reads examples, --document one that reads documents, which are stated by
+    their files.  PEFT folders state --base-model, of which a name is enough.
     """
     from t2l_engine.text.base_model import config_of
     from t2l_engine.text.prompts import read_examples
@@ -65,8 +70,11 @@ def generate(options: Options, engine_options: EngineOptions) -> None:
     _check(options, engine_options)
     given = enumerate(options.descriptions, start=1)
     lines = {f"description {i}": text for i, text in given} if options.file is None else _read(options.file)
+    lines |= {str(file): _text(file, "--document") for file in options.document}
     shots = None if options.examples is None else read_examples(options.examples)
     engine, folder = engine_options.load()
+    if (options.document or options.max_chunk_tokens) and not isinstance(engine, DocToLoRA):
+        raise ValueError(f"--document, --max-chunk-tokens: expected a checkpoint that reads documents, got {folder}")
     for line, text in lines.items():  # an error names file and line
         with named({"texts[0]": line, "examples[0]": "--examples"}):
             engine.encoder.prepare([text], None if shots is None else [shots])
@@ -76,11 +84,12 @@ def generate(options: Options, engine_options: EngineOptions) -> None:
         config, ending = config_of(common.base_model_of(folder, engine_options.base_model)), GGUF
     library = None if options.library is None else _open_library(options.library, base, options.top_k)
     texts, index, results = list(lines.values()), options.output / INDEX_NAME, []
+    stated = list(lines) if options.document else texts  # of a document its file
     names = [f"{i}{ending}" for i in range(len(texts))] if options.several else [ending and f"adapter{ending}"]
     if options.several:  # there is no index while adapters are written
         index.unlink(missing_ok=True)
     adapters = _adapters(options, engine, texts, shots, library)
-    for name, text, (stack, i, matches) in zip(names, texts, adapters, strict=True):
+    for name, text, (stack, i, matches) in zip(names, stated, adapters, strict=True):
         path = options.output / name
         if config is None:
             stack.save_pretrained(path, adapter=i, base_model_name_or_path=base)
@@ -90,7 +99,7 @@ def generate(options: Options, engine_options: EngineOptions) -> None:
         if not options.as_json:
             typer.echo(_line(results[-1], path))
     if options.several:
-        write_text(index, json.dumps(dict(zip(names, texts, strict=True)), indent=1, ensure_ascii=False) + "\n")
+        write_text(index, json.dumps(dict(zip(names, stated, strict=True)), indent=1, ensure_ascii=False) + "\n")
     if options.as_json:
         common.print_json(results)
 
@@ -98,8 +107,8 @@ def generate(options: Options, engine_options: EngineOptions) -> None:
 def _check(options: Options, engine: EngineOptions) -> None:
     """Errors for options that do not go together, and for an output that is not to be replaced."""
     output, index, generates = options.output, options.output / INDEX_NAME, options.min_similarity != -1
-    if bool(options.descriptions) == (options.file is not None):
-        raise typer.BadParameter("expected descriptions as arguments, or --file; not both")
+    if [bool(options.descriptions), options.file is not None, bool(options.document)].count(True) != 1:
+        raise typer.BadParameter("expected descriptions as arguments, --file or --document; one of them")
     if options.library is None and (options.top_k != 1 or generates):
         raise typer.BadParameter("--top-k and --min-similarity: expected --library too")
     if options.library is not None and options.examples is not None:
@@ -135,7 +144,11 @@ def _adapters(
     for start in range(0, len(texts), size):
         some = texts[start : start + size]
         if library is None:
-            stack, matches = engine.generate(some, shots and [shots] * len(some)), [None] * len(some)
+            if isinstance(engine, DocToLoRA):
+                stack = engine.generate(some, max_chunk_tokens=options.max_chunk_tokens)
+            else:
+                stack = engine.generate(some, shots and [shots] * len(some))
+            matches = [None] * len(some)
         else:
             stack, matches = engine.retrieve(some, library, options.top_k, options.min_similarity)
         yield from ((stack, i, of) for i, of in enumerate(matches))
@@ -172,14 +185,19 @@ def _is_index(file: Path) -> bool:
 def _read(file: Path) -> dict[str, str]:
     """The descriptions in ``file`` ("-": standard input), one per line, by "FILE:LINE"; blank lines are skipped."""
     source = "standard input" if str(file) == "-" else file
-    try:
-        text = common.standard_input().read() if str(file) == "-" else file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--file: {file}: expected UTF-8 text: {error}") from None
-    except OSError as error:
-        raise OSError(f"--file: {file}: {error.strerror}") from None
+    text = common.standard_input().read() if str(file) == "-" else _text(file, "--file")
     lines = enumerate(text.removeprefix("\ufeff").split("\n"), start=1)
     found = {f"{source}:{number}": line.strip() for number, line in lines if line.strip()}
     if not found:
         raise ValueError(f"--file: {file}: expected one description a line, got none")
     return found
+
+
+def _text(file: Path, option: str) -> str:
+    """The text of ``file``; errors name ``option``."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option}: {file}: expected UTF-8 text: {error}") from None
+    except OSError as error:
+        raise OSError(f"{option}: {file}: {error.strerror}") from None

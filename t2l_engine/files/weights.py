@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2l_engine.files.errors import MAX_CONFIG_BYTES, ConfigError, short_repr
 from t2l_engine.files.text import read_start
@@ -40,6 +41,26 @@ def check_dtype(dtype: torch.dtype) -> None:
     """ValueError unless ``dtype`` is one of WEIGHT_DTYPES."""
     if dtype not in WEIGHT_DTYPES:
         raise ValueError(f"dtype: expected a floating-point dtype, one of {WEIGHT_DTYPES}, got {dtype!r}")
+
+
+def cast_matrices(module: nn.Module, dtype: torch.dtype, matrices: Iterable[Tensor]) -> None:
+    """Cast the parameters ``matrices`` of ``module`` to ``dtype``; all others become float32 (or float64).
+
+    Raises ValueError if ``dtype`` is not floating point or values exceed its range; nothing changes then.
+    """
+    check_dtype(dtype)
+    vector_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    narrow = set(map(id, matrices))
+    casts = [
+        (name, tensor, dtype if id(tensor) in narrow else vector_dtype)
+        for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers())
+    ]
+    for name, tensor, kind in casts:
+        narrower = torch.finfo(kind).max < torch.finfo(tensor.dtype).max and not tensor.is_meta
+        if narrower and tensor.numel() and max_abs(tensor) > torch.finfo(kind).max:
+            raise ValueError(f"dtype: {name} holds values beyond the range of {kind}")
+    for _, tensor, kind in casts:
+        tensor.data = tensor.data.to(kind)
 
 
 def check_no_model(directory: Path) -> None:

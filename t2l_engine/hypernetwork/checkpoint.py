@@ -15,9 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from t2l_engine.files.errors import ConfigError, short_repr
-from t2l_engine.files.text import from_json, to_json
+from t2l_engine.files.text import to_json
 from t2l_engine.files.weights import check_no_model, check_weights, read_safetensors, write_folder
-from t2l_engine.hypernetwork.config import HyperNetworkConfig
+from t2l_engine.hypernetwork import d2l
+from t2l_engine.hypernetwork.config import AnyConfig, config_from_json
 from t2l_engine.hypernetwork.folder import (
     BLOCKS,
     CONFIG_NAME,
@@ -40,6 +41,8 @@ def read(folder: Path, module_order: list[str] | None = None) -> Contents:
     try:
         if format_of(folder) == "native":
             return _read_native(folder, module_order)
+        if format_of(folder) == "doc-to-lora":
+            return d2l.read(folder)
         return SakanaFiles.open(folder, tensors=True).contents(module_order)
     except CheckpointError:
         raise
@@ -51,6 +54,8 @@ def describe(folder: Path) -> dict[str, Any]:
     """The optional blocks of a checkpoint's ``config.json``, or the same from a folder in Sakana format."""
     if format_of(folder) == "native":
         return _optional(native_blocks(folder))
+    if format_of(folder) == "doc-to-lora":
+        return d2l.read(folder).blocks
     return SakanaFiles.open(folder).blocks()
 
 
@@ -76,7 +81,7 @@ def _optional(blocks: dict[str, Any]) -> dict[str, Any]:
 def _read_native(folder: Path, module_order: list[str] | None) -> Contents:
     config_path, path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     blocks = native_blocks(folder)
-    config = from_json(HyperNetworkConfig, blocks["hypernetwork"], f"{config_path}: hypernetwork")
+    config = config_from_json(blocks["hypernetwork"], f"{config_path}: hypernetwork")
     if module_order is not None and list(module_order) != list(config.modules):
         raise CheckpointError(
             f"module_order: expected {list(config.modules)} as {config_path} states, got {short_repr(module_order)}; "
@@ -105,7 +110,7 @@ def _check_pooling(path: Path, blocks: Mapping[str, Any], pooling: Mapping[str, 
 
 def write_native(
     folder: Path,
-    config: HyperNetworkConfig,
+    config: AnyConfig,
     blocks: dict[str, Any],
     state: dict[str, Tensor],
     unused: dict[str, Tensor],

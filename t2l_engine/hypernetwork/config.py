@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, path_error
 from t2l_engine.files.errors import (
@@ -20,6 +21,7 @@ from t2l_engine.files.errors import (
     positive_number,
     short_repr,
 )
+from t2l_engine.files.text import from_json
 
 #: L: a head gives A and B in one row.  M: a head shared by A and B, one row each.  S: one row per side (A, B) and rank.
 #: autoregressive: unshared heads, one row per rank.  "learnable" and "rotary": position embedding of the rank.
@@ -29,47 +31,28 @@ TASK_ENCODERS = ("linear", "vq", "softmax", "discrete")
 NUM_CODES, NUM_CLASSES, DISCRETE_HIDDEN = 32, 64, 256
 
 
-@dataclasses.dataclass(frozen=True)
-class HyperNetworkConfig:
-    """The structure of a hypernetwork.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """What every hypernetwork makes adapters for.
 
     ``modules``: adapted modules in row order of the module embedding; ``in_features``/``out_features`` are parallel to it.
-    ``latent_size`` (the trunk width m is ``latent_size//2 + 2*(latent_size//4)``) and ``head_in_size`` as in the paper's
-    appendix; ``embed_dim`` is the width of ``task_emb``.  ``lora_alpha`` with ``scaling`` gives the LoRA scaling:
-    ``"rslora"`` = alpha/sqrt(rank), ``"plain"`` = alpha/rank, or a positive number.
-    ``head_bias``: whether the heads have a bias.  ``output_scale`` multiplies every generated A and B (1/sqrt(10000) for
-    checkpoints that reconstruct weight differences).  ``task_encoder``: "linear", "vq", "softmax" or "discrete"; discrete
-    needs ``latent_size // 2 == 64`` and has one-hot depth and module inputs, so m = 64 + layers + modules.
+    ``lora_alpha`` with ``scaling`` gives the LoRA scaling: ``"rslora"`` = alpha/sqrt(rank), ``"plain"`` = alpha/rank, or a
+    positive number.
     ``paths``: of each module in the base model, with ``{layer}`` for the layer index; None: those of Llama (``q_proj`` at
     ``model.layers.{layer}.self_attn.q_proj``), if its modules have the names.  Generated adapters name their modules after
     the end of the path, as adapters read from files.
 
-    Source: paper section 3 and its appendix; arguments of SakanaAI's code.
-
     Raises:
         ConfigError: a field has a wrong type or value; the message names it.
-
-    >>> config = HyperNetworkConfig(variant="L", modules=("q_proj", "v_proj"), in_features=(4096, 4096),
-    ...     out_features=(4096, 1024), num_layers=32, rank=8, embed_dim=1024, latent_size=128, head_in_size=512,
-    ...     lora_alpha=16)
-    >>> config.width, config.head_rows(1), config.num_parameters
-    (128, 40960, 55424000)
     """
 
-    variant: str
     modules: tuple[str, ...]
     in_features: tuple[int, ...]
     out_features: tuple[int, ...]
     num_layers: int
     rank: int
-    embed_dim: int
-    latent_size: int
-    head_in_size: int
     lora_alpha: float
     scaling: str | float = "rslora"
-    head_bias: bool = True
-    output_scale: float = 1.0
-    task_encoder: str = "linear"
     paths: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -78,8 +61,6 @@ class HyperNetworkConfig:
             if not isinstance(value, (list, tuple)) or not 0 < len(value) <= MAX_MODULES:
                 raise ConfigError(f"{name}: expected a list of 1 to {MAX_MODULES} entries, got {short_repr(value)}")
             object.__setattr__(self, name, tuple(value))
-        one_of("variant", self.variant, VARIANTS)
-        one_of("task_encoder", self.task_encoder, TASK_ENCODERS)
         for name in self.modules:
             if not isinstance(name, str) or not name.isidentifier() or len(name) > MAX_NAME:
                 raise ConfigError(f"modules: expected plain module names such as 'q_proj', got {short_repr(name)}")
@@ -95,17 +76,7 @@ class HyperNetworkConfig:
                 positive_int(name, value)
         positive_int("num_layers", self.num_layers, MAX_LAYERS)
         positive_int("rank", self.rank, MAX_RANK)
-        for name in ("embed_dim", "latent_size", "head_in_size"):
-            positive_int(name, getattr(self, name))
-        if self.latent_size < 4:
-            raise ConfigError(f"latent_size: expected at least 4, got {self.latent_size}")
-        if self.task_encoder == "discrete" and self.task_width != NUM_CLASSES:
-            raise ConfigError(f"latent_size: expected 128 or 129 with the discrete task encoder, got {self.latent_size}")
-        if self.variant.endswith("rotary") and self.width % 2:
-            raise ConfigError(f"latent_size: expected an even trunk width for {self.variant}, got width {self.width}")
-        for name in ("lora_alpha", "output_scale"):
-            positive_number(name, getattr(self, name))
-        boolean("head_bias", self.head_bias)
+        positive_number("lora_alpha", self.lora_alpha)
         resolve_scaling(self.scaling, self.lora_alpha, self.rank)
 
     def _check_paths(self) -> None:
@@ -135,6 +106,62 @@ class HyperNetworkConfig:
     def module_paths(self) -> dict[str, str]:
         """Module -> its path in the base model."""
         return dict(zip(self.modules, self.paths or [DEFAULT_PATHS[name] for name in self.modules], strict=True))
+
+    @property
+    def adapter_values(self) -> int:
+        """Number of entries of A and B of one adapter; applying it to a token takes two FLOPs each."""
+        return self.num_layers * self.rank * sum(self.in_features + self.out_features)
+
+    @property
+    def scaling_value(self) -> float:
+        """The LoRA scaling as a number."""
+        return resolve_scaling(self.scaling, self.lora_alpha, self.rank)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HyperNetworkConfig(TargetConfig):
+    """The structure of a hypernetwork.
+
+    ``latent_size`` (the trunk width m is ``latent_size//2 + 2*(latent_size//4)``) and ``head_in_size`` as in the paper's
+    appendix; ``embed_dim`` is the width of ``task_emb``.
+    ``head_bias``: whether the heads have a bias.  ``output_scale`` multiplies every generated A and B (1/sqrt(10000) for
+    checkpoints that reconstruct weight differences).  ``task_encoder``: "linear", "vq", "softmax" or "discrete"; discrete
+    needs ``latent_size // 2 == 64`` and has one-hot depth and module inputs, so m = 64 + layers + modules.
+
+    Source: paper section 3 and its appendix; arguments of SakanaAI's code.
+
+    Raises:
+        ConfigError: a field has a wrong type or value; the message names it.
+
+    >>> config = HyperNetworkConfig(variant="L", modules=("q_proj", "v_proj"), in_features=(4096, 4096),
+    ...     out_features=(4096, 1024), num_layers=32, rank=8, embed_dim=1024, latent_size=128, head_in_size=512,
+    ...     lora_alpha=16)
+    >>> config.width, config.head_rows(1), config.num_parameters
+    (128, 40960, 55424000)
+    """
+
+    variant: str
+    embed_dim: int
+    latent_size: int
+    head_in_size: int
+    head_bias: bool = True
+    output_scale: float = 1.0
+    task_encoder: str = "linear"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("variant", self.variant, VARIANTS)
+        one_of("task_encoder", self.task_encoder, TASK_ENCODERS)
+        for name in ("embed_dim", "latent_size", "head_in_size"):
+            positive_int(name, getattr(self, name))
+        if self.latent_size < 4:
+            raise ConfigError(f"latent_size: expected at least 4, got {self.latent_size}")
+        if self.task_encoder == "discrete" and self.task_width != NUM_CLASSES:
+            raise ConfigError(f"latent_size: expected 128 or 129 with the discrete task encoder, got {self.latent_size}")
+        if self.variant.endswith("rotary") and self.width % 2:
+            raise ConfigError(f"latent_size: expected an even trunk width for {self.variant}, got width {self.width}")
+        positive_number("output_scale", self.output_scale)
+        boolean("head_bias", self.head_bias)
 
     @property
     def task_width(self) -> int:
@@ -178,11 +205,6 @@ class HyperNetworkConfig:
         return per_latent * (max(n_in, n_out) if self.num_sides == 2 else n_in + n_out)
 
     @property
-    def adapter_values(self) -> int:
-        """Number of entries of A and B of one adapter; applying it to a token takes two FLOPs each."""
-        return self.num_layers * self.rank * sum(self.in_features + self.out_features)
-
-    @property
     def num_parameters(self) -> int:
         """Number of parameters and of vq's buffers; the offsets of the last step are not counted."""
         e, t, m, h = self.embed_dim, self.task_width, self.width, self.head_in_size
@@ -204,6 +226,89 @@ class HyperNetworkConfig:
         trunk = 3 * (hidden + (4 * m + 1) * m) + hidden + (4 * m + 1) * h + 6 * m
         heads = sum(self.head_rows(i) for i in range(k)) * (h + self.head_bias)
         return encoder + embeddings + trunk + heads
+
+
+#: Attention of every width has these (constants of Idefics2's perceiver, which Doc-to-LoRA takes over).
+HEADS, KEY_VALUE_HEADS, HEAD_WIDTH = 16, 4, 128
+MAX_BLOCKS = 256
+#: "perceiver-layers": the same perceiver runs on the states of every layer and makes that layer's adapters (layer-to-layer
+#: form); "perceiver-flat": it runs once, with a query for every layer, module and rank.
+PERCEIVERS = ("perceiver-layers", "perceiver-flat")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerceiverConfig(TargetConfig):
+    """The structure of a hypernetwork that reads tokens.
+
+    ``variant``: one of ``PERCEIVERS``.
+    ``feature_size`` f: hidden size of the language model that reads.  ``latent_size`` d; ``num_latents``: learned queries of
+    the perceiver's encoder, of ``num_blocks`` blocks with one cross-attention and ``num_self_attention`` self-attention
+    layers each; with ``shared_blocks`` the blocks from the second on share their layers (self-attention: all blocks).
+    ``num_mlps`` residual MLPs follow, with weights of their own for every layer if ``per_layer_mlps``.
+    ``bias``: every text's adapter ends with ``rank`` learned ranks that do not depend on the text.
+
+    Source: arXiv 2602.15902; arguments of SakanaAI's doc-to-lora.
+
+    Raises:
+        ConfigError: a field has a wrong type or value; the message names it.
+    """
+
+    variant: str
+    feature_size: int
+    latent_size: int
+    num_latents: int
+    num_blocks: int
+    num_self_attention: int = 0
+    shared_blocks: bool = False
+    num_mlps: int = 4
+    per_layer_mlps: bool = False
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("variant", self.variant, PERCEIVERS)
+        for name in ("feature_size", "latent_size", "num_latents", "num_blocks"):
+            positive_int(name, getattr(self, name))
+        for name in ("num_self_attention", "num_mlps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_BLOCKS:
+                raise ConfigError(f"{name}: expected a number from 0 to {MAX_BLOCKS}, got {short_repr(value)}")
+        if self.num_blocks > MAX_BLOCKS:
+            raise ConfigError(f"num_blocks: expected at most {MAX_BLOCKS}, got {short_repr(self.num_blocks)}")
+        for name in ("shared_blocks", "per_layer_mlps", "bias"):
+            boolean(name, getattr(self, name))
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether it reads the states of every layer."""
+        return self.variant == PERCEIVERS[0]
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters; layers that are shared count once."""
+        f, d, n, k = self.feature_size, self.latent_size, self.num_layers, len(self.modules)
+        attention, mlp = d * HEAD_WIDTH * 2 * (HEADS + KEY_VALUE_HEADS), 12 * d * d
+        cross, itself = attention + mlp + 5 * d, attention + mlp + 4 * d
+        blocks = min(self.num_blocks, 2) if self.shared_blocks else self.num_blocks
+        selves = self.num_self_attention * (1 if self.shared_blocks else self.num_blocks)
+        queries = self.num_latents + k * self.rank * (1 if self.per_layer else n)
+        perceiver = f * 8 * f + 4 * f * d + (blocks + 1) * cross + selves * itself + (queries + 2) * d
+        mlps = self.num_mlps * ((n if self.per_layer_mlps else 1) * (8 * d * d + 5 * d) + 4 * d)
+        sizes = [sum(pair) for pair in zip(self.in_features, self.out_features, strict=True)]
+        return perceiver + mlps + n * k * d * max(sizes) + n * self.rank * (2 * k + sum(sizes))
+
+    def total_rank(self, chunks: int) -> int:
+        """Rank of the adapter of a text of ``chunks`` chunks."""
+        return (chunks + self.bias) * self.rank
+
+
+AnyConfig = HyperNetworkConfig | PerceiverConfig
+
+
+def config_from_json(values: Any, where: str) -> AnyConfig:
+    """A PerceiverConfig or HyperNetworkConfig, as its ``variant`` says; ``where`` names the source in errors."""
+    perceiver = isinstance(values, dict) and values.get("variant") in PERCEIVERS
+    return from_json(PerceiverConfig if perceiver else HyperNetworkConfig, values, where)
 
 
 def same_scaling(a: float, b: float) -> bool:

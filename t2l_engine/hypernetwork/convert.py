@@ -22,13 +22,22 @@ from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import read_json, to_json
 from t2l_engine.files.weights import expect_none, replacing, save_torch
 from t2l_engine.files.yaml import read_yaml
-from t2l_engine.hypernetwork import sakana
+from t2l_engine.hypernetwork import d2l, sakana
 from t2l_engine.hypernetwork.checkpoint import read, write_native
-from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
-from t2l_engine.hypernetwork.folder import BLOCKS, CONFIG_NAME, SAKANA_NAMES, CheckpointError, Contents, format_of
+from t2l_engine.hypernetwork.config import PERCEIVERS, HyperNetworkConfig, resolve_scaling
+from t2l_engine.hypernetwork.folder import (
+    BLOCKS,
+    CONFIG_NAME,
+    D2L_NAME,
+    SAKANA_NAMES,
+    CheckpointError,
+    Contents,
+    format_of,
+    native_blocks,
+)
 from t2l_engine.hypernetwork.network import build, check_encoder
 
-FORMATS = ("native", "sakana")
+FORMATS = ("native", "sakana", "doc-to-lora")
 #: Weights of PEFT adapters.
 ADAPTER_WEIGHTS = (WEIGHTS_NAME, "adapter_model.bin")
 
@@ -36,9 +45,9 @@ ADAPTER_WEIGHTS = (WEIGHTS_NAME, "adapter_model.bin")
 def convert(source: Path, target: Path, to: str | None = None, module_order: list[str] | None = None) -> str:
     """Write the checkpoint folder ``source`` to ``target`` in another format.
 
-    ``to``: "native", "sakana" or None, the other one than that of ``source``.  ``module_order``: as in
-    :meth:`HyperNetwork.from_pretrained`.  Returns the format written.  Files in ``target`` are replaced by complete ones
-    only.
+    ``to``: "native", "sakana", "doc-to-lora" or None: native, or of a native checkpoint the format that can express it.
+    ``module_order``: as in :meth:`HyperNetwork.from_pretrained`.  Returns the format written.  Files in ``target`` are
+    replaced by complete ones only.
 
     Raises:
         FileNotFoundError: ``source`` or one of its files does not exist.
@@ -57,11 +66,14 @@ def convert(source: Path, target: Path, to: str | None = None, module_order: lis
     source, target = Path(source), Path(target)
     if to is not None and to not in FORMATS:
         raise ValueError(f"to: expected one of {FORMATS}, got {to!r}")
-    to = to or next(name for name in FORMATS if name != format_of(source))
+    if to is None:
+        to = "native" if format_of(source) != "native" else "doc-to-lora" if _reads_documents(source) else "sakana"
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target}: expected a folder, got a file")
     # A folder with files of both formats would be ambiguous.
-    expect_none(target, SAKANA_NAMES[:1] if to == "native" else (CONFIG_NAME,), f"of another format than {to}")
+    own = {"native": CONFIG_NAME, "sakana": SAKANA_NAMES[0], "doc-to-lora": D2L_NAME}[to]
+    others = [name for name in (CONFIG_NAME, SAKANA_NAMES[0], D2L_NAME) if name != own]
+    expect_none(target, others, f"of another format than {to}")
     if to == "sakana":  # it would replace the adapter's configuration and leave its weights
         expect_none(target, ADAPTER_WEIGHTS, "whose adapter_config.json would be replaced")
     contents = read(source, module_order)
@@ -70,9 +82,16 @@ def convert(source: Path, target: Path, to: str | None = None, module_order: lis
     if to == "native":
         _expect_json(contents)
         write_native(target, contents.config, contents.blocks, contents.state, contents.unused, contents.pooling)
+    elif to == "doc-to-lora":
+        d2l.write(target, contents)
     else:
         _write_sakana(target, *to_sakana(contents))
     return to
+
+
+def _reads_documents(folder: Path) -> bool:
+    block = native_blocks(folder)["hypernetwork"]
+    return isinstance(block, dict) and block.get("variant") in PERCEIVERS
 
 
 def _stored(contents: Contents, name: str) -> dict[str, Any]:
@@ -111,12 +130,13 @@ def _write_sakana(folder: Path, state: dict[str, Tensor], args: dict[str, Any], 
 
 def to_sakana(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """(state_dict, args, adapter_config) in Sakana format."""
-    if contents.pooling:
-        raise CheckpointError(f"{contents.path}: the Sakana format cannot express this checkpoint: it has an LLM encoder")
-    state = _sakana_state(contents)
+    config = contents.config
+    if contents.pooling or not isinstance(config, HyperNetworkConfig):
+        raise CheckpointError(f"{contents.path}: the Sakana format cannot express this checkpoint: it reads tokens")
+    state = _sakana_state(contents, config)
     args, peft = (_stored(contents, name) for name in ("args", "adapter_config"))
     # The original files if they still describe the checkpoint, which may have been changed since.
-    for args_now, peft_now in ((args, peft), _sakana_configs(contents, args, peft)):
+    for args_now, peft_now in ((args, peft), _sakana_configs(contents, config, args, peft)):
         difference = _difference(contents, state, args_now, peft_now)
         if difference is None:
             return state, args_now, peft_now
@@ -140,8 +160,8 @@ def _difference(contents: Contents, state: dict[str, Tensor], args: dict[str, An
     return None
 
 
-def _sakana_state(contents: Contents) -> dict[str, Tensor]:
-    config, native = contents.config, dict(contents.state)
+def _sakana_state(contents: Contents, config: HyperNetworkConfig) -> dict[str, Tensor]:
+    native = dict(contents.state)
     state: dict[str, Tensor] = OrderedDict()
     for dictionary, name in sakana.DICTIONARIES.items():
         for side in "AB":
@@ -168,9 +188,11 @@ def _keys_of(prefix: str, native: dict[str, Tensor], config: HyperNetworkConfig)
     return [k for k in (prefix, f"{prefix}weight", f"{prefix}bias") if k in native]
 
 
-def _sakana_configs(contents: Contents, args: dict[str, Any], peft: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _sakana_configs(
+    contents: Contents, c: HyperNetworkConfig, args: dict[str, Any], peft: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """``args.yaml`` and ``adapter_config.json`` for a checkpoint that SakanaAI's code did not write, or changed since."""
-    c, blocks = contents.config, contents.blocks
+    blocks = contents.blocks
     encoder = blocks.get("encoder") or {}
     z_scores = any(".std_" in key for key in contents.state)
     delta_w = c.output_scale != 1.0

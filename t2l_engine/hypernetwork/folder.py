@@ -12,7 +12,7 @@ from torch import Tensor
 
 from t2l_engine.files.errors import ConfigError, boolean, short_repr
 from t2l_engine.files.text import from_json, read_json
-from t2l_engine.hypernetwork.config import HyperNetworkConfig
+from t2l_engine.hypernetwork.config import AnyConfig
 from t2l_engine.text.config import (
     SAKANA_MAX_LENGTH,
     AnyEncoderConfig,
@@ -25,6 +25,8 @@ from t2l_engine.text.prompts import CHAT, check_prompt_form
 BUNDLED = Path(__file__).resolve().parents[1] / "checkpoints"
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "hypernet.safetensors"
 SAKANA_NAMES = ("hypermod.pt", "args.yaml", "adapter_config.json")
+#: Of doc-to-lora; models of transformers have a config.json beside it.
+D2L_NAME = "pytorch_model.bin"
 FORMAT = "t2l_engine.hypernetwork.v1"
 BLOCKS = ("encoder", "base_model", "training", "reference")
 UNUSED_PREFIX, POOLING_PREFIX = "reference.", "pooling."
@@ -55,7 +57,7 @@ class Contents:
     (:class:`t2l_engine.text.llm_encoder.AttentionPooling`), empty for an encoder without one.
     """
 
-    config: HyperNetworkConfig
+    config: AnyConfig
     state: dict[str, Tensor]
     unused: dict[str, Tensor]
     blocks: dict[str, Any]
@@ -110,7 +112,7 @@ def resolve_checkpoint(name_or_folder: str | Path) -> Path:
 
 
 def format_of(folder: Path) -> str:
-    """Format of a checkpoint folder: "native" or "sakana"; FileNotFoundError if it is neither."""
+    """Format of a checkpoint folder: "native", "sakana" or "doc-to-lora"; FileNotFoundError if it is none."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such checkpoint folder")
     weights, config = (folder / WEIGHTS_NAME).is_file(), (folder / CONFIG_NAME).is_file()
@@ -119,9 +121,12 @@ def format_of(folder: Path) -> str:
         return "native"
     if (folder / SAKANA_NAMES[0]).is_file():
         return "sakana"
+    if (folder / D2L_NAME).is_file():
+        return "doc-to-lora"
     hint = "; a PEFT adapter is no checkpoint" if (folder / SAKANA_NAMES[2]).is_file() else ""
     raise FileNotFoundError(
-        f"{folder}: holds neither {CONFIG_NAME} (native format) nor {SAKANA_NAMES[0]} (Sakana format){hint}"
+        f"{folder}: holds none of {CONFIG_NAME} (native format), {SAKANA_NAMES[0]} (Sakana format) and {D2L_NAME} "
+        f"(Doc-to-LoRA){hint}"
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,9 +18,9 @@ from t2l_engine.adapters.paths import module_names
 from t2l_engine.adapters.shard import Shard
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError, short_repr
-from t2l_engine.files.weights import check_dtype, max_abs
+from t2l_engine.files.weights import cast_matrices
 from t2l_engine.hypernetwork.checkpoint import read, write_native
-from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
+from t2l_engine.hypernetwork.config import HyperNetworkConfig, PerceiverConfig, resolve_scaling
 from t2l_engine.hypernetwork.folder import (
     BLOCKS,
     POOLING_PREFIX,
@@ -32,6 +31,7 @@ from t2l_engine.hypernetwork.folder import (
     resolve_checkpoint,
 )
 from t2l_engine.hypernetwork.modules import MLP, TASK_ENCODERS, Folded, NormedEmbedding, Offsets
+from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
 from t2l_engine.ops import reference
 from t2l_engine.ops.reference import without_autocast
 from t2l_engine.ops.segments import is_capturing
@@ -108,7 +108,10 @@ class HyperNetwork(nn.Module):
             FileNotFoundError: the folder or one of its files does not exist.
             CheckpointError: a missing or extra key, a wrong shape, or a contradiction; the message names file and key.
         """
-        return load(read(resolve_checkpoint(folder), module_order), scaling=scaling, dtype=dtype, device=device)
+        net = load(read(resolve_checkpoint(folder), module_order), scaling=scaling, dtype=dtype, device=device)
+        if not isinstance(net, HyperNetwork):
+            raise CheckpointError(f"{folder}: it reads documents; load it with TextToLoRA.from_pretrained")
+        return net
 
     def save_pretrained(
         self, folder: str | Path, metadata: dict | None = None, pooling: AttentionPooling | None = None
@@ -119,11 +122,7 @@ class HyperNetwork(nn.Module):
         encoder, if that is an :class:`LLMEncoder`.  Raises ValueError for other blocks, CheckpointError for what
         :meth:`from_pretrained` refuses.
         """
-        unknown = set(metadata or {}) - set(BLOCKS)
-        if unknown:
-            raise ValueError(f"metadata: expected some of {BLOCKS}, got {sorted(unknown)}")
-        trained = {} if pooling is None else pooling.state_dict()
-        write_native(Path(folder), self.config, metadata or {}, self.state_dict(), unused={}, pooling=trained)
+        save(self, Path(folder), metadata or {}, pooling)
 
     def _apply(self, fn, recurse=True):
         self._folded = None  # .to(), .cuda() and the like replace the storage that folded tensors share
@@ -154,19 +153,7 @@ class HyperNetwork(nn.Module):
 
         Raises ValueError if ``dtype`` is not floating point or values exceed its range; nothing changes then.
         """
-        check_dtype(dtype)
-        vector_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        matrices = {id(layer.weight) for layer in self.modules() if isinstance(layer, nn.Linear)}
-        casts = [
-            (name, tensor, dtype if id(tensor) in matrices else vector_dtype)
-            for name, tensor in itertools.chain(self.named_parameters(), self.named_buffers())
-        ]
-        for name, tensor, kind in casts:
-            narrower = torch.finfo(kind).max < torch.finfo(tensor.dtype).max and not tensor.is_meta
-            if narrower and tensor.numel() and max_abs(tensor) > torch.finfo(kind).max:
-                raise ValueError(f"dtype: {name} holds values beyond the range of {kind}")
-        for _, tensor, kind in casts:
-            tensor.data = tensor.data.to(kind)
+        cast_matrices(self, dtype, [layer.weight for layer in self.modules() if isinstance(layer, nn.Linear)])
         self._folded = None
         return self
 
@@ -375,17 +362,45 @@ def _rows(tensor: Tensor, per_latent: int, features: tuple[int, int], shard: Sha
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 
 
-def build(contents: Contents) -> HyperNetwork:
+def save(
+    net: HyperNetwork | PerceiverHyperNetwork,
+    folder: Path,
+    metadata: dict[str, Any],
+    pooling: AttentionPooling | None = None,
+) -> None:
+    """See :meth:`HyperNetwork.save_pretrained`."""
+    unknown = set(metadata) - set(BLOCKS)
+    if unknown:
+        raise ValueError(f"metadata: expected some of {BLOCKS}, got {sorted(unknown)}")
+    trained = {} if pooling is None else pooling.state_dict()
+    write_native(folder, net.config, metadata, _own_tensors(net), unused={}, pooling=trained)
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The state of ``module``, of layers that it shares once."""
+    names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    return {key: tensor for key, tensor in module.state_dict().items() if key in names}
+
+
+def build(contents: Contents) -> HyperNetwork | PerceiverHyperNetwork:
     """A hypernetwork with exactly the tensors ``contents.state``; CheckpointError names missing, extra and misfit keys."""
     config, state, path, key_in_file = contents.config, contents.state, contents.path, contents.key_in_file
     if config.num_parameters > MAX_PARAMETERS:
         raise CheckpointError(f"{path}: the configuration asks for {config.num_parameters} parameters")
     try:
         with torch.device("meta"):
-            net = HyperNetwork(config)
+            net = PerceiverHyperNetwork(config) if isinstance(config, PerceiverConfig) else HyperNetwork(config)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    for key, tensor in state.items():
+    if isinstance(net, HyperNetwork):
+        _add_offsets(net, contents)
+    _assign(net, state, path, key_in_file)
+    return net
+
+
+def _add_offsets(net: HyperNetwork, contents: Contents) -> None:
+    config, path, key_in_file = net.config, contents.path, contents.key_in_file
+    for key, tensor in contents.state.items():
         parts = key.split(".")
         if parts[0] == "offsets" and len(parts) == 3 and parts[1] in config.modules and parts[2] in Offsets.NAMES:
             i = config.modules.index(parts[1])
@@ -394,8 +409,6 @@ def build(contents: Contents) -> HyperNetwork:
             if parts[2].startswith("std") and bool((tensor < 0).any()):
                 raise CheckpointError(f"{path}: {key_in_file(key)}: expected standard deviations of 0 or more")
             setattr(net.offsets[parts[1]], parts[2], tensor)
-    _assign(net, state, path, key_in_file)
-    return net
 
 
 def build_pooling(contents: Contents, config: LLMEncoderConfig) -> AttentionPooling:
@@ -427,7 +440,7 @@ def check_encoder(contents: Contents) -> None:
 
 def _assign(module: nn.Module, state: dict[str, Tensor], path: Path, key_in_file: Callable[[str], str]) -> None:
     """Make ``state`` the tensors of ``module``; CheckpointError names missing, extra and misfit keys."""
-    wanted = module.state_dict()
+    wanted = _own_tensors(module)
     missing, extra = (
         sorted(map(key_in_file, keys)) for keys in (wanted.keys() - state.keys(), state.keys() - wanted.keys())
     )
@@ -435,7 +448,7 @@ def _assign(module: nn.Module, state: dict[str, Tensor], path: Path, key_in_file
         raise CheckpointError(f"{path}: missing keys {short_repr(missing)}, unexpected keys {short_repr(extra)}")
     for key, tensor in state.items():
         expect_shape(path, key_in_file(key), tensor, tuple(wanted[key].shape))
-    module.load_state_dict(state, assign=True)
+    module.load_state_dict(state, assign=True, strict=False)
 
 
 def load(
@@ -444,7 +457,7 @@ def load(
     scaling: str | float | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-) -> HyperNetwork:
+) -> HyperNetwork | PerceiverHyperNetwork:
     """See :meth:`HyperNetwork.from_pretrained`; drops the tensors of ``contents``."""
     net = build(contents)
     contents.state.clear()  # so that casting frees each tensor in turn

@@ -18,6 +18,8 @@ ENCODER_POOLINGS, ENCODER_DTYPES = ("cls", "mean", "last"), ("float32", "bfloat1
 #: Most layers of an LLMEncoderConfig, and the most of every other of its sizes.
 MAX_READ_LAYERS, MAX_LLM_ENCODER_SIZE = 16, 1 << 16
 
+#: Hidden states that a document encoder reads: of every layer, of the last that runs, or the embeddings.
+READ_STATES = ("all", "last", "embeddings")
 #: sentence-transformers' pooling -> ours.
 _POOLINGS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 
@@ -170,18 +172,63 @@ class LLMEncoderConfig:
         return self.queries * self.width
 
 
-AnyEncoderConfig = EncoderConfig | LLMEncoderConfig | OneHotConfig
+@dataclasses.dataclass(frozen=True)
+class DocumentEncoderConfig:
+    """How a text becomes hidden states (``ctx_encoder`` in SakanaAI's doc-to-lora).
+
+    ``name``: of the language model that reads: ``"smollm2-135m"`` (packaged), a local folder, or a hub name.
+    ``states``: ``"all"``: of the embeddings and of every layer that runs; ``"last"``: of the last layer that runs, after the
+    final norm; ``"embeddings"``.
+    ``num_layers``: how many layers run; None: all but the last.  Without effect for embeddings.
+    ``max_chunk_tokens``: a longer text is cut into chunks of equal length, at most this; None: it is not cut.
+    ``prefix``, ``suffix``: what surrounds every chunk; None: the model's chat template with an empty system message.
+    ``dtype``: "float32", "bfloat16" or "float16", of the language model's weights.
+
+    Raises:
+        ConfigError: a field has a wrong type or value; the message names it.
+    """
+
+    name: str
+    states: str
+    num_layers: int | None = None
+    max_chunk_tokens: int | None = None
+    prefix: str | None = None
+    suffix: str | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        non_empty_text("encoder.name", self.name)
+        one_of("encoder.states", self.states, READ_STATES)
+        one_of("encoder.dtype", self.dtype, ENCODER_DTYPES)
+        for name in ("num_layers", "max_chunk_tokens"):
+            if getattr(self, name) is not None:
+                positive_int(f"encoder.{name}", getattr(self, name))
+        for name in ("prefix", "suffix"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise ConfigError(f"encoder.{name}: expected a string or null, got {short_repr(getattr(self, name))}")
+        if (self.prefix is None) != (self.suffix is None):
+            raise ConfigError("encoder.prefix, encoder.suffix: expected both or neither")
+
+
+AnyEncoderConfig = EncoderConfig | LLMEncoderConfig | OneHotConfig | DocumentEncoderConfig
 
 
 def encoder_config_from_json(block: Any, where: str) -> AnyEncoderConfig:
     """The configuration in the "encoder" block of a checkpoint.
 
-    A OneHotConfig if its name is "one-hot", an LLMEncoderConfig if it has layers, else an EncoderConfig.
+    A OneHotConfig if its name is "one-hot", an LLMEncoderConfig if it has layers, a DocumentEncoderConfig if it has states,
+    else an EncoderConfig.
 
     ``where`` names the source in errors.  Raises ConfigError for a block that is none of them.
     """
-    one_hot = isinstance(block, dict) and block.get("name") == OneHotConfig.name
-    return from_json(OneHotConfig if one_hot else LLMEncoderConfig if is_llm_encoder(block) else EncoderConfig, block, where)
+    kind = EncoderConfig
+    if isinstance(block, dict) and block.get("name") == OneHotConfig.name:
+        kind = OneHotConfig
+    elif is_llm_encoder(block):
+        kind = LLMEncoderConfig
+    elif isinstance(block, dict) and "states" in block:
+        kind = DocumentEncoderConfig
+    return from_json(kind, block, where)
 
 
 def is_llm_encoder(block: Any) -> bool:

@@ -390,10 +390,16 @@ class OneHotEncoder:
 # --- loading -------------------------------------------------------------------------------------------------------
 
 
-def load(name: str, dtype: str, device: str | torch.device, trust_remote_code: bool) -> tuple[PreTrainedModel, Any]:
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+def load(
+    name: str, dtype: str, device: str | torch.device, trust_remote_code: bool, *, needs_tokenizer: bool = True
+) -> tuple[PreTrainedModel, Any]:
     """Model and tokenizer of a packaged encoder, local folder or hub name; raises as :meth:`TextEncoder.from_pretrained`.
 
-    Python code beside them runs with ``trust_remote_code`` only.
+    Python code beside them runs with ``trust_remote_code`` only.  ``needs_tokenizer``: whether a folder without one is
+    refused; otherwise its tokenizer is None.
     """
     from transformers import AutoModel, AutoTokenizer, PreTrainedConfig
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -412,7 +418,9 @@ def load(name: str, dtype: str, device: str | torch.device, trust_remote_code: b
             )
         if values.get("is_encoder_decoder"):
             raise ValueError(f"encoder {source!r}: expected an encoder or a decoder, got an encoder-decoder model")
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        folder, tokenizer = Path(source), None
+        if needs_tokenizer or not folder.is_dir() or any((folder / file).is_file() for file in TOKENIZER_FILES):
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         model, info = AutoModel.from_pretrained(
             source, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, output_loading_info=True
         )

@@ -21,6 +21,7 @@ import torch
 
 from t2l_engine import AdapterStack, HyperNetwork
 from t2l_engine.hypernetwork.checkpoint import describe, read
+from t2l_engine.hypernetwork.network import build
 from t2l_engine.research.tasks import manifest
 from t2l_engine.research.tasks.benchmarks import import_benchmarks
 from t2l_engine.research.tasks.folder import load_tasks
@@ -29,6 +30,7 @@ from t2l_engine.research.training import settings
 
 MIB = 1 << 20
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
+DOCUMENTS = GOLDEN.parent / "doc_to_lora" / "mistral-down-shared"
 #: Created in the working directory by whatever a file manages to execute.
 MARKER = "hostile_marker"
 MESSAGE_LIMIT = 2000
@@ -42,6 +44,7 @@ TEXTS = ("descriptions.json", "manifest.json", "task001_colours.json")
 
 LOADERS: dict[str, Callable] = {
     "hypernetwork": HyperNetwork.from_pretrained,
+    "documents": lambda folder: build(read(folder)),
     "adapters": lambda folder: AdapterStack.from_peft([folder]),
     "describe": describe,
     "encoder": lambda folder: read(folder).encoder_config(),
@@ -112,7 +115,7 @@ class Workshop:
     def __init__(self, directory: Path):
         self.directory, self._numbers = directory, itertools.count()
         (directory / "good").mkdir()
-        self.good = {path.name: path for path in GOLDEN.iterdir()}
+        self.good = {path.name: path for path in GOLDEN.iterdir()} | {"documents": DOCUMENTS}
         for name in ("native", "adapter", *FILES):
             self.good[name] = directory / "good" / name
         net = HyperNetwork.from_pretrained(GOLDEN / "M-recon-z")  # it has offsets too
@@ -135,7 +138,7 @@ class Workshop:
         """A copy of ``base`` whose ``file`` holds the bytes ``content``, or is made by ``content(path)``."""
         folder = self.directory / str(next(self._numbers))
         folder.mkdir()
-        for source in self.good[base].iterdir():
+        for source in filter(Path.is_file, self.good[base].iterdir()):
             if source.name not in (file, "expected.safetensors", "meta.json"):
                 shutil.copyfile(source, folder / source.name)
         if callable(content):

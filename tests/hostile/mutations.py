@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import zipfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ TARGETS = [
     *(Target(base, file, loader or LOADER_OF.get(base, "hypernetwork")) for base, file, loader in STRUCTURED),
     *(Target(base, "hypermod.pt", "hypernetwork") for base in ("L-sft", "M-recon-z", "S-pos-sft")),
     Target("L-sft", "hypermod.pt", "hypernetwork", inside=True),
+    *(Target("documents", "pytorch_model.bin", "documents", inside) for inside in (False, True)),
     *(Target("native", "hypernet.safetensors", "hypernetwork", inside) for inside in (False, True)),
     *(Target("adapter", "adapter_model.safetensors", "adapters", inside) for inside in (False, True)),
 ]
@@ -46,14 +48,21 @@ class Mutations:
 
     def __init__(self, shop: Workshop):
         self.shop = shop
-        claims, self._records = parts(torch.load(shop.good["L-sft"] / "hypermod.pt", weights_only=True))
+        claims, records = parts(torch.load(shop.good["L-sft"] / "hypermod.pt", weights_only=True))
+        with zipfile.ZipFile(shop.good["documents"] / "pytorch_model.bin") as archive:
+            inside = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+        self._document = inside["data.pkl"]
+        self._records = {
+            "hypermod.pt": records,
+            "pytorch_model.bin": {key.removeprefix("data/"): of for key, of in inside.items() if key.startswith("data/")},
+        }
         calls = (dumps({"mixer.4.bias": call}) for call in CALLS.values())
         self._pickles = [seed for seed in (dumps(claims), *RAW.values(), *calls) if len(seed) < MAX_PAYLOAD]
 
     def seeds(self, target: Target) -> list[bytes]:
         """What mutation starts from."""
-        if target.inside and target.file == "hypermod.pt":
-            return self._pickles
+        if target.inside and target.file in self._records:
+            return self._pickles if target.file == "hypermod.pt" else [self._document]
         whole = self.shop.read(target.base, target.file)
         if target.inside:
             return [json.dumps(split(whole)[0]).encode()]
@@ -72,8 +81,8 @@ class Mutations:
         """What is wrong with how a folder with ``payload`` is read or refused; such a folder is kept."""
         whole = self.shop.read(target.base, target.file)
         if target.inside:
-            is_torch = target.file == "hypermod.pt"
-            payload = pack(payload, self._records) if is_torch else join(payload, split(whole)[1])
+            records = self._records.get(target.file)
+            payload = pack(payload, records) if records is not None else join(payload, split(whole)[1])
         case = self.shop.case("mutated", target.base, target.file, payload, loader=target.loader, contradiction=True,
                               refusals=(ValueError, FileNotFoundError))  # fmt: skip
         found = judge(case, must_refuse=False)

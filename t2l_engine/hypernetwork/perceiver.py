@@ -1,0 +1,332 @@
+"""PerceiverHyperNetwork: from the hidden states of a text's tokens to LoRA adapters (Doc-to-LoRA, arXiv 2602.15902)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention, silu
+
+from t2l_engine.adapters.paths import module_names
+from t2l_engine.adapters.stack import AdapterStack
+from t2l_engine.files.errors import short_repr
+from t2l_engine.files.weights import cast_matrices
+from t2l_engine.hypernetwork.config import HEAD_WIDTH, HEADS, KEY_VALUE_HEADS, PerceiverConfig
+
+RMS_EPS, LAYER_NORM_EPS = 1e-6, 1e-5
+#: Tokens that are projected at once without gradients: more would only need more memory.
+PROJECTED_TOKENS = 2048
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight.shape, self.weight.to(x.dtype), RMS_EPS)
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate x) * up x)``."""
+
+    def __init__(self, width: int, hidden: int, out: int):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of latents ``[n, q, d]`` to ``context [n, L, d]``, without positions."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.q_proj = nn.Linear(width, HEADS * HEAD_WIDTH, bias=False)
+        self.k_proj, self.v_proj = (nn.Linear(width, KEY_VALUE_HEADS * HEAD_WIDTH, bias=False) for _ in range(2))
+        self.o_proj = nn.Linear(HEADS * HEAD_WIDTH, width, bias=False)
+
+    def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        # The query heads of a group are further queries of their key-value head, so that keys are not repeated.
+        query = self.q_proj(latents).unflatten(-1, (KEY_VALUE_HEADS, -1, HEAD_WIDTH))  # [n, q, kv, group, width]
+        query = query.permute(0, 2, 3, 1, 4).flatten(2, 3)
+        key, value = (
+            project(context).unflatten(-1, (KEY_VALUE_HEADS, HEAD_WIDTH)).transpose(1, 2)
+            for project in (self.k_proj, self.v_proj)
+        )
+        seen = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        seen = seen.unflatten(2, (-1, latents.shape[1])).permute(0, 3, 1, 2, 4).flatten(2)
+        return self.o_proj(seen)
+
+
+class PerceiverLayer(nn.Module):
+    """Cross-attention (``cross``) to a context or self-attention of latents, then an MLP; both normed before and after."""
+
+    def __init__(self, width: int, cross: bool):
+        super().__init__()
+        self.input_latents_layernorm = RMSNorm(width)
+        self.input_context_layernorm = RMSNorm(width) if cross else None
+        self.self_attn = Attention(width)
+        self.post_attention_layernorm, self.pre_ff_layernorm, self.post_ff_layernorm = (RMSNorm(width) for _ in range(3))
+        self.mlp = SwiGLU(width, 4 * width, width)
+
+    def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        query = self.input_latents_layernorm(latents)
+        if self.input_context_layernorm is None:
+            attended = self.self_attn(query, query, None)
+        else:
+            attended = self.self_attn(query, self.input_context_layernorm(context), mask)
+        latents = latents + self.post_attention_layernorm(attended)
+        return latents + self.post_ff_layernorm(self.mlp(self.pre_ff_layernorm(latents)))
+
+
+class Resampler(nn.Module):
+    """``queries`` learned latents that read a context through blocks of one cross- and several self-attention layers."""
+
+    def __init__(self, queries: int, width: int, blocks: int = 1, self_attention: int = 0, shared: bool = False):
+        super().__init__()
+        self.latents_q = nn.Parameter(torch.randn(queries, width) * 0.02)
+        layers: list[PerceiverLayer] = []
+        for i in range(blocks * (1 + self_attention)):
+            block, place = divmod(i, 1 + self_attention)
+            first = place if place else 1 + self_attention  # where a shared layer is first used: the cross layer, in block 1
+            layers.append(layers[first] if shared and i > first else PerceiverLayer(width, cross=place == 0))
+        self.layers = nn.ModuleList(layers)
+        self.layernorm = RMSNorm(width)
+
+    def forward(self, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        latents = self.latents_q.to(context.dtype).expand(len(context), -1, -1)
+        for layer in self.layers:
+            latents = layer(latents, context, mask)
+        return self.layernorm(latents)
+
+
+class ResidualMLP(nn.Module):
+    """``x + LN(W2 silu(W1 LN(x) + b1) + b2)``, with W1, b1, W2, b2 of their own for each of ``layers`` layers."""
+
+    def __init__(self, layers: int, width: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, LAYER_NORM_EPS), nn.LayerNorm(width, LAYER_NORM_EPS)
+        bound = 1 / math.sqrt(width)
+        self.weight1 = nn.Parameter(torch.empty(layers, width, 4 * width).uniform_(-bound, bound))
+        self.weight2 = nn.Parameter(torch.empty(layers, 4 * width, width).uniform_(-bound / 2, bound / 2))
+        self.bias1, self.bias2 = nn.Parameter(torch.zeros(layers, 4 * width)), nn.Parameter(torch.zeros(layers, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [layers, rows, d]``, ``[1, rows, d]`` for weights that layers share."""
+        hidden = silu(torch.baddbmm(self.bias1.to(x.dtype)[:, None], _norm(self.norm1, x), self.weight1))
+        return x + _norm(self.norm2, torch.baddbmm(self.bias2.to(x.dtype)[:, None], hidden, self.weight2))
+
+
+def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    return layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+
+
+class PerceiverHyperNetwork(nn.Module):
+    """Doc-to-LoRA's hypernetwork: a perceiver of token states, residual MLPs and one head for all layers.
+
+    A text is read in chunks; the adapters of its chunks, and a learned bias, follow each other along the rank.
+    :meth:`latents` reads chunks, :meth:`generate` makes adapters of latents, :meth:`forward` is both with gradients.
+
+    Source: arXiv 2602.15902.
+    """
+
+    def __init__(self, config: PerceiverConfig):
+        super().__init__()
+        self.config = c = config
+        layers, rank, d = c.num_layers, c.rank, c.latent_size
+        queries = len(c.modules) * rank * (1 if c.per_layer else layers)
+        self.projection = SwiGLU(c.feature_size, 4 * c.feature_size, d)
+        self.encoder = Resampler(c.num_latents, d, c.num_blocks, c.num_self_attention, c.shared_blocks)
+        self.decoder = Resampler(queries, d)
+        self.mlps = nn.ModuleList(ResidualMLP(layers if c.per_layer_mlps else 1, d) for _ in range(c.num_mlps))
+        widest = max(map(sum, zip(c.in_features, c.out_features, strict=True)))
+        self.head = nn.Parameter(torch.randn(layers, len(c.modules), d, widest) * 0.01)
+        sizes = list(zip(c.modules, c.in_features, c.out_features, strict=True))
+        self.scale_A, self.scale_B = (nn.ParameterDict({m: torch.ones(layers, rank) for m in c.modules}) for _ in range(2))
+        self.bias_A = nn.ParameterDict({m: torch.randn(layers, rank, n) / math.sqrt(n) for m, n, _ in sizes})
+        self.bias_B = nn.ParameterDict({m: torch.zeros(layers, rank, n) for m, _, n in sizes})
+        self._paths = {name: path for path, name in module_names(c.module_paths.values()).items()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weight matrices and of generated adapters."""
+        return self.head.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """That of its parameters."""
+        return self.head.device
+
+    def set_dtype(self, dtype: torch.dtype) -> PerceiverHyperNetwork:
+        """Cast the weight matrices to ``dtype``; norms, queries, scales and biases stay float32 (or float64).
+
+        Raises ValueError if ``dtype`` is not floating point or values exceed its range; nothing changes then.
+        """
+        linears = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
+        mlps = [module for module in self.mlps if isinstance(module, ResidualMLP)]
+        of_layers = [weight for mlp in mlps for weight in (mlp.weight1, mlp.weight2)]
+        cast_matrices(self, dtype, [self.head, *linears, *of_layers])
+        return self
+
+    def latents(self, states: Tensor, mask: Tensor) -> Tensor:
+        """``[chunks, layers, modules, rank, d]`` of the states of the tokens of chunks.
+
+        ``states``: ``[chunks, layers, L, f]`` in the layer-to-layer form, else ``[chunks, L, f]``; ``mask [chunks, L]``:
+        bool, the tokens of each chunk.
+        """
+        c = self.config
+        wanted = (c.num_layers,) if c.per_layer else ()
+        if (
+            states.shape[1:-2] != wanted
+            or states.shape[-1] != c.feature_size
+            or mask.shape != (len(states), states.shape[-2])
+        ):
+            expected = "[chunks, " + "".join(f"{n}, " for n in wanted) + f"L, {c.feature_size}]"
+            raise ValueError(
+                f"states: expected {expected} and a mask [chunks, L], got {tuple(states.shape)}, {tuple(mask.shape)}"
+            )
+        chunks, flat = len(states), states.to(self.dtype)
+        if c.per_layer:
+            flat, mask = flat.flatten(0, 1), mask.repeat_interleave(c.num_layers, dim=0)
+        tokens = flat.new_zeros(*flat.shape[:2], c.latent_size)
+        tokens[mask] = self._project(flat[mask])
+        latents = self.decoder(self.encoder(tokens, mask[:, None, None]))
+        return latents.view(chunks, c.num_layers, len(c.modules), c.rank, c.latent_size)
+
+    def _project(self, tokens: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.projection(tokens)
+        return torch.cat([self.projection(part) for part in tokens.split(PROJECTED_TOKENS)])
+
+    def forward(self, states: Tensor, mask: Tensor, chunks: Sequence[int] | None = None) -> AdapterStack:
+        """Adapters with gradients; arguments as in :meth:`latents` and :meth:`generate`."""
+        return self._stack(self.latents(states, mask), chunks, None, 1.0, 1.0)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        latents: Tensor,
+        chunks: Sequence[int] | None = None,
+        out: AdapterStack | None = None,
+        *,
+        chunk_scale: float = 1.0,
+        bias_scale: float = 1.0,
+    ) -> AdapterStack:
+        """Adapters of texts: a stack of ``len(chunks)``, of rank ``(chunks + bias) * rank`` each.
+
+        Args:
+            latents: of all chunks of the first text, then of the second, ..., as :meth:`latents` gives them.
+            chunks: number of chunks of each text; None: one each.
+            out: a stack of the same modules and at least the largest rank, such as :meth:`LoRAHandle.borrow_slots` gives,
+                that is overwritten and returned; None: a new one.
+            chunk_scale: multiplies A of every chunk.
+            bias_scale: multiplies A and B of the bias, as in SakanaAI's code.
+
+        Raises ValueError for latents of another shape, counts that are not theirs, or an ``out`` that does not fit.
+        """
+        return self._stack(latents, chunks, out, chunk_scale, bias_scale)
+
+    def meta_stack(self, count: int, chunks: Sequence[int] | None = None) -> AdapterStack:
+        """A stack with the shapes and ranks of :meth:`generate` for ``count`` texts of ``chunks`` chunks, without memory.
+
+        A, B and scaling are on the meta device, ranks on the CPU; :meth:`LoRAHandle.borrow_slots` takes it.
+        """
+        c, lora_A, lora_B = self.config, {}, {}
+        chunks = [1] * count if chunks is None else chunks
+        widest = max(map(c.total_rank, chunks))
+        for name, n_in, n_out in zip(self._paths, c.in_features, c.out_features, strict=True):
+            lora_A[name] = torch.empty(len(chunks), c.num_layers, widest, n_in, dtype=self.dtype, device="meta")
+            lora_B[name] = torch.empty(len(chunks), c.num_layers, n_out, widest, dtype=self.dtype, device="meta")
+        scaling = torch.empty(len(chunks), dtype=torch.float32, device="meta")
+        return AdapterStack(lora_A, lora_B, scaling, self._ranks(chunks, "cpu"), self._paths)
+
+    def _ranks(self, chunks: Sequence[int], device: str | torch.device) -> dict[str, Tensor]:
+        ranks = torch.tensor([self.config.total_rank(count) for count in chunks], dtype=torch.int32, device=device)
+        return {name: ranks[:, None].repeat(1, self.config.num_layers) for name in self._paths}
+
+    def _stack(
+        self,
+        latents: Tensor,
+        chunks: Sequence[int] | None,
+        out: AdapterStack | None,
+        chunk_scale: float,
+        bias_scale: float,
+    ) -> AdapterStack:
+        c, device = self.config, self.device
+        counts = [1] * len(latents) if chunks is None else list(chunks)
+        self._check(latents, counts)
+        ranks = self._ranks(counts, device)
+        if out is None:
+            empty = self.meta_stack(len(counts), counts)
+            lora_A = {name: torch.zeros_like(a, device=device) for name, a in empty.lora_A.items()}
+            # Transposed views: rows of B are written in one piece, as the head makes them.
+            lora_B = {name: torch.zeros_like(b.mT, device=device).mT for name, b in empty.lora_B.items()}
+            scaling = torch.full((len(counts),), c.scaling_value, dtype=torch.float32, device=device)
+            out = AdapterStack(lora_A, lora_B, scaling, ranks, self._paths)
+        else:
+            self._check_out(out, counts)
+            out.scaling.fill_(c.scaling_value)
+            for name, values in ranks.items():
+                out.ranks[name].copy_(values)
+        last = torch.tensor(counts, device=device)
+        texts = torch.repeat_interleave(torch.arange(len(counts), device=device), last)
+        places = torch.arange(len(latents), device=device) - (last.cumsum(0) - last)[texts]
+        for i, (name, A, B) in enumerate(self._heads(latents)):
+            module = c.modules[i]
+            for target, made, bias, scale in (
+                (out.lora_A[name], A, self.bias_A[module], chunk_scale),
+                (out.lora_B[name].mT, B, self.bias_B[module], 1.0),
+            ):
+                whole = target.shape[2] // c.rank * c.rank
+                blocks = target[:, :, :whole].unflatten(2, (-1, c.rank)).transpose(1, 2)  # [texts, chunks, layers, r, size]
+                blocks[texts, places] = (made if scale == 1.0 else made * scale).to(target.dtype)
+                if c.bias:
+                    blocks[torch.arange(len(counts), device=device), last] = (bias * bias_scale).to(target.dtype)
+        return out
+
+    def _heads(self, latents: Tensor):
+        """Of each module its name in stacks, A ``[chunks, layers, r, in]`` and B ``[chunks, layers, r, out]``."""
+        c = self.config
+        x = latents.to(self.dtype).transpose(0, 1).contiguous()  # [layers, chunks, modules, r, d]
+        rows = x.view(c.num_layers if c.per_layer_mlps else 1, -1, c.latent_size)
+        for mlp in self.mlps:
+            rows = mlp(rows)
+        rows = torch.nn.functional.normalize(rows, dim=-1, eps=0).view_as(x)
+        for k, (name, n_in, n_out) in enumerate(zip(self._paths, c.in_features, c.out_features, strict=True)):
+            made = torch.bmm(rows[:, :, k].flatten(1, 2), self.head[:, k, :, : n_in + n_out])
+            made = made.unflatten(1, (-1, c.rank)).transpose(0, 1)  # [chunks, layers, r, in + out]
+            module = c.modules[k]
+            scale_A, scale_B = (scale[module].to(made.dtype)[..., None] for scale in (self.scale_A, self.scale_B))
+            yield name, made[..., :n_in] * scale_A, made[..., n_in:] * scale_B
+
+    def _check(self, latents: Tensor, counts: list[int]) -> None:
+        c = self.config
+        shape = (c.num_layers, len(c.modules), c.rank, c.latent_size)
+        if tuple(latents.shape[1:]) != shape or latents.device != self.device:
+            got = f"{tuple(latents.shape)} on {latents.device}"
+            raise ValueError(f"latents: expected [chunks, {', '.join(map(str, shape))}] on {self.device}, got {got}")
+        if sum(counts) != len(latents) or not counts or min(counts) < 1:
+            raise ValueError(
+                f"chunks: expected numbers of 1 or more, {len(latents)} together as there are latents, "
+                f"got {short_repr(counts)}"
+            )
+
+    def _check_out(self, out: AdapterStack, counts: list[int]) -> None:
+        c, rank = self.config, max(map(self.config.total_rank, counts))
+        if not isinstance(out, AdapterStack) or out.paths != self._paths:
+            got = out.paths if isinstance(out, AdapterStack) else type(out).__name__
+            raise ValueError(f"out: expected a stack for the modules {self._paths}, got {got}")
+        for name, n_in, n_out in zip(self._paths, c.in_features, c.out_features, strict=True):
+            a, b = out.lora_A[name], out.lora_B[name]
+            wanted = (len(counts), c.num_layers, n_in), (len(counts), c.num_layers, n_out)
+            got = (*a.shape[:2], a.shape[3]), (*b.shape[:2], b.shape[2])
+            if got != wanted or a.shape[2] < rank or a.device != self.device:
+                raise ValueError(
+                    f"out: {name}: expected {len(counts)} adapters of {c.num_layers} layers, {n_in} to {n_out} features, "
+                    f"rank {rank} or more on {self.device}, got {tuple(a.shape)} and {tuple(b.shape)} on {a.device}"
+                )

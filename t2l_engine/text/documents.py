@@ -1,0 +1,180 @@
+"""DocumentEncoder: texts of any length to chunks of tokens, and chunks to the hidden states of a frozen language model."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from t2l_engine.files.errors import ConfigError, positive_int, short_repr
+from t2l_engine.text.config import DocumentEncoderConfig
+from t2l_engine.text.encoder import WorkedExamples, check_list, check_text, load, positions, refuse_examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Bytes of hidden states that are read at once, of all layers and chunks.
+READ_BYTES = 1 << 29
+
+
+class DocumentEncoder:
+    """Reads documents token by token with a frozen language model, without an LM head.
+
+    :meth:`chunks` tokenizes and cuts; :meth:`read` gives hidden states of many chunks in padded batches.
+
+    Source: arXiv 2602.15902.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, config: DocumentEncoderConfig):
+        """``model``: a transformers decoder, which is not modified; ``tokenizer``: its tokenizer, or None to read ids alone.
+
+        Raises ConfigError if ``model`` is no decoder with a list of layers, or has fewer than ``num_layers``.
+        """
+        self.config, self.tokenizer = config, tokenizer
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+        layers = getattr(decoder, "layers", None)
+        if not isinstance(layers, nn.ModuleList):
+            raise ConfigError(f"encoder: expected a decoder with a list of layers, got {type(model).__name__}")
+        count = len(layers) - 1 if config.num_layers is None else config.num_layers
+        if count > len(layers):
+            raise ConfigError(f"encoder.num_layers: expected at most the {len(layers)} of {config.name!r}, got {count}")
+        self.whole, self.num_layers = decoder.eval(), 0 if config.states == "embeddings" else count
+        # The first layers under the same final norm, with the modules of the model itself.
+        self.model = copy.copy(decoder)
+        self.model._modules = dict(decoder._modules)
+        self.model.layers = nn.ModuleList(layers[: self.num_layers])
+
+    @classmethod
+    def from_config(
+        cls,
+        config: DocumentEncoderConfig,
+        *,
+        device: str | torch.device = "cpu",
+        trust_remote_code: bool = False,
+    ) -> DocumentEncoder:
+        """Load the language model that ``config`` names; raises as :meth:`TextEncoder.from_pretrained`.
+
+        Without tokenizer files only ids can be read.
+        """
+        model, tokenizer = load(config.name, config.dtype, device, trust_remote_code, needs_tokenizer=False)
+        return cls(model, tokenizer, config)
+
+    @property
+    def feature_size(self) -> int:
+        """Hidden size of the language model."""
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def num_states(self) -> int:
+        """Hidden states of a token that are read."""
+        return self.num_layers + 1 if self.config.states == "all" else 1
+
+    def prepare(self, texts: Sequence[str], examples: WorkedExamples = None) -> list[str]:
+        """Each text as it is tokenized, without prefix and suffix.
+
+        Raises ValueError for anything but a list of texts, an empty text, and examples, of which it reads none.
+        """
+        check_list(texts)
+        refuse_examples(self.config.name, examples)
+        for i, text in enumerate(texts):
+            check_text(f"texts[{i}]", text, "text")
+        return [text.strip() for text in texts]
+
+    def chunks(self, texts: Sequence[str], max_chunk_tokens: int | None = None) -> list[list[list[int]]]:
+        """Token ids of the chunks of each text, with prefix and suffix; ``max_chunk_tokens``: None: as configured.
+
+        Raises ValueError for an empty list or text, without a tokenizer, and for a text that is longer than the model's
+        positions and is not cut.
+        """
+        texts = self.prepare(texts)
+        most = self.config.max_chunk_tokens if max_chunk_tokens is None else max_chunk_tokens
+        if most is not None:
+            positive_int("max_chunk_tokens", most)
+        if self.tokenizer is None:
+            raise ValueError(f"encoder {self.config.name!r}: expected files of a tokenizer; give ids to generate_from_ids()")
+        prefix, suffix = self._affixes()
+        cut = []
+        for text in texts:
+            # As SakanaAI's code: the tokens with prefix and suffix are cut, then every chunk gets what it lacks of both.
+            ids = self._ids(prefix + text + suffix)
+            count = math.ceil(len(ids) / (most or len(ids)))
+            size = math.ceil(len(ids) / count)
+            parts = [ids[j : j + size] for j in range(0, len(ids), size)]
+            start, end = (self._ids(affix) for affix in (prefix, suffix)) if len(parts) > 1 else ([], [])
+            last = len(parts) - 1
+            cut.append([(start if j else []) + part + (end if j < last else []) for j, part in enumerate(parts)])
+        self._check_lengths(cut)
+        return cut
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _affixes(self) -> tuple[str, str]:
+        if self.config.prefix is not None and self.config.suffix is not None:
+            return self.config.prefix, self.config.suffix
+        mark = "\u2063text\u2063"  # invisible separators, which no template has
+        chat = [{"role": "system", "content": ""}, {"role": "user", "content": mark}]
+        try:
+            prefix, _, suffix = self.tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True
+            ).partition(mark)
+        except Exception as error:  # templates raise what they like
+            raise ValueError(
+                f"encoder {self.config.name!r}: its chat template takes no system message ({short_repr(str(error))}); "
+                "state encoder.prefix and encoder.suffix in config.json"
+            ) from None
+        return prefix, suffix
+
+    def _check_lengths(self, contexts: Sequence[Sequence[Sequence[int]]]) -> None:
+        if isinstance(contexts, str) or not isinstance(contexts, Sequence) or not contexts:
+            raise ValueError(f"contexts: expected a list of lists of chunks of token ids, got {short_repr(contexts)}")
+        limit, words = positions(self.whole), self.model.config.get_text_config().vocab_size
+        for i, chunks in enumerate(contexts):
+            longest = max(map(len, chunks), default=0)
+            if not longest or not all(chunks):
+                raise ValueError(f"contexts[{i}]: expected one or more chunks of token ids, got {short_repr(chunks)}")
+            if not all(isinstance(token, int) and 0 <= token < words for chunk in chunks for token in chunk):
+                raise ValueError(f"contexts[{i}]: expected token ids below {words}, got {short_repr(chunks)}")
+            if limit is not None and longest > limit:
+                raise ValueError(
+                    f"contexts[{i}]: expected chunks of at most the {limit} tokens that {self.config.name!r} reads, got "
+                    f"{longest}; cut it: max_chunk_tokens={limit // 2}"
+                )
+
+    def read(self, contexts: Sequence[Sequence[Sequence[int]]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """``(indices, states, mask)`` of batches of chunks; indices count the chunks of all contexts in order.
+
+        States are ``[chunks, num_states, L, hidden]``, or ``[chunks, L, hidden]`` unless all are read; mask ``[chunks, L]``
+        bool.  Chunks of like length share a batch, of at most READ_BYTES of states.
+
+        Raises ValueError for a context without chunks or a chunk without ids or longer than the model's positions.
+        """
+        self._check_lengths(contexts)
+        chunks = [torch.tensor(chunk, dtype=torch.long) for context in contexts for chunk in context]
+        of_token = self.num_states * self.feature_size * self.model.dtype.itemsize
+        order = sorted(range(len(chunks)), key=lambda i: len(chunks[i]))
+        while order:
+            count = 1
+            while count < len(order) and (count + 1) * len(chunks[order[count]]) * of_token <= READ_BYTES:
+                count += 1
+            batch, order = order[:count], order[count:]
+            yield batch, *self._states([chunks[i] for i in batch])
+
+    @torch.no_grad()
+    def _states(self, chunks: list[Tensor]) -> tuple[Tensor, Tensor]:
+        ids = pad_sequence(chunks, batch_first=True).to(self.model.device)
+        lengths = torch.tensor([len(chunk) for chunk in chunks], device=ids.device)
+        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        all_states = self.config.states != "last"
+        found = self.model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=all_states, use_cache=False)
+        match self.config.states:
+            case "all":
+                return torch.stack(found.hidden_states, dim=1), mask
+            case "last":
+                return found.last_hidden_state, mask
+        return found.hidden_states[0], mask

@@ -1,0 +1,268 @@
+"""Checkpoints of SakanaAI/doc-to-lora, against the adapters and logits that its own code makes of them."""
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import t2l_engine as t2l
+from t2l_engine.files.torch_file import read_torch_records, write_torch_records
+from t2l_engine.hypernetwork import d2l
+from t2l_engine.hypernetwork.checkpoint import read
+from t2l_engine.hypernetwork.convert import convert
+
+GOLDEN = Path(__file__).parents[1] / "data" / "doc_to_lora"
+#: The layer-to-layer form with shared blocks and bias; the flat form with three modules and no bias.
+NAMES = ("mistral-down-shared", "qwen3-early")
+
+
+class Golden:
+    def __init__(self, name: str):
+        self.folder = GOLDEN / name
+        self.case = json.loads((self.folder / "case.json").read_text())
+        self.expected = load_file(self.folder / "expected.safetensors")
+        self.engine = t2l.TextToLoRA.from_pretrained(self.folder, encoder=self.folder / "base")
+        ids, mask = self.expected["ctx_ids"], self.expected["ctx_mask"].bool()
+        chunks = iter([row[kept].tolist() for row, kept in zip(ids, mask, strict=True)])
+        self.contexts = [[next(chunks) for _ in range(count)] for count in self.case["chunks"]]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def golden(request) -> Golden:
+    return Golden(request.param)
+
+
+def delta(lora_A, lora_B):
+    return torch.einsum("nlor,nlri->nloi", lora_B.double(), lora_A.double())
+
+
+def deltas(stack):
+    stack = stack.zero_padded()
+    return {name: delta(a, stack.lora_B[name]) for name, a in stack.lora_A.items()}
+
+
+def test_adapters_are_those_of_its_own_code(golden):
+    """All contexts in one padded batch, of several chunks each."""
+    found = golden.engine.generate_from_ids(golden.contexts)
+    for name, got in deltas(found).items():
+        expected = delta(golden.expected[f"A.{name}"], golden.expected[f"B.{name}"].mT)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    config = golden.engine.hypernetwork.config
+    ranks = [config.total_rank(count) for count in golden.case["chunks"]]
+    assert all(found.ranks[name].tolist() == [[rank] * config.num_layers for rank in ranks] for name in found.ranks)
+    assert found.scaling.tolist() == [golden.case["alpha"]] * len(ranks)
+
+
+def test_logits_are_those_of_its_own_code(golden):
+    model = AutoModelForCausalLM.from_pretrained(golden.folder / "base", attn_implementation="eager")
+    lora = t2l.attach(model, golden.engine.generate_from_ids(golden.contexts))
+    question = golden.expected["question"]
+    with torch.no_grad(), lora.use(list(range(len(question)))):
+        found = model(question).logits
+    torch.testing.assert_close(found, golden.expected["logits"], atol=1e-4, rtol=0)
+    assert (found - golden.expected["logits_base"]).abs().max() > 1
+
+
+def test_a_context_alone_makes_the_adapter_that_it_makes_among_others(golden):
+    """Within rounding: the sizes of matrix products, and so the order of their sums, depend on the batch."""
+    together = deltas(golden.engine.generate_from_ids(golden.contexts))
+    for i, context in enumerate(golden.contexts):
+        for name, alone in deltas(golden.engine.generate_from_ids([context])).items():
+            torch.testing.assert_close(alone[0], together[name][i], atol=1e-6, rtol=0)
+
+
+def test_scales_of_chunks_and_bias():
+    golden = Golden("mistral-down-shared")
+    both, chunks_alone = (deltas(golden.engine.generate_from_ids(golden.contexts, bias_scale=s)) for s in (1.0, 0.0))
+    scaled = deltas(golden.engine.generate_from_ids(golden.contexts, chunk_scale=2.0, bias_scale=3.0))
+    for name, whole in both.items():  # the bias's A and B are both scaled
+        expected = 2 * chunks_alone[name] + 9 * (whole - chunks_alone[name])
+        torch.testing.assert_close(scaled[name], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_slots_of_a_model_receive_the_same_adapters(golden):
+    model = AutoModelForCausalLM.from_pretrained(golden.folder / "base", attn_implementation="eager")
+    stack = golden.engine.generate_from_ids(golden.contexts)
+    lora = t2l.attach(model, stack[0], slots=4, max_rank=16)
+    like = golden.engine.hypernetwork.meta_stack(len(golden.contexts), golden.case["chunks"])
+    with lora.borrow_slots(1, like) as out:
+        golden.engine.generate_from_ids(golden.contexts, out)
+    question = golden.expected["question"]
+    with torch.no_grad(), lora.use([1 + i for i in range(len(question))]):
+        torch.testing.assert_close(model(question).logits, golden.expected["logits"], atol=1e-4, rtol=0)
+
+
+def test_a_native_checkpoint_makes_the_same_bits(golden, tmp_path):
+    convert(golden.folder, tmp_path / "native")
+    again = t2l.TextToLoRA.from_pretrained(tmp_path / "native", encoder=golden.folder / "base")
+    first, second = (engine.generate_from_ids(golden.contexts) for engine in (golden.engine, again))
+    for name in first.lora_A:
+        assert torch.equal(first.lora_A[name], second.lora_A[name]), name
+        assert torch.equal(first.lora_B[name], second.lora_B[name]), name
+
+
+def test_converting_there_and_back_loses_nothing(golden, tmp_path):
+    convert(golden.folder, tmp_path / "native")
+    convert(tmp_path / "native", tmp_path / "back", to="doc-to-lora")
+    (tensors, records), (again, records_again) = (
+        read_torch_records(folder / d2l.D2L_NAME, t2l.CheckpointError, d2l.KINDS)
+        for folder in (golden.folder, tmp_path / "back")
+    )
+    assert tensors.keys() == again.keys() and all(torch.equal(tensors[key], again[key]) for key in tensors)
+    assert d2l._as_json(dict(records)) == d2l._as_json(dict(records_again))
+
+
+def test_a_checkpoint_of_our_own_is_saved_and_has_no_records(golden, tmp_path):
+    golden.engine.save_pretrained(tmp_path / "native", base_model="tiny")
+    again = t2l.TextToLoRA.from_pretrained(tmp_path / "native", encoder=golden.folder / "base")
+    assert again.hypernetwork.config == golden.engine.hypernetwork.config
+    with pytest.raises(t2l.CheckpointError, match="expected a checkpoint that was converted from Doc-to-LoRA's format"):
+        convert(tmp_path / "native", tmp_path / "theirs", to="doc-to-lora")
+
+
+# --- broken files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return read_torch_records(GOLDEN / NAMES[0] / d2l.D2L_NAME, t2l.CheckpointError, d2l.KINDS)
+
+
+def without(key):
+    return lambda entries: entries.pop(key)
+
+
+def field(name, value, *path):
+    def change(entries):
+        record = entries["hypernet_config"]
+        for part in path:
+            record = record.fields[part]
+        record.fields = {**record.fields, name: value}
+
+    return change
+
+
+def tensor(key, value):
+    return lambda entries: entries.update({key: value})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (without("head.weight"), r"missing keys \['head.weight'\]"),
+        (tensor("extra.weight", torch.ones(2)), r"unexpected keys \['extra.weight'\]"),
+        (tensor("head.weight", torch.ones(2)), r"head.weight: expected shape \(4, 24, 128\), got \(2,\)"),
+        (tensor("layers.0.layers.1.bias", torch.ones(1, 4, 1, 96)), r"layers.0.layers.1.bias: expected shape"),
+        (tensor("bias_A.down_proj", torch.full((4, 4, 80), torch.nan)), "bias_A.down_proj"),
+        (
+            tensor("aggregator.perceiver.encoder.layers.4.input_latents_layernorm.weight", torch.ones(24)),
+            "layer that it sha",
+        ),
+        (field("extra_modules", ["input_layernorm"]), r"extra_modules: expected none .*got \['input_layernorm'\]"),
+        (field("per_rank_gen", False), "per_rank_gen: expected True, others are not supported, got False"),
+        (field("use_dora", True, "lora_config"), "lora_config.use_dora: expected False"),
+        (field("aggregator_type", "pooler", "aggregator_config"), "aggregator_type: expected 'perceiver'"),
+        (
+            field("layer_indices", torch.tensor([0, 2, 1, 3])),
+            r"layer_indices: expected all layers from 0, got \[0, 2, 1, 3\]",
+        ),
+        (field("feature_sizes", ({"up_proj": 3}, {"up_proj": 3})), "feature_sizes: expected two dicts of the modules"),
+        (field("latent_size", "24"), "latent_size: expected a positive integer"),
+        (field("feature_sizes", (1, 2)), "hypernet_config, ctx_encoder_args: 'int' object is not iterable"),
+        (without("ctx_encoder_args"), "expected the entries"),
+    ],
+)
+def test_contradictions_are_errors_that_name_file_and_key(tmp_path, whole, change, message):
+    tensors, records = whole
+    entries = tensors | records | {"hypernet_config": d2l._from_json(d2l._as_json(records["hypernet_config"]), "")}
+    change(entries)
+    write_torch_records(tmp_path / d2l.D2L_NAME, entries)
+    with pytest.raises(t2l.CheckpointError, match=message) as caught:
+        read(tmp_path)
+    assert str(tmp_path / d2l.D2L_NAME) in str(caught.value)
+
+
+class Touches:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path):
+    with zipfile.ZipFile(tmp_path / d2l.D2L_NAME, "w") as archive:
+        archive.writestr("pytorch_model/data.pkl", pickle.dumps({"x": Touches(tmp_path / "touched")}, protocol=2))
+    with pytest.raises(t2l.CheckpointError, match="its pickle names"):
+        d2l.read(tmp_path)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_contexts_that_cannot_be_read_are_errors():
+    engine = Golden("qwen3-early").engine
+    for contexts, message in (
+        ([[]], r"contexts\[0\]: expected one or more chunks"),
+        ([[[1, 2]], [[]]], r"contexts\[1\]: expected one or more chunks"),
+        ([[[1] * 200]], "at most the 128 tokens.*got 200; cut it: max_chunk_tokens=64"),
+        ([], "contexts: expected a list"),
+        ([[[1, 96]]], r"contexts\[0\]: expected token ids below 96"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.generate_from_ids(contexts)
+    with pytest.raises(ValueError, match="expected files of a tokenizer; give ids to generate_from_ids"):
+        engine.generate(["a text"])
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+#: Of a system message and a user's: "? <system> a <text> b".
+TEMPLATE = "a {% for m in messages %}{{ m.content }}{% endfor %} b"
+
+
+@pytest.fixture
+def reader(left_tokenizer):
+    left_tokenizer.chat_template = TEMPLATE
+    base = AutoModelForCausalLM.from_pretrained(GOLDEN / NAMES[1] / "base")
+    config = t2l.DocumentEncoderConfig("tiny", states="last", num_layers=2)
+    return t2l.DocumentEncoder(base, left_tokenizer, config)
+
+
+def test_a_long_text_is_cut_into_chunks_of_equal_length_with_prefix_and_suffix(reader):
+    """As doc-to-lora: the ids of the whole prompt are cut; a first chunk lacks the suffix, a last one the prefix."""
+    words = ["c", "d", "e", "f", "g"]
+    ids = lambda text: reader.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    (whole,) = reader.chunks([" " + " ".join(words) + "\n"])
+    assert whole == [ids("a c d e f g b")]
+    (cut,) = reader.chunks([" ".join(words)], max_chunk_tokens=3)
+    assert cut == [ids("a c d b"), ids("a e f g b"), ids("a b")]  # 7 ids: 3, 3 and 1
+    for texts, message in (([], "contexts: expected"), (["  "], r"texts\[0\]: expected a non-empty text"), ("a", "texts: ")):
+        with pytest.raises(ValueError, match=message):
+            reader.chunks(texts)
+
+
+def test_documents_in_batches_are_read_as_one_by_one(reader, monkeypatch):
+    """Within rounding; batches are of chunks of like length within the bytes that are allowed."""
+    from t2l_engine.text import documents
+
+    contexts = [[[2, 3, 4], [5]], [[6, 7]], [[8, 9, 10, 11]]]
+    monkeypatch.setattr(documents, "READ_BYTES", 3 * 2 * reader.feature_size * 4)
+    batches = list(reader.read(contexts))
+    assert [indices for indices, _, _ in batches] == [[1, 2, 0], [3]] or [i for i, _, _ in batches] == [[1, 2], [0], [3]]
+    alone = [next(reader.read([[chunk]]))[1][0] for context in contexts for chunk in context]
+    for indices, states, mask in batches:
+        for i, row, kept in zip(indices, states, mask, strict=True):
+            torch.testing.assert_close(row[kept], alone[i], atol=1e-5, rtol=1e-5)
+    assert len(reader.whole.layers) == 4  # the model itself is whole
+
+
+def test_an_encoder_that_does_not_fit_is_refused(reader):
+    engine = Golden(NAMES[0]).engine
+    with pytest.raises(ValueError, match="hidden states of width 48 of 4 layers.*got width 48 of 1 from 'tiny'"):
+        t2l.DocToLoRA(reader, engine.hypernetwork)
+    with pytest.raises(t2l.CheckpointError, match="it reads documents; load it with TextToLoRA"):
+        t2l.HyperNetwork.from_pretrained(GOLDEN / NAMES[0])
