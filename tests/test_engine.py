@@ -32,7 +32,10 @@ def native(tmp_path):
     def make(block, embed_dim=48):
         sizes = {"in_features": (8, 8), "out_features": (8, 4), "num_layers": 2, "latent_size": 8, "head_in_size": 8}
         torch.manual_seed(0)
-        net = HyperNetwork(HyperNetworkConfig("L", ("q_proj", "v_proj"), rank=2, embed_dim=embed_dim, lora_alpha=4, **sizes))
+        names = ("q_proj", "v_proj")
+        net = HyperNetwork(
+            HyperNetworkConfig(variant="L", modules=names, rank=2, embed_dim=embed_dim, lora_alpha=4, **sizes)
+        )
         net.save_pretrained(tmp_path / "native", metadata=None if block is None else {"encoder": block})
         return tmp_path / "native"
 
