@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from t2l_engine.text.documents import DocumentEncoder
 from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder, WorkedExamples, refuse_examples
 from t2l_engine.text.llm_encoder import LLMEncoder
 from t2l_engine.text.prompts import CHAT, prompt_of
+
+#: Called with the number of chunks that are read, and of all.
+Progress = Callable[[int, int], None]
 
 
 def _encoder_config(contents: Contents, folder: Path, given: str | Path | None) -> AnyEncoderConfig | str | None:
@@ -169,7 +173,7 @@ class TextToLoRA:
         if library is None:
             if top_k != 1 or min_similarity != -1.0:
                 raise ValueError("top_k, min_similarity: expected none without a library, of whose adapters they choose")
-            return self.hypernetwork.generate(self._embed(texts, examples))
+            return self.hypernetwork.generate(self.embed(texts, examples))
         if examples is not None:
             raise ValueError("examples: expected none with a library, whose adapters are found by their descriptions")
         return self.retrieve(texts, library, top_k, min_similarity)[0]
@@ -197,9 +201,12 @@ class TextToLoRA:
             )
         return library.adapters(texts, self.generate, top_k, min_similarity)
 
-    def generate_into(self, lora: LoRAHandle, slot: int, texts: Sequence[str], examples: WorkedExamples = None) -> None:
+    def generate_into(
+        self, lora: LoRAHandle, slot: int, texts: Sequence[str], examples: WorkedExamples = None, **reading: Any
+    ) -> None:
         """Generate the adapters of ``texts`` into the slots of ``lora`` from ``slot`` on, without a copy.
 
+        ``reading``: further arguments of :meth:`embed`.
         A and B are those of :meth:`generate`, rounded once to the slots' dtype.  The adapted layers must be on the device
         of the hypernetwork; otherwise use :meth:`generate` and :meth:`LoRAHandle.put`.
 
@@ -213,12 +220,15 @@ class TextToLoRA:
         >>> engine.generate_into(lora, 3, ["Return the last element of the list.", "Give the antonym of the word."])
         >>> lora.set([3, 4, -1])
         """
-        task_emb = self._embed(texts, examples)
-        with lora.borrow_slots(slot, self.hypernetwork.meta_stack(len(task_emb)), device=self.hypernetwork.device) as out:
-            self.hypernetwork.generate(task_emb, out=out)
+        embeddings = self.embed(texts, examples, **reading)
+        with lora.borrow_slots(slot, self._like(embeddings), device=self.hypernetwork.device) as out:
+            self.hypernetwork.generate(embeddings, out=out)
 
-    def _embed(self, texts: Sequence[str], examples: WorkedExamples) -> torch.Tensor:
-        """``task_emb`` on the hypernetwork's device; a user's encoder may be on another."""
+    def _like(self, embeddings: Any) -> AdapterStack:
+        return self.hypernetwork.meta_stack(len(embeddings))
+
+    def embed(self, texts: Sequence[str], examples: WorkedExamples = None) -> torch.Tensor:
+        """What ``hypernetwork.generate`` takes: ``task_emb [texts, embed_dim]``, on the hypernetwork's device."""
         return self.encoder.encode(texts, examples=examples).to(self.hypernetwork.device)
 
     def prompt(self, tokenizer: Any, text: str, description: str = "") -> str:
@@ -267,53 +277,62 @@ class DocToLoRA(TextToLoRA):
         top_k: int = 1,
         min_similarity: float = -1.0,
         max_chunk_tokens: int | None = None,
+        chunk_scale: float = 1.0,
+        bias_scale: float = 1.0,
+        progress: Progress | None = None,
     ) -> AdapterStack:
-        """One adapter per text, of rank ``(chunks + bias) * rank``; arguments as in :meth:`TextToLoRA.generate`.
+        """One adapter per text, of rank ``(chunks + bias) * rank``; other arguments as in :meth:`TextToLoRA.generate`.
 
-        ``max_chunk_tokens``: a longer text is cut into chunks of equal length, at most this; None: as the encoder's
-        configuration says.
+        ``chunk_scale``, ``bias_scale``: see :meth:`PerceiverHyperNetwork.generate`; the rest: see :meth:`embed`.
 
         Raises as :meth:`TextToLoRA.generate` and :meth:`DocumentEncoder.chunks`.
         """
-        refuse_examples(self.encoder.config.name, examples)
         if library is not None or top_k != 1 or min_similarity != -1.0:
-            return super().generate(texts, library=library, top_k=top_k, min_similarity=min_similarity)
-        return self.generate_from_ids(self.encoder.chunks(texts, max_chunk_tokens))
+            return super().generate(texts, examples, library=library, top_k=top_k, min_similarity=min_similarity)
+        latents = self.embed(texts, examples, max_chunk_tokens=max_chunk_tokens, progress=progress)
+        return self.hypernetwork.generate(latents, chunk_scale=chunk_scale, bias_scale=bias_scale)
 
     def generate_from_ids(
         self,
         contexts: Sequence[Sequence[Sequence[int]]],
-        out: AdapterStack | None = None,
         *,
         chunk_scale: float = 1.0,
         bias_scale: float = 1.0,
+        progress: Progress | None = None,
     ) -> AdapterStack:
-        """One adapter per context, a list of chunks of token ids; all chunks are read in padded batches.
-
-        ``out``, ``chunk_scale``, ``bias_scale``: as in :meth:`PerceiverHyperNetwork.generate`.
+        """One adapter per context, a list of chunks of token ids; no tokenizer is needed.
 
         Raises ValueError for an empty list, a context without chunks, or a chunk that is empty, longer than the model's
         positions or with ids outside of its vocabulary.
         """
-        net, found = self.hypernetwork, {}
-        with torch.no_grad():
-            for indices, states, mask in self.encoder.read(contexts):
-                found |= zip(indices, net.latents(states.to(net.device), mask.to(net.device)), strict=True)
-        latents = torch.stack([found[i] for i in range(len(found))])
-        return net.generate(latents, list(map(len, contexts)), out, chunk_scale=chunk_scale, bias_scale=bias_scale)
+        return self.hypernetwork.generate(self.embed_ids(contexts, progress), chunk_scale=chunk_scale, bias_scale=bias_scale)
 
-    def generate_into(
+    def embed(
         self,
-        lora: LoRAHandle,
-        slot: int,
         texts: Sequence[str],
         examples: WorkedExamples = None,
         *,
         max_chunk_tokens: int | None = None,
-    ) -> None:
-        """As :meth:`TextToLoRA.generate_into`; the slots must have the largest rank of the texts."""
+        progress: Progress | None = None,
+    ) -> list[torch.Tensor]:
+        """Of each text its latents ``[chunks, layers, modules, rank, d]``.
+
+        ``max_chunk_tokens``: a longer text is cut into chunks of equal length, at most this; None: as the encoder's
+        configuration says.  ``progress``: called with the number of chunks read so far and of all.
+        """
         refuse_examples(self.encoder.config.name, examples)
-        contexts = self.encoder.chunks(texts, max_chunk_tokens)
-        like = self.hypernetwork.meta_stack(len(contexts), list(map(len, contexts)))
-        with lora.borrow_slots(slot, like, device=self.hypernetwork.device) as out:
-            self.generate_from_ids(contexts, out)
+        return self.embed_ids(self.encoder.chunks(texts, max_chunk_tokens), progress)
+
+    def _like(self, embeddings: list[torch.Tensor]) -> AdapterStack:
+        return self.hypernetwork.meta_stack([len(latents) for latents in embeddings])
+
+    @torch.no_grad()
+    def embed_ids(self, contexts: Sequence[Sequence[Sequence[int]]], progress: Progress | None = None) -> list[torch.Tensor]:
+        """As :meth:`embed`, of chunks of token ids; arguments and errors as in :meth:`generate_from_ids`."""
+        net, found = self.hypernetwork, {}
+        for indices, states, mask in self.encoder.read(contexts):
+            found |= zip(indices, net.latents(states.to(net.device), mask.to(net.device)), strict=True)
+            if progress is not None:
+                progress(len(found), sum(map(len, contexts)))
+        rows = iter(found[i] for i in range(len(found)))
+        return [torch.stack([*itertools.islice(rows, len(chunks))]) for chunks in contexts]

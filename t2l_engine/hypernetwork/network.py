@@ -31,6 +31,7 @@ from t2l_engine.hypernetwork.folder import (
     resolve_checkpoint,
 )
 from t2l_engine.hypernetwork.modules import MLP, TASK_ENCODERS, Folded, NormedEmbedding, Offsets
+from t2l_engine.hypernetwork.output import check_out, meta_stack
 from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
 from t2l_engine.ops import reference
 from t2l_engine.ops.reference import without_autocast
@@ -251,12 +252,7 @@ class HyperNetwork(nn.Module):
         Raises ValueError as :meth:`generate` if ``to()`` cast the biases too.
         """
         self._check_biases()
-        c, lora_A, lora_B, ranks = self.config, {}, {}, {}
-        for name, n_in, n_out in zip(self._paths, c.in_features, c.out_features, strict=True):
-            lora_A[name] = torch.empty(count, c.num_layers, c.rank, n_in, dtype=self.dtype, device="meta")
-            lora_B[name] = torch.empty(count, c.num_layers, n_out, c.rank, dtype=self.dtype, device="meta")
-            ranks[name] = torch.full((count, c.num_layers), c.rank, dtype=torch.int32, device="cpu")
-        return AdapterStack(lora_A, lora_B, torch.empty(count, dtype=torch.float32, device="meta"), ranks, self._paths)
+        return meta_stack(self.config, self._paths, [self.config.rank] * count, self.dtype)
 
     def _check_biases(self) -> None:
         weight, bias = self.mixer.linear1.weight, self.mixer.linear1.bias
@@ -310,7 +306,7 @@ class HyperNetwork(nn.Module):
 
     def _write_stack(self, task_emb: Tensor, folded: dict, out: AdapterStack) -> AdapterStack:
         inputs = self._head_inputs(task_emb, folded)
-        self._check_out(out, len(task_emb), task_emb.device)
+        check_out(out, self.meta_stack(len(task_emb)), task_emb.device)
         lora_A, lora_B = ([tensors[name] for name in self._paths] for tensors in (out.lora_A, out.lora_B))
         ops.hypernet_heads_out_(lora_A, lora_B, *inputs, **folded["offsets"])
         out.fill_constants(self.scaling, self.config.rank)
@@ -339,17 +335,6 @@ class HyperNetwork(nn.Module):
         device = folded["weights"][0].device
         if not task_emb.is_floating_point() or task_emb.device != device:
             raise ValueError(f"task_emb: expected floating point on {device}, got {task_emb.dtype} on {task_emb.device}")
-
-    def _check_out(self, out: AdapterStack, count: int, device: torch.device) -> None:
-        c = self.config
-        if not isinstance(out, AdapterStack) or out.paths != self._paths:
-            got = out.paths if isinstance(out, AdapterStack) else type(out).__name__
-            raise ValueError(f"out: expected a stack for the modules {self._paths}, got {got}")
-        for name, n_in, n_out in zip(self._paths, c.in_features, c.out_features, strict=True):
-            wanted = (count, c.num_layers, c.rank, n_in), (count, c.num_layers, n_out, c.rank)
-            a, b = out.lora_A[name], out.lora_B[name]
-            if (got := (tuple(a.shape), tuple(b.shape))) != wanted or a.device != device:
-                raise ValueError(f"out: {name}: expected lora_A and lora_B {wanted} on {device}, got {got} on {a.device}")
 
 
 def _rows(tensor: Tensor, per_latent: int, features: tuple[int, int], shard: Shard) -> Tensor:
@@ -459,11 +444,11 @@ def load(
     device: str | torch.device = "cpu",
 ) -> HyperNetwork | PerceiverHyperNetwork:
     """See :meth:`HyperNetwork.from_pretrained`; drops the tensors of ``contents``."""
+    if scaling is not None:
+        contents = dataclasses.replace(contents, config=dataclasses.replace(contents.config, scaling=scaling))
     net = build(contents)
     contents.state.clear()  # so that casting frees each tensor in turn
     contents.unused.clear()
-    if scaling is not None:
-        net.config = dataclasses.replace(net.config, scaling=scaling)
     if dtype is None:
         dtypes = {layer.weight.dtype for layer in net.modules() if isinstance(layer, torch.nn.Linear)}
         if len(dtypes) > 1:

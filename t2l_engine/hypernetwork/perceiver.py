@@ -11,9 +11,9 @@ from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attenti
 
 from t2l_engine.adapters.paths import module_names
 from t2l_engine.adapters.stack import AdapterStack
-from t2l_engine.files.errors import short_repr
 from t2l_engine.files.weights import cast_matrices
 from t2l_engine.hypernetwork.config import HEAD_WIDTH, HEADS, KEY_VALUE_HEADS, PerceiverConfig
+from t2l_engine.hypernetwork.output import check_out, meta_stack
 
 RMS_EPS, LAYER_NORM_EPS = 1e-6, 1e-5
 #: Tokens that are projected at once without gradients: more would only need more memory.
@@ -204,79 +204,64 @@ class PerceiverHyperNetwork(nn.Module):
         return torch.cat([self.projection(part) for part in tokens.split(PROJECTED_TOKENS)])
 
     def forward(self, states: Tensor, mask: Tensor, chunks: Sequence[int] | None = None) -> AdapterStack:
-        """Adapters with gradients; arguments as in :meth:`latents` and :meth:`generate`."""
-        return self._stack(self.latents(states, mask), chunks, None, 1.0, 1.0)
+        """Adapters with gradients, of texts of ``chunks`` chunks each (None: one); other arguments as in :meth:`latents`."""
+        latents = self.latents(states, mask)
+        return self._stack(latents.split(list(chunks or [1] * len(latents))), None, 1.0, 1.0)
 
     @torch.no_grad()
     def generate(
         self,
-        latents: Tensor,
-        chunks: Sequence[int] | None = None,
+        latents: Sequence[Tensor],
         out: AdapterStack | None = None,
         *,
         chunk_scale: float = 1.0,
         bias_scale: float = 1.0,
     ) -> AdapterStack:
-        """Adapters of texts: a stack of ``len(chunks)``, of rank ``(chunks + bias) * rank`` each.
+        """Adapters of texts: a stack of ``len(latents)``, of rank ``(chunks + bias) * rank`` each.
 
         Args:
-            latents: of all chunks of the first text, then of the second, ..., as :meth:`latents` gives them.
-            chunks: number of chunks of each text; None: one each.
+            latents: of each text, those of its chunks ``[chunks, layers, modules, rank, d]``, as :meth:`latents` gives them.
             out: a stack of the same modules and at least the largest rank, such as :meth:`LoRAHandle.borrow_slots` gives,
                 that is overwritten and returned; None: a new one.
             chunk_scale: multiplies A of every chunk.
             bias_scale: multiplies A and B of the bias, as in SakanaAI's code.
 
-        Raises ValueError for latents of another shape, counts that are not theirs, or an ``out`` that does not fit.
+        Raises ValueError for no text, latents of another shape or device, or an ``out`` that does not fit.
         """
-        return self._stack(latents, chunks, out, chunk_scale, bias_scale)
+        return self._stack(latents, out, chunk_scale, bias_scale)
 
-    def meta_stack(self, count: int, chunks: Sequence[int] | None = None) -> AdapterStack:
-        """A stack with the shapes and ranks of :meth:`generate` for ``count`` texts of ``chunks`` chunks, without memory.
+    def meta_stack(self, chunks: int | Sequence[int]) -> AdapterStack:
+        """A stack with the shapes and ranks of :meth:`generate` for texts of ``chunks`` chunks each, without memory.
 
-        A, B and scaling are on the meta device, ranks on the CPU; :meth:`LoRAHandle.borrow_slots` takes it.
+        A number: so many texts of one chunk.  A, B and scaling are on the meta device, ranks on the CPU;
+        :meth:`LoRAHandle.borrow_slots` takes it.
         """
-        c, lora_A, lora_B = self.config, {}, {}
-        chunks = [1] * count if chunks is None else chunks
-        widest = max(map(c.total_rank, chunks))
-        for name, n_in, n_out in zip(self._paths, c.in_features, c.out_features, strict=True):
-            lora_A[name] = torch.empty(len(chunks), c.num_layers, widest, n_in, dtype=self.dtype, device="meta")
-            lora_B[name] = torch.empty(len(chunks), c.num_layers, n_out, widest, dtype=self.dtype, device="meta")
-        scaling = torch.empty(len(chunks), dtype=torch.float32, device="meta")
-        return AdapterStack(lora_A, lora_B, scaling, self._ranks(chunks, "cpu"), self._paths)
-
-    def _ranks(self, chunks: Sequence[int], device: str | torch.device) -> dict[str, Tensor]:
-        ranks = torch.tensor([self.config.total_rank(count) for count in chunks], dtype=torch.int32, device=device)
-        return {name: ranks[:, None].repeat(1, self.config.num_layers) for name in self._paths}
+        counts = [1] * chunks if isinstance(chunks, int) else chunks
+        return meta_stack(self.config, self._paths, [self.config.total_rank(count) for count in counts], self.dtype)
 
     def _stack(
-        self,
-        latents: Tensor,
-        chunks: Sequence[int] | None,
-        out: AdapterStack | None,
-        chunk_scale: float,
-        bias_scale: float,
+        self, latents: Sequence[Tensor], out: AdapterStack | None, chunk_scale: float, bias_scale: float
     ) -> AdapterStack:
         c, device = self.config, self.device
-        counts = [1] * len(latents) if chunks is None else list(chunks)
-        self._check(latents, counts)
-        ranks = self._ranks(counts, device)
+        self._check(latents)
+        counts = [len(of) for of in latents]
+        like = self.meta_stack(counts)
         if out is None:
-            empty = self.meta_stack(len(counts), counts)
-            lora_A = {name: torch.zeros_like(a, device=device) for name, a in empty.lora_A.items()}
+            lora_A = {name: torch.zeros_like(a, device=device) for name, a in like.lora_A.items()}
             # Transposed views: rows of B are written in one piece, as the head makes them.
-            lora_B = {name: torch.zeros_like(b.mT, device=device).mT for name, b in empty.lora_B.items()}
+            lora_B = {name: torch.zeros_like(b.mT, device=device).mT for name, b in like.lora_B.items()}
             scaling = torch.full((len(counts),), c.scaling_value, dtype=torch.float32, device=device)
+            ranks = {name: of.to(device) for name, of in like.ranks.items()}
             out = AdapterStack(lora_A, lora_B, scaling, ranks, self._paths)
         else:
-            self._check_out(out, counts)
+            check_out(out, like, device, higher_rank=True)
             out.scaling.fill_(c.scaling_value)
-            for name, values in ranks.items():
-                out.ranks[name].copy_(values)
+            for name, of in like.ranks.items():
+                out.ranks[name].copy_(of)
         last = torch.tensor(counts, device=device)
         texts = torch.repeat_interleave(torch.arange(len(counts), device=device), last)
-        places = torch.arange(len(latents), device=device) - (last.cumsum(0) - last)[texts]
-        for i, (name, A, B) in enumerate(self._heads(latents)):
+        places = torch.arange(len(texts), device=device) - (last.cumsum(0) - last)[texts]
+        for i, (name, A, B) in enumerate(self._heads(torch.cat([*latents]))):
             module = c.modules[i]
             for target, made, bias, scale in (
                 (out.lora_A[name], A, self.bias_A[module], chunk_scale),
@@ -304,29 +289,12 @@ class PerceiverHyperNetwork(nn.Module):
             scale_A, scale_B = (scale[module].to(made.dtype)[..., None] for scale in (self.scale_A, self.scale_B))
             yield name, made[..., :n_in] * scale_A, made[..., n_in:] * scale_B
 
-    def _check(self, latents: Tensor, counts: list[int]) -> None:
+    def _check(self, latents: Sequence[Tensor]) -> None:
         c = self.config
         shape = (c.num_layers, len(c.modules), c.rank, c.latent_size)
-        if tuple(latents.shape[1:]) != shape or latents.device != self.device:
-            got = f"{tuple(latents.shape)} on {latents.device}"
-            raise ValueError(f"latents: expected [chunks, {', '.join(map(str, shape))}] on {self.device}, got {got}")
-        if sum(counts) != len(latents) or not counts or min(counts) < 1:
-            raise ValueError(
-                f"chunks: expected numbers of 1 or more, {len(latents)} together as there are latents, "
-                f"got {short_repr(counts)}"
-            )
-
-    def _check_out(self, out: AdapterStack, counts: list[int]) -> None:
-        c, rank = self.config, max(map(self.config.total_rank, counts))
-        if not isinstance(out, AdapterStack) or out.paths != self._paths:
-            got = out.paths if isinstance(out, AdapterStack) else type(out).__name__
-            raise ValueError(f"out: expected a stack for the modules {self._paths}, got {got}")
-        for name, n_in, n_out in zip(self._paths, c.in_features, c.out_features, strict=True):
-            a, b = out.lora_A[name], out.lora_B[name]
-            wanted = (len(counts), c.num_layers, n_in), (len(counts), c.num_layers, n_out)
-            got = (*a.shape[:2], a.shape[3]), (*b.shape[:2], b.shape[2])
-            if got != wanted or a.shape[2] < rank or a.device != self.device:
-                raise ValueError(
-                    f"out: {name}: expected {len(counts)} adapters of {c.num_layers} layers, {n_in} to {n_out} features, "
-                    f"rank {rank} or more on {self.device}, got {tuple(a.shape)} and {tuple(b.shape)} on {a.device}"
-                )
+        for of in latents:
+            if not len(of) or of.shape[1:] != shape or of.device != self.device:
+                got = f"{tuple(of.shape)} on {of.device}"
+                raise ValueError(f"latents: expected [chunks, {', '.join(map(str, shape))}] on {self.device}, got {got}")
+        if not len(latents):
+            raise ValueError("latents: expected those of one or more texts, got none")

@@ -89,9 +89,8 @@ def test_slots_of_a_model_receive_the_same_adapters(golden):
     model = AutoModelForCausalLM.from_pretrained(golden.folder / "base", attn_implementation="eager")
     stack = golden.engine.generate_from_ids(golden.contexts)
     lora = t2l.attach(model, stack[0], slots=4, max_rank=16)
-    like = golden.engine.hypernetwork.meta_stack(len(golden.contexts), golden.case["chunks"])
-    with lora.borrow_slots(1, like) as out:
-        golden.engine.generate_from_ids(golden.contexts, out)
+    with lora.borrow_slots(1, golden.engine.hypernetwork.meta_stack(golden.case["chunks"])) as out:
+        golden.engine.hypernetwork.generate(golden.engine.embed_ids(golden.contexts), out)
     question = golden.expected["question"]
     with torch.no_grad(), lora.use([1 + i for i in range(len(question))]):
         torch.testing.assert_close(model(question).logits, golden.expected["logits"], atol=1e-4, rtol=0)
