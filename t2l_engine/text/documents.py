@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from t2l_engine.files.errors import ConfigError, positive_int, short_repr
 from t2l_engine.text.config import DocumentEncoderConfig
-from t2l_engine.text.encoder import WorkedExamples, check_list, check_text, load, positions, refuse_examples
+from t2l_engine.text.encoder import Modules, WorkedExamples, check_list, check_text, load, positions, refuse_examples
+from t2l_engine.text.llm_encoder import recorded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,23 +32,20 @@ class DocumentEncoder:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: DocumentEncoderConfig):
-        """``model``: a transformers decoder, which is not modified; ``tokenizer``: its tokenizer, or None to read ids alone.
+        """``model``: a transformers decoder, set to eval mode; ``tokenizer``: its tokenizer, or None to read ids alone.
 
-        Raises ConfigError if ``model`` is no decoder with a list of layers, or has fewer than ``num_layers``.
+        Raises ConfigError if ``model`` is no decoder with layers and a final norm, or has fewer than ``num_layers``.
         """
         self.config, self.tokenizer = config, tokenizer
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-        layers = getattr(decoder, "layers", None)
-        if not isinstance(layers, nn.ModuleList):
-            raise ConfigError(f"encoder: expected a decoder with a list of layers, got {type(model).__name__}")
+        self.model = (model.get_decoder() if hasattr(model, "get_decoder") else model).eval()
+        layers = getattr(self.model, "layers", None)
+        if not isinstance(layers, nn.ModuleList) or not isinstance(getattr(self.model, "norm", None), nn.Module):
+            raise ConfigError(f"encoder: expected a decoder with layers and a final norm, got {type(self.model).__name__}")
         count = len(layers) - 1 if config.num_layers is None else config.num_layers
         if count > len(layers):
             raise ConfigError(f"encoder.num_layers: expected at most the {len(layers)} of {config.name!r}, got {count}")
-        self.whole, self.num_layers = decoder.eval(), 0 if config.states == "embeddings" else count
-        # The first layers under the same final norm, with the modules of the model itself.
-        self.model = copy.copy(decoder)
-        self.model._modules = dict(decoder._modules)
-        self.model.layers = nn.ModuleList(layers[: self.num_layers])
+        self.num_layers = 0 if config.states == "embeddings" else count
+        self._lock = threading.Lock()
 
     @classmethod
     def from_config(
@@ -108,7 +106,7 @@ class DocumentEncoder:
             start, end = (self._ids(affix) for affix in (prefix, suffix)) if len(parts) > 1 else ([], [])
             last = len(parts) - 1
             cut.append([(start if j else []) + part + (end if j < last else []) for j, part in enumerate(parts)])
-        self._check_lengths(cut)
+        self._check("texts", cut)
         return cut
 
     def _ids(self, text: str) -> list[int]:
@@ -130,19 +128,22 @@ class DocumentEncoder:
             ) from None
         return prefix, suffix
 
-    def _check_lengths(self, contexts: Sequence[Sequence[Sequence[int]]]) -> None:
-        if isinstance(contexts, str) or not isinstance(contexts, Sequence) or not contexts:
-            raise ValueError(f"contexts: expected a list of lists of chunks of token ids, got {short_repr(contexts)}")
-        limit, words = positions(self.whole), self.model.config.get_text_config().vocab_size
+    def _check(self, name: str, contexts: Sequence[Sequence[Sequence[int]]]) -> None:
+        def is_filled(value: object) -> bool:
+            return isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+
+        if not is_filled(contexts):
+            raise ValueError(f"{name}: expected one or more, each a list of chunks of token ids, got {short_repr(contexts)}")
+        limit, words = positions(self.model), self.model.config.get_text_config().vocab_size
         for i, chunks in enumerate(contexts):
-            longest = max(map(len, chunks), default=0)
-            if not longest or not all(chunks):
-                raise ValueError(f"contexts[{i}]: expected one or more chunks of token ids, got {short_repr(chunks)}")
+            if not is_filled(chunks) or not all(map(is_filled, chunks)):
+                raise ValueError(f"{name}[{i}]: expected one or more chunks of token ids, got {short_repr(chunks)}")
             if not all(isinstance(token, int) and 0 <= token < words for chunk in chunks for token in chunk):
-                raise ValueError(f"contexts[{i}]: expected token ids below {words}, got {short_repr(chunks)}")
+                raise ValueError(f"{name}[{i}]: expected token ids below {words}, got {short_repr(chunks)}")
+            longest = max(map(len, chunks))
             if limit is not None and longest > limit:
                 raise ValueError(
-                    f"contexts[{i}]: expected chunks of at most the {limit} tokens that {self.config.name!r} reads, got "
+                    f"{name}[{i}]: expected chunks of at most the {limit} tokens that {self.config.name!r} reads, got "
                     f"{longest}; cut it: max_chunk_tokens={limit // 2}"
                 )
 
@@ -152,9 +153,10 @@ class DocumentEncoder:
         States are ``[chunks, num_states, L, hidden]``, or ``[chunks, L, hidden]`` unless all are read; mask ``[chunks, L]``
         bool.  Chunks of like length share a batch, of at most READ_BYTES of states.
 
-        Raises ValueError for a context without chunks or a chunk without ids or longer than the model's positions.
+        Raises ValueError for a context without chunks or a chunk without ids or longer than the model's positions,
+        RuntimeError if adapters are in use on the model.
         """
-        self._check_lengths(contexts)
+        self._check("contexts", contexts)
         chunks = [torch.tensor(chunk, dtype=torch.long) for context in contexts for chunk in context]
         of_token = self.num_states * self.feature_size * self.model.dtype.itemsize
         order = sorted(range(len(chunks)), key=lambda i: len(chunks[i]))
@@ -167,14 +169,14 @@ class DocumentEncoder:
 
     @torch.no_grad()
     def _states(self, chunks: list[Tensor]) -> tuple[Tensor, Tensor]:
+        Modules(self.model).refuse_adapters(self.config.name)
         ids = pad_sequence(chunks, batch_first=True).to(self.model.device)
         lengths = torch.tensor([len(chunk) for chunk in chunks], device=ids.device)
         mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-        all_states = self.config.states != "last"
-        found = self.model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=all_states, use_cache=False)
-        match self.config.states:
-            case "all":
-                return torch.stack(found.hidden_states, dim=1), mask
-            case "last":
-                return found.last_hidden_state, mask
-        return found.hidden_states[0], mask
+        first = 0 if self.config.states == "all" else self.num_layers
+        with self._lock, recorded(self.model, range(first, self.num_layers + 1)) as outputs:
+            self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
+        states = [state.to(ids.device) for state in outputs.values()]
+        if self.config.states != "embeddings":
+            states[-1] = self.model.norm(states[-1])
+        return torch.stack(states, dim=1) if self.config.states == "all" else states[0], mask

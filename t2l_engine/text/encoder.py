@@ -59,7 +59,7 @@ def refuse_examples(name: str, examples: Any) -> None:
         )
 
 
-class _Modules:
+class Modules:
     """The modules of an encoder, valid until one is added, replaced or removed."""
 
     def __init__(self, model: nn.Module):
@@ -71,11 +71,14 @@ class _Modules:
         ]
         self.bert = PackedBert(model, modules) if is_plain(modules) else None
 
-    @property
-    def adapted(self) -> bool:
-        """Whether adapters are in use: ours, or PEFT's, which a model that was given to it has too."""
+    def refuse_adapters(self, name: str) -> None:
+        """RuntimeError, naming the encoder ``name``, if adapters are in use: ours, or PEFT's, which models may have too."""
         of_peft = (m.merged_adapters or (m.active_adapters and not m.disable_adapters) for m in self._of_peft)
-        return any(module.adapted for module in self._ours) or any(of_peft)
+        if any(module.adapted for module in self._ours) or any(of_peft):
+            raise RuntimeError(
+                f"encoder {name!r}: adapters are in use on this model, which would change the embeddings; "
+                "embed outside of use(...), or detach() first (PEFT's: disable or unload them)"
+            )
 
     @property
     def training(self) -> bool:
@@ -118,7 +121,7 @@ class TextEncoder:
         self._cache_size = cache_size
         self._cache: OrderedDict[str, Tensor] = OrderedDict()  # the least recently used text first
         self._cache_lock = threading.Lock()
-        self._modules = _Modules(self.model)
+        self._modules = Modules(self.model)
         #: In tokens, including special ones, to which texts are truncated: the configuration's, at most the model's.
         self.max_length = min(config.max_length, positions(model) or config.max_length)
         special = tokenizer.num_special_tokens_to_add()
@@ -303,17 +306,12 @@ class TextEncoder:
         pooled = torch.stack([pool[self.config.pooling](text) for text in texts])
         return nn.functional.normalize(pooled, dim=-1) * math.sqrt(pooled.shape[-1])
 
-    def _current_modules(self) -> _Modules:
+    def _current_modules(self) -> Modules:
         """The model's modules; RuntimeError if adapters are in use on it."""
-        modules = self._modules
-        if not modules.are_of(self.model):
-            modules = self._modules = _Modules(self.model)
-        if modules.adapted:
-            raise RuntimeError(
-                f"encoder {self.config.name!r}: adapters are in use on this model, which would change the embeddings; "
-                "embed outside of use(...), or detach() first (PEFT's: disable or unload them)"
-            )
-        return modules
+        if not self._modules.are_of(self.model):
+            self._modules = Modules(self.model)
+        self._modules.refuse_adapters(self.config.name)
+        return self._modules
 
     def _hidden_states(self, tokens: list[dict[str, list[int]]]) -> Tensor:
         """Last hidden states ``[total tokens, width]`` by the model's forward, of the texts one after another."""

@@ -195,7 +195,7 @@ class LLMEncoder(TextEncoder):
     def _states(self, tokens: list[dict[str, list[int]]]) -> list[Tensor]:
         self._current_modules()  # raises if adapters are in use
         batch, mask = self._padded(tokens)
-        with self._lock, _recorded(self.model, self.config.layers) as outputs:
+        with self._lock, recorded(self.model, self.config.layers) as outputs:
             self.model(**batch, attention_mask=mask.long(), use_cache=False)
         states = [outputs[i] for i in self.config.layers]  # on several devices, where the model is
         read = torch.stack([state[mask.to(state.device)].float().to(mask.device) for state in states], dim=1)
@@ -208,27 +208,28 @@ class _LastLayer(Exception):
 
 
 @contextlib.contextmanager
-def _recorded(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+def recorded(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """Outputs of ``layers``, by index, of a forward pass in this thread, which ends after the last of them.
 
-    By hooks, since transformers' ``output_hidden_states`` runs all layers.
+    0: what the first layer gets; i: the output of the i-th, before the final norm.  By hooks of our own: transformers'
+    ``output_hidden_states`` runs all layers, and leaves hooks in the model.
     """
     depth = model.config.get_text_config().num_hidden_layers
     # Not of a vision model beside the text model, which may have as many.
     text = getattr(model, "get_decoder", lambda: None)() or model
     stack = next((m for m in text.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
-    modules = {} if stack is None else {i: stack[i - 1] if i else model.get_input_embeddings() for i in layers}
     outputs: dict[int, Tensor] = {}
     thread = threading.get_ident()
 
     def record(index: int, module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() != thread:  # another thread may run the model meanwhile
             return
-        outputs[index] = output[0] if isinstance(output, tuple) else output
+        outputs[index] = (output[0] if isinstance(output, tuple) else output) if index else args[0]
         if index == layers[-1]:
             raise _LastLayer
 
-    hooks = [module.register_forward_hook(functools.partial(record, i)) for i, module in modules.items()]
+    places = [] if stack is None else [(i, stack[max(i - 1, 0)]) for i in layers]
+    hooks = [module.register_forward_hook(functools.partial(record, i)) for i, module in places]
     try:
         with contextlib.suppress(_LastLayer):
             yield outputs

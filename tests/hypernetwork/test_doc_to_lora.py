@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 import t2l_engine as t2l
 from t2l_engine.files.torch_file import read_torch_records, write_torch_records
@@ -207,8 +207,10 @@ def test_contexts_that_cannot_be_read_are_errors():
     for contexts, message in (
         ([[]], r"contexts\[0\]: expected one or more chunks"),
         ([[[1, 2]], [[]]], r"contexts\[1\]: expected one or more chunks"),
+        ([[1, 2]], r"contexts\[0\]: expected one or more chunks"),
+        ([[torch.tensor([1, 2])]], r"contexts\[0\]: expected one or more chunks"),
         ([[[1] * 200]], "at most the 128 tokens.*got 200; cut it: max_chunk_tokens=64"),
-        ([], "contexts: expected a list"),
+        ([], "contexts: expected one or more"),
         ([[[1, 96]]], r"contexts\[0\]: expected token ids below 96"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -239,7 +241,11 @@ def test_a_long_text_is_cut_into_chunks_of_equal_length_with_prefix_and_suffix(r
     assert whole == [ids("a c d e f g b")]
     (cut,) = reader.chunks([" ".join(words)], max_chunk_tokens=3)
     assert cut == [ids("a c d b"), ids("a e f g b"), ids("a b")]  # 7 ids: 3, 3 and 1
-    for texts, message in (([], "contexts: expected"), (["  "], r"texts\[0\]: expected a non-empty text"), ("a", "texts: ")):
+    for texts, message in (
+        ([], "texts: expected one or more"),
+        (["  "], r"texts\[0\]: expected a non-empty text"),
+        ("a", "texts: "),
+    ):
         with pytest.raises(ValueError, match=message):
             reader.chunks(texts)
 
@@ -256,7 +262,27 @@ def test_documents_in_batches_are_read_as_one_by_one(reader, monkeypatch):
     for indices, states, mask in batches:
         for i, row, kept in zip(indices, states, mask, strict=True):
             torch.testing.assert_close(row[kept], alone[i], atol=1e-5, rtol=1e-5)
-    assert len(reader.whole.layers) == 4  # the model itself is whole
+
+
+@pytest.mark.parametrize("kind, options", [(Gemma2Config, {"sliding_window": 4}), (LlamaConfig, {})])
+@pytest.mark.parametrize("states, count", [("all", None), ("all", 2), ("last", 2), ("last", 4), ("embeddings", None)])
+def test_states_are_those_of_the_whole_model_which_stays_as_it_is(kind, options, states, count):
+    sizes = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4, "head_dim": 12}
+    config = kind(**sizes, num_attention_heads=4, num_key_value_heads=2, attn_implementation="eager", **options)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    encoder = t2l.DocumentEncoder(model, None, t2l.DocumentEncoderConfig("tiny", states, count))
+    with torch.no_grad():
+        ((_, found, _),) = encoder.read([[list(range(3, 20))]])
+        whole = model(torch.arange(3, 20)[None], output_hidden_states=True).hidden_states
+        assert len(whole) == 5  # not twice as many: reading leaves no hooks of transformers behind
+        read = count or 3
+        normed = [*whole[:read], whole[4] if read == 4 else model.model.norm(whole[read])]
+    expected = {"all": torch.stack(normed, dim=1), "last": normed[-1], "embeddings": whole[0]}[states]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    A, B = {"down_proj": torch.zeros(1, 4, 2, 80)}, {"down_proj": torch.zeros(1, 4, 48, 2)}
+    lora = t2l.attach(model, t2l.AdapterStack(A, B, torch.ones(1)))
+    with lora.use(0), pytest.raises(RuntimeError, match="adapters are in use on this model"):
+        next(encoder.read([[[3, 4]]]))
 
 
 def test_an_encoder_that_does_not_fit_is_refused(reader):
