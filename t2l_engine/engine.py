@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -329,10 +329,14 @@ class DocToLoRA(TextToLoRA):
     @torch.no_grad()
     def embed_ids(self, contexts: Sequence[Sequence[Sequence[int]]], progress: Progress | None = None) -> list[torch.Tensor]:
         """As :meth:`embed`, of chunks of token ids; arguments and errors as in :meth:`generate_from_ids`."""
-        net, found = self.hypernetwork, {}
-        for indices, states, mask in self.encoder.read(contexts):
-            found |= zip(indices, net.latents(states.to(net.device), mask.to(net.device)), strict=True)
-            if progress is not None:
-                progress(len(found), sum(map(len, contexts)))
-        rows = iter(found[i] for i in range(len(found)))
+        batches, total = self.encoder.read(contexts), sum(map(len, contexts))
+        rows = iter(self.hypernetwork.read(batches if progress is None else _reported(batches, total, progress)))
         return [torch.stack([*itertools.islice(rows, len(chunks))]) for chunks in contexts]
+
+
+def _reported(batches: Iterable[Any], total: int, progress: Progress) -> Iterator[Any]:
+    done = 0
+    for batch in batches:
+        yield batch
+        done += len(batch[0])
+        progress(done, total)

@@ -113,6 +113,23 @@ def synthetic(
 
 
 @app.command()
+def needle(
+    output: Output,
+    texts: Annotated[int, typer.Option(min=1, help="Number of texts, each a task with its text as the description.")] = 200,
+    shortest: Annotated[int, typer.Option(min=1, help="Tokens of the shortest text, about.")] = 30,
+    longest: Annotated[int, typer.Option(min=1, help="Tokens of the longest text, about.")] = 200,
+    fewest_facts: Annotated[int, typer.Option(min=1, max=3, help="Fewest facts of a text, of three.")] = 3,
+    split: Annotated[str, typer.Option(help="Split of the questions: train or test.")] = "test",
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    force: Force = False,
+) -> None:
+    """Write needle-in-a-haystack tasks: texts that hold a number, a name and a code, and questions for them."""
+    from t2l_engine.research.tasks import needle as tasks
+
+    _write(output, tasks.texts(texts, shortest, longest, (fewest_facts, 3), seed, split), force)
+
+
+@app.command()
 def select(
     folder: Folder,
     task_split: Annotated[TaskSplit, typer.Option(help="Task split to copy.")],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,10 @@ from t2l_engine.hypernetwork.output import check_out, meta_stack
 RMS_EPS, LAYER_NORM_EPS = 1e-6, 1e-5
 #: Tokens that are projected at once without gradients: more would only need more memory.
 PROJECTED_TOKENS = 2048
+
+
+#: Initial norm of the columns of B that the head makes.
+INITIAL_B = 0.3
 
 
 class RMSNorm(nn.Module):
@@ -89,7 +93,7 @@ class Resampler(nn.Module):
 
     def __init__(self, queries: int, width: int, blocks: int = 1, self_attention: int = 0, shared: bool = False):
         super().__init__()
-        self.latents_q = nn.Parameter(torch.randn(queries, width) * 0.02)
+        self.latents_q = nn.Parameter(torch.randn(queries, width))
         layers: list[PerceiverLayer] = []
         for i in range(blocks * (1 + self_attention)):
             block, place = divmod(i, 1 + self_attention)
@@ -145,8 +149,11 @@ class PerceiverHyperNetwork(nn.Module):
         self.decoder = Resampler(queries, d)
         self.mlps = nn.ModuleList(ResidualMLP(layers if c.per_layer_mlps else 1, d) for _ in range(c.num_mlps))
         widest = max(map(sum, zip(c.in_features, c.out_features, strict=True)))
-        self.head = nn.Parameter(torch.randn(layers, len(c.modules), d, widest) * 0.01)
         sizes = list(zip(c.modules, c.in_features, c.out_features, strict=True))
+        self.head = nn.Parameter(torch.randn(layers, len(c.modules), d, widest))
+        for k, (_, n_in, n_out) in enumerate(sizes):  # rows of A of norm 1, smaller ones of B: latents have norm 1
+            self.head.data[:, k, :, :n_in] /= math.sqrt(n_in)
+            self.head.data[:, k, :, n_in:] *= INITIAL_B / math.sqrt(n_out)
         self.scale_A, self.scale_B = (nn.ParameterDict({m: torch.ones(layers, rank) for m in c.modules}) for _ in range(2))
         self.bias_A = nn.ParameterDict({m: torch.randn(layers, rank, n) / math.sqrt(n) for m, n, _ in sizes})
         self.bias_B = nn.ParameterDict({m: torch.zeros(layers, rank, n) for m, _, n in sizes})
@@ -203,10 +210,16 @@ class PerceiverHyperNetwork(nn.Module):
             return self.projection(tokens)
         return torch.cat([self.projection(part) for part in tokens.split(PROJECTED_TOKENS)])
 
-    def forward(self, states: Tensor, mask: Tensor, chunks: Sequence[int] | None = None) -> AdapterStack:
-        """Adapters with gradients, of texts of ``chunks`` chunks each (None: one); other arguments as in :meth:`latents`."""
-        latents = self.latents(states, mask)
-        return self._stack(latents.split(list(chunks or [1] * len(latents))), None, 1.0, 1.0)
+    def read(self, batches: Iterable[tuple[Sequence[int], Tensor, Tensor]]) -> list[Tensor]:
+        """:meth:`latents` of each chunk, in order; ``batches``: as of :meth:`DocumentEncoder.read`."""
+        found: dict[int, Tensor] = {}
+        for indices, states, mask in batches:
+            found |= zip(indices, self.latents(states.to(self.device), mask.to(self.device)), strict=True)
+        return [found[i] for i in range(len(found))]
+
+    def forward(self, batches: Iterable[tuple[Sequence[int], Tensor, Tensor]]) -> AdapterStack:
+        """Adapters with gradients, of texts of one chunk each, which :meth:`read` takes."""
+        return self._stack([latents[None] for latents in self.read(batches)], None, 1.0, 1.0)
 
     @torch.no_grad()
     def generate(

@@ -24,17 +24,27 @@ from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import to_json
 from t2l_engine.files.weights import read_safetensors, replacing
-from t2l_engine.hypernetwork.config import HyperNetworkConfig
-from t2l_engine.hypernetwork.network import HyperNetwork
+from t2l_engine.hypernetwork.config import PERCEIVERS, AnyConfig, HyperNetworkConfig, PerceiverConfig
+from t2l_engine.hypernetwork.network import HyperNetwork, save
+from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Task
 from t2l_engine.research.training import loop
 from t2l_engine.research.training.context import Modules
 from t2l_engine.research.training.sampling import Group, seeded, trained_descriptions
 from t2l_engine.research.training.settings import BASE_MODEL, LLM, ReconstructionSettings, SFTSettings
-from t2l_engine.text.config import SAKANA_MAX_LENGTH, EncoderConfig, LLMEncoderConfig, OneHotConfig
+from t2l_engine.text.config import (
+    SAKANA_MAX_LENGTH,
+    AnyEncoderConfig,
+    DocumentEncoderConfig,
+    EncoderConfig,
+    LLMEncoderConfig,
+    OneHotConfig,
+)
+from t2l_engine.text.documents import DocumentEncoder
 from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder
 from t2l_engine.text.llm_encoder import AttentionPooling, LLMEncoder, condition_text, pad_states
+from t2l_engine.text.prompts import RAW
 
 #: One example set in this many has no description.
 _WITHOUT_DESCRIPTION = 8
@@ -54,7 +64,7 @@ class Conditions(ABC):
     Raises ConfigError if all descriptions of a task are held out.
     """
 
-    encoder_config: EncoderConfig | OneHotConfig | LLMEncoderConfig
+    encoder_config: AnyEncoderConfig
     embed_dim: int
 
     def __init__(self, settings: SFTSettings | ReconstructionSettings, tasks: Sequence[Task], device: torch.device):
@@ -245,6 +255,36 @@ class HiddenStates(Conditions):
         return pad_states([self._states[of] for of in chosen])
 
 
+class Documents(Conditions):
+    """Hidden states of the descriptions' tokens, which a perceiver reads; read when a batch needs them.
+
+    Raises ConfigError if all descriptions of a task are held out, or if encoder and base model do not fit together.
+    """
+
+    def __init__(
+        self, settings: SFTSettings | ReconstructionSettings, tasks: Sequence[Task], base_model: str, device: torch.device
+    ):
+        assert isinstance(settings, SFTSettings)
+        super().__init__(settings, tasks, device)
+        count = None if settings.variant == PERCEIVERS[0] else settings.llm_layers[0]
+        states = "all" if count is None else "last" if count else "embeddings"
+        plain = {"prefix": "", "suffix": ""} if settings.prompt_form == RAW else {}
+        self.encoder_config = DocumentEncoderConfig(
+            base_model.rstrip("/"), states, count or None, dtype=settings.dtype, **plain
+        )
+        self._encoder = DocumentEncoder.from_config(self.encoder_config, device=device)
+        self.embed_dim = self._encoder.feature_size
+        self._ids = [[chunk for (chunk,) in self._encoder.chunks(task.descriptions)] for task in tasks]
+
+    def start(self, linear: nn.Linear) -> None:
+        raise AssertionError("a perceiver has no task encoder")
+
+    def clean(self, groups: Sequence[Group]) -> list[tuple[list[int], Tensor, Tensor]]:
+        return list(self._encoder.read([[self._ids[g.task][g.description]] for g in groups]))
+
+    augmented = clean
+
+
 def read_states(encoder: LLMEncoder, texts: Sequence[Mapping[int, str]], folder: Path) -> dict[tuple[int, int], Tensor]:
     """Hidden states ``[tokens, width]`` of the texts of each task, by (task, number), mapped from files in ``folder``.
 
@@ -340,37 +380,50 @@ class HyperNetworkJob(loop.Job):
         self.settings, self._base_model, self._device = settings, base_model, device
         if settings.encoder == LLM:
             assert base_model is not None
-            self._conditions: Conditions = HiddenStates(settings, tasks, base_model, device, folder)
+            if settings.variant in PERCEIVERS:
+                self._conditions: Conditions = Documents(settings, tasks, base_model, device)
+            else:
+                self._conditions = HiddenStates(settings, tasks, base_model, device, folder)
         else:
             self._conditions = TaskEmbeddings(settings, tasks, device)
 
-    def _config(self, modules: Modules, **adapters: Any) -> HyperNetworkConfig:
+    def _config(self, modules: Modules, **adapters: Any) -> AnyConfig:
         """Of a hypernetwork for ``modules``; ``adapters``: fields that the adapters decide."""
-        s = self.settings
-        return HyperNetworkConfig(
-            variant=s.variant, modules=modules.names, in_features=modules.in_features, out_features=modules.out_features,
-            num_layers=modules.num_layers, embed_dim=self._conditions.embed_dim, latent_size=s.latent_size,
-            head_in_size=s.head_in_size, paths=modules.own_paths, **adapters,
-        )  # fmt: skip
+        s, width = self.settings, self._conditions.embed_dim
+        shared: dict[str, Any] = {
+            "variant": s.variant, "modules": modules.names, "in_features": modules.in_features,
+            "out_features": modules.out_features, "num_layers": modules.num_layers, "latent_size": s.latent_size,
+            "paths": modules.own_paths, **adapters,
+        }  # fmt: skip
+        if s.variant in PERCEIVERS:
+            sizes = {"num_latents": s.llm_queries, "num_blocks": s.llm_blocks, "num_mlps": s.llm_mlps}
+            return PerceiverConfig(feature_size=width, **sizes, **shared)
+        return HyperNetworkConfig(embed_dim=width, head_in_size=s.head_in_size, **shared)
 
-    def _new(self, config: HyperNetworkConfig, *, hyperinit: bool) -> tuple[HyperNetwork, AttentionPooling | None]:
+    def _new(
+        self, config: AnyConfig, *, hyperinit: bool
+    ) -> tuple[HyperNetwork | PerceiverHyperNetwork, AttentionPooling | None]:
         """Hypernetwork and pooling, with initial parameters by the seed; ``hyperinit``: heads by Bias-HyperInit."""
         seed = self.settings.seed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            if isinstance(config, PerceiverConfig):
+                return PerceiverHyperNetwork(config), None
             net = HyperNetwork(config)
             if hyperinit:
                 net.bias_hyperinit(torch.Generator().manual_seed(seed))
             return net, self._conditions.start(net.task_encoder.linear)
 
-    def _train(self, net: HyperNetwork, pooling: AttentionPooling | None) -> None:
+    def _train(self, net: HyperNetwork | PerceiverHyperNetwork, pooling: AttentionPooling | None) -> None:
         """Let this job train ``net`` and ``pooling``."""
         self._net, self._pooling = net, pooling
-        self.model: nn.Module = net if pooling is None else PooledHyperNetwork(pooling, net)
+        self.model: nn.Module = net
+        if pooling is not None and isinstance(net, HyperNetwork):
+            self.model = PooledHyperNetwork(pooling, net)
         self.model.to(self._device)
 
-    def _write(self, net: HyperNetwork, folder: Path, step: int, **stated: Any) -> None:
+    def _write(self, net: HyperNetwork | PerceiverHyperNetwork, folder: Path, step: int, **stated: Any) -> None:
         """A checkpoint of ``net``; ``stated``: what its training block says beside the settings."""
         training = {"steps_done": step, **self.settings.model_dump(mode="json"), **stated}
         blocks = {"encoder": to_json(self._conditions.encoder_config), "base_model": self._base_model, "training": training}
-        net.save_pretrained(folder, blocks, self._pooling)
+        save(net, folder, blocks, self._pooling)

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from t2l_engine.files.errors import MAX_NUMBER, MAX_RANK, MAX_SIZE, MIN_NUMBER, ConfigError, short_repr
 from t2l_engine.files.text import is_unicode
 from t2l_engine.files.yaml import parse_yaml, read_yaml
-from t2l_engine.hypernetwork.config import VARIANTS, resolve_scaling
+from t2l_engine.hypernetwork.config import PERCEIVERS, VARIANTS, resolve_scaling
 from t2l_engine.text.prompts import PROMPT_FORMS
 
 
@@ -125,8 +125,11 @@ class _Model(BaseModel):
 class _HyperNetwork(BaseModel):
     """Settings of the hypernetwork and its task embeddings."""
 
-    variant: Literal[VARIANTS] = field("L", "of the hypernetwork")
-    latent_size: Annotated[int, Field(ge=4, lt=MAX_SIZE)] = field(128, "width of the trunk")
+    variant: Literal[VARIANTS + PERCEIVERS] = field(
+        "L",
+        "of the hypernetwork; perceiver-layers, perceiver-flat (Doc-to-LoRA): it reads the tokens' states of encoder llm",
+    )
+    latent_size: Annotated[int, Field(ge=4, lt=MAX_SIZE)] = field(128, "width of the trunk, or of a perceiver's latents")
     head_in_size: Positive = field(256, "width of the heads' input")
     encoder: Text = field(
         "minilm",
@@ -143,12 +146,13 @@ class _HyperNetwork(BaseModel):
     )
     mix_descriptions: bool = field(False, "random convex mixes of two descriptions of a task")
     llm_layers: Annotated[tuple[Count, ...], Field(min_length=1)] = field(
-        (0, 10, 20), "hidden states that encoder llm pools: 0 token embeddings, i output of layer i"
+        (0, 10, 20), "hidden states that encoder llm pools: 0 token embeddings, i output of layer i; perceiver-flat: one"
     )
-    llm_queries: Positive = field(8, "vectors that its attention pooling gives")
+    llm_queries: Positive = field(8, "vectors that its attention pooling gives, or latents of the perceiver")
     llm_width: Positive = field(192, "width of each of them")
     llm_heads: Positive = field(4, "attention heads of the pooling")
-    llm_blocks: Positive = field(1, "attention blocks of the pooling")
+    llm_blocks: Positive = field(1, "attention blocks of the pooling or the perceiver")
+    llm_mlps: Count = field(1, "residual MLPs after the perceiver")
     llm_descriptions: Count = field(0, "training descriptions of a task that encoder llm reads, by the seed; 0: all")
 
     @model_validator(mode="after")
@@ -156,9 +160,19 @@ class _HyperNetwork(BaseModel):
         if self.encoder == "one-hot":
             self._expect(task_init="random", held_out_descriptions=0, embedding_noise=0.0, mix_descriptions=False)
         if self.encoder != LLM:
+            if self.variant in PERCEIVERS:
+                raise ValueError(f"encoder: expected {LLM!r} with variant {self.variant}, got {self.encoder!r}")
             self._expect_defaults(*(name for name in type(self).model_fields if name.startswith("llm_")))
             return self
         self._expect(embedding_noise=0.0, mix_descriptions=False)
+        if self.variant in PERCEIVERS:
+            self._expect_defaults("head_in_size", "task_init", "llm_width", "llm_heads")
+            if self.variant == "perceiver-layers":
+                self._expect_defaults("llm_layers")
+            elif len(self.llm_layers) != 1:
+                raise ValueError(f"llm_layers: expected one number with perceiver-flat, got {short_repr(self.llm_layers)}")
+        else:
+            self._expect_defaults("llm_mlps")
         if list(self.llm_layers) != sorted(set(self.llm_layers)):
             raise ValueError(f"llm_layers: expected increasing numbers, got {short_repr(list(self.llm_layers))}")
         if self.llm_width % self.llm_heads:
@@ -197,6 +211,8 @@ class SFTSettings(_Model, _HyperNetwork, Settings):
     def _condition(self):
         if self.encoder == LLM:
             self._expect(condition="description")
+            if self.variant in PERCEIVERS:
+                self._expect_defaults("example_share", "token_dropout")
         else:
             self._expect_defaults("example_share", "example_sets", "max_examples", "token_dropout")
         if self.encoder == "one-hot":
@@ -230,6 +246,8 @@ class ReconstructionSettings(_HyperNetwork, Settings):
     def _no_base_model(self):
         if self.encoder == BASE_MODEL:
             raise ValueError(f"encoder: expected no base model, since reconstruction loads none, got {self.encoder!r}")
+        if self.variant in PERCEIVERS:
+            raise ValueError(f"variant: expected one of {', '.join(VARIANTS)} for reconstruction, got {self.variant!r}")
         return self
 
 

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import to_json
 from t2l_engine.hypernetwork import checkpoint
-from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
+from t2l_engine.hypernetwork.config import AnyConfig, resolve_scaling
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.hypernetwork.network import HyperNetwork, build, build_pooling
+from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
 from t2l_engine.research.training import loop
 from t2l_engine.research.training.context import TrainingContext
 from t2l_engine.research.training.hypernetwork import HyperNetworkJob
@@ -52,9 +53,9 @@ class SFT(HyperNetworkJob):
         self._train(*(self._trained_before(config) if settings.initial else self._new(config, hyperinit=True)))
         self.stream = context.stream(range(len(context.tasks)), self._conditions.train)
         with torch.no_grad():
-            context.attach(self._net(torch.zeros(1, config.embed_dim, device=context.device)))
+            context.attach(self.model(self._conditions.clean(self.stream.step(0)[:1])))
 
-    def _trained_before(self, config: HyperNetworkConfig) -> tuple[HyperNetwork, AttentionPooling | None]:
+    def _trained_before(self, config: AnyConfig) -> tuple[HyperNetwork | PerceiverHyperNetwork, AttentionPooling | None]:
         """Those of the checkpoint ``initial``; ConfigError if its configuration is not that of this run."""
         contents = checkpoint.read(resolve_checkpoint(self.settings.initial))
         encoder = self._conditions.encoder_config
@@ -100,7 +101,7 @@ class SFT(HyperNetworkJob):
         return self._context.data(initial=self._initial)
 
 
-def _by_scaling(config: HyperNetworkConfig) -> dict[str, Any]:
+def _by_scaling(config: AnyConfig) -> dict[str, Any]:
     """``config`` with the LoRA scaling as a number, whatever it is made of; as a library's, which is float32."""
     scaling = resolve_scaling(config.scaling, config.lora_alpha, config.rank)
     return to_json(config) | {"lora_alpha": None, "scaling": float(f"{scaling:.6g}")}
