@@ -18,7 +18,7 @@ NAMES = (
 ).split()
 #: Parts of the other sentences.
 _PARTS = (
-    "The farmer|A teacher|My neighbour|The old sailor|Their cousin|A young doctor|The baker|Our driver|The painter|A tall man",
+    "The farmer|A teacher|My neighbour|The old sailor|Their cousin|A young doctor|The baker|Our driver|The painter",
     "carried|painted|found|sold|repaired|forgot|bought|washed|moved|described|borrowed|hid",
     "a red bicycle|the wooden table|three green bottles|an old map|the broken lamp|a heavy box|some fresh bread|a blue coat",
     "near the river|in the morning|before dinner|at the market|behind the house|last winter|on the way home|after the storm",

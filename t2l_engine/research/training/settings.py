@@ -166,10 +166,9 @@ class _HyperNetwork(BaseModel):
             return self
         self._expect(embedding_noise=0.0, mix_descriptions=False)
         if self.variant in PERCEIVERS:
-            self._expect_defaults("head_in_size", "task_init", "llm_width", "llm_heads")
-            if self.variant == "perceiver-layers":
-                self._expect_defaults("llm_layers")
-            elif len(self.llm_layers) != 1:
+            unused, flat = ["head_in_size", "task_init", "llm_width", "llm_heads"], self.variant == "perceiver-flat"
+            self._expect_defaults(*unused, *([] if flat else ["llm_layers"]), when=f"with {self.variant}")
+            if flat and len(self.llm_layers) != 1:
                 raise ValueError(f"llm_layers: expected one number with perceiver-flat, got {short_repr(self.llm_layers)}")
         else:
             self._expect_defaults("llm_mlps")
@@ -179,9 +178,9 @@ class _HyperNetwork(BaseModel):
             raise ValueError(f"llm_width: expected a multiple of the {self.llm_heads} llm_heads, got {self.llm_width}")
         return self
 
-    def _expect_defaults(self, *names: str) -> None:
-        """Of settings that the encoder has no use for."""
-        self._expect(**{name: type(self).model_fields[name].default for name in names})
+    def _expect_defaults(self, *names: str, when: str = "") -> None:
+        """Of settings that the encoder, or what ``when`` says, has no use for."""
+        self._expect(when, **{name: type(self).model_fields[name].default for name in names})
 
     def _expect(self, when: str = "", **only: Any) -> None:
         """ValueError unless the settings have the values ``only``; ``when``: what asks for them, default: the encoder."""
@@ -212,7 +211,7 @@ class SFTSettings(_Model, _HyperNetwork, Settings):
         if self.encoder == LLM:
             self._expect(condition="description")
             if self.variant in PERCEIVERS:
-                self._expect_defaults("example_share", "token_dropout")
+                self._expect_defaults("example_share", "token_dropout", when=f"with {self.variant}")
         else:
             self._expect_defaults("example_share", "example_sets", "max_examples", "token_dropout")
         if self.encoder == "one-hot":

@@ -73,6 +73,10 @@ UNFIT = [
     (LLM, {
         "embedding_noise": (0.1, 0.0), "mix_descriptions": (True, False), "condition": ("input", "'description'"),
         "llm_width": (9, "a multiple of the 2 llm_heads"), "llm_layers": ([1, 0], "increasing numbers, got .1, 0.")}),
+    (LLM | {"variant": "perceiver-flat", "llm_layers": [1], "llm_width": 192, "llm_heads": 4}, {
+        "llm_layers": ([0, 1], "one number with perceiver-flat"), "llm_width": (8, "192"), "task_init": ("discriminant", ""),
+        "example_share": (0.5, 0.0), "encoder": ("minilm", "'llm' with variant perceiver-flat")}),
+    (LLM, {"llm_mlps": (2, 1)}),
     (BY_INPUT, {
         "samples_per_task": (2, "1 with condition 'input', got 2"), "encoder": ("one-hot", "one that reads text"),
         "held_out_descriptions": (1, 0), "task_init": ("discriminant", "'random'"), "mix_descriptions": (True, False)}),
