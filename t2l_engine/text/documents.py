@@ -151,7 +151,7 @@ class DocumentEncoder:
         """``(indices, states, mask)`` of batches of chunks; indices count the chunks of all contexts in order.
 
         States are ``[chunks, num_states, L, hidden]``, or ``[chunks, L, hidden]`` unless all are read; mask ``[chunks, L]``
-        bool.  Chunks of like length share a batch, of at most READ_BYTES of states.
+        bool.  A batch has at most READ_BYTES of states, and its longest chunk at most twice the tokens of its shortest.
 
         Raises ValueError for a context without chunks or a chunk without ids or longer than the model's positions,
         RuntimeError if adapters are in use on the model.
@@ -161,8 +161,8 @@ class DocumentEncoder:
         of_token = self.num_states * self.feature_size * self.model.dtype.itemsize
         order = sorted(range(len(chunks)), key=lambda i: len(chunks[i]))
         while order:
-            count = 1
-            while count < len(order) and (count + 1) * len(chunks[order[count]]) * of_token <= READ_BYTES:
+            count, most = 1, 2 * len(chunks[order[0]])
+            while count < len(order) and len(chunks[order[count]]) <= min(most, READ_BYTES // of_token // (count + 1)):
                 count += 1
             batch, order = order[:count], order[count:]
             yield batch, *self._states([chunks[i] for i in batch])
