@@ -7,6 +7,7 @@ from typing import Any
 
 #: Bounds on what a file may ask for, so that refusing it costs little.
 MAX_CONFIG_BYTES, MAX_MODULES, MAX_NAME, MAX_SIZE, MAX_RANK, MAX_LAYERS = 1 << 20, 64, 64, 1 << 31, 1 << 16, 4096
+MAX_PARAMETERS = 1 << 40  # more than any checkpoint, and within torch's tensor sizes
 #: Bounds of LoRA scalings and of the numbers they are computed from, so that ratios and products stay within float32.
 MIN_NUMBER, MAX_NUMBER = 1e-9, 1e9
 
@@ -66,3 +67,9 @@ def positive_int(name: str, value: Any, most: int = MAX_SIZE - 1) -> None:
     """ConfigError naming ``name`` unless ``value`` is an integer from 1 to ``most``."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
         raise ConfigError(f"{name}: expected a positive integer of at most {most}, got {short_repr(value)}")
+
+
+def whole_number(name: str, value: Any, most: int = MAX_SIZE - 1) -> None:
+    """ConfigError naming ``name`` unless ``value`` is an integer from 0 to ``most``."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+        raise ConfigError(f"{name}: expected 0 or more, at most {most}, got {short_repr(value)}")

@@ -1,4 +1,4 @@
-"""Reads an untrusted ``torch.save`` file of a dict of tensors, and perhaps of plain records, without ``torch.load``.
+"""Reads an untrusted ``torch.save`` file of a dict of tensors, and perhaps of records, without ``torch.load``.
 
 The file must be a zip archive of stored (uncompressed) entries, whose pickle only says where tensors lie in it.
 ``torch.load`` is not enough: it inflates compressed entries, does not verify checksums, and its restricted unpickler still
@@ -14,7 +14,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -29,16 +29,15 @@ from t2l_engine.files.weights import check_weights
 MAX_DIRECTORY_BYTES = 1 << 20
 MAX_PICKLE_BYTES = 1 << 17  # about 800 tensors
 MAX_DIMENSIONS = 64  # torch's limit
-#: Opcodes that torch.save writes for a dict of tensors.
+#: Opcodes that torch.save writes for a dict of tensors and of records.
 OPCODES = (
     "PROTO GLOBAL MARK STOP BINPUT LONG_BINPUT BINGET LONG_BINGET EMPTY_DICT SETITEM SETITEMS BINPERSID REDUCE BUILD "
-    "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 BINUNICODE BININT BININT1 BININT2 LONG1 NEWTRUE NEWFALSE NONE"
+    "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 BINUNICODE BININT BININT1 BININT2 LONG1 NEWTRUE NEWFALSE NONE "
+    "EMPTY_LIST APPEND APPENDS BINFLOAT NEWOBJ"
 ).split()
-#: Opcodes of records beside them.
-RECORD_OPCODES = "EMPTY_LIST APPEND APPENDS BINFLOAT NEWOBJ".split()
 
 
-class Refused(Exception):
+class Refused(ValueError):
     """The file is not a plain tensor file; the message says why."""
 
 
@@ -85,30 +84,41 @@ class _Claim(NamedTuple):
 
 
 class Record:
-    """What stands for an object of a class of the file: ``kind``, its name; ``args``, of its constructor; ``fields``."""
+    """What stands for an object of a class of the file, with its attributes."""
 
-    kind = ""
-
-    def __init__(self, *args: Any):
-        self.args, self.fields = args, {}
-
-    @classmethod
-    def of(cls, kind: str) -> type[Record]:
-        return type("Record", (cls,), {"kind": kind})
+    def __init__(self, fields: Mapping[str, Any] | None = None):
+        vars(self).update(fields or {})
 
 
-class Items:
-    """What stands for a set: ``items``, the list that it is made of, so that nothing is hashed."""
+class Member(str):
+    """What stands for a member of a string enumeration of the file: its value."""
 
-    def __init__(self, items: Any):
-        self.items = items
+    def __new__(cls, value: object):
+        if type(value) is not str:
+            raise Refused("its pickle has a member of an enumeration that is no text")
+        return super().__new__(cls, value)
+
+    def __reduce__(self):
+        return type(self), (str(self),)
+
+
+def stand_in(kind: str, base: type) -> type:
+    """A class, derived from Record or Member, that is read and written in place of the class ``kind`` of a file."""
+    module, _, name = kind.rpartition(".")
+    return type(name, (base,), {"__module__": module})
+
+
+def _texts(items: object) -> set[str]:
+    if not isinstance(items, list) or not all(type(item) is str for item in items):
+        raise Refused("its pickle has a set of other things than texts")
+    return set(items)
 
 
 def _parameter(data: object, requires_grad: object, hooks: object) -> object:
     return data
 
 
-#: What stands for all globals that a pickle of plain tensors names.
+#: What stands for all globals that a pickle of plain tensors names, and for sets.
 GLOBALS = {
     "collections.OrderedDict": _Dict,
     "torch._utils._rebuild_tensor_v2": _Claim,
@@ -119,6 +129,7 @@ GLOBALS = {
     "torch.BFloat16Storage": torch.bfloat16,
     "torch.LongStorage": torch.int64,
     "torch.IntStorage": torch.int32,
+    "__builtin__.set": _texts,
 }
 
 
@@ -128,14 +139,19 @@ class _Dispatch(dict):
 
 
 class _Unpickler(pickle._Unpickler):
-    """Gives dicts of :class:`_Claim`, in time linear in the length of the pickle; everything else is refused."""
+    """Gives dicts of :class:`_Claim` and of records, in time linear in the length of the pickle; all else is refused.
+
+    ``kinds``: classes of records, and what stands for them.
+    """
 
     dispatch = _Dispatch({code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, name)[0] for name in OPCODES)})
     stack: list
     append: Callable[[object], None]
 
-    known = GLOBALS
-    records: Sequence[Record] = ()
+    def __init__(self, file: io.BytesIO, kinds: dict[str, type]):
+        super().__init__(file)
+        self.known = GLOBALS | kinds
+        self.fields: dict[int, _Dict] = {}  # of records, by id: many may have the same
 
     def find_class(self, module: str, name: str) -> object:
         if f"{module}.{name}" not in self.known:
@@ -151,68 +167,45 @@ class _Unpickler(pickle._Unpickler):
     def load_empty_dict(self) -> None:
         self.append(_Dict())
 
-    def load_build(self) -> None:
-        """Leaves the attributes of a state_dict away."""
-        self.stack.pop()
-
-    dispatch |= {pickle.EMPTY_DICT[0]: load_empty_dict, pickle.BUILD[0]: load_build}
-
-
-class _RecordUnpickler(_Unpickler):
-    """Reads objects of the classes ``kinds`` as :class:`Record`, too; nothing of the classes is imported."""
-
-    dispatch = _Dispatch(
-        _Unpickler.dispatch
-        | {code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, n)[0] for n in RECORD_OPCODES)}
-    )
-
-    def __init__(self, file: io.BytesIO, kinds: Collection[str]):
-        super().__init__(file)
-        self.records: list[Record] = []
-        self.known = GLOBALS | {"__builtin__.set": Items, "builtins.set": Items} | {kind: Record.of(kind) for kind in kinds}
-
     def load_newobj(self) -> None:
         args, kind = self.stack.pop(), self.stack.pop()
         if not (isinstance(kind, type) and issubclass(kind, Record)) or args != ():
             raise Refused("its pickle makes an object in another way than dataclasses are")
-        self.records.append(kind())
-        self.append(self.records[-1])
+        self.append(kind())
 
     def load_build(self) -> None:
+        """Sets the fields of a record; leaves the attributes of a state_dict away."""
         state = self.stack.pop()
         if isinstance(self.stack[-1], Record):
             if not isinstance(state, _Dict):
                 raise Refused("its pickle has an object whose fields are no dict")
-            self.stack[-1].fields = state
+            self.stack[-1].__dict__ = self.fields.setdefault(id(state), state)
 
-    dispatch |= {pickle.NEWOBJ[0]: load_newobj, pickle.BUILD[0]: load_build}
-
-
-def read_torch_file(path: Path, error: type[ValueError]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors that share no memory; raises ``error`` naming the file and the fault."""
-    return _checked(path, error, None)[0]
+    dispatch |= {
+        pickle.EMPTY_DICT[0]: load_empty_dict, pickle.NEWOBJ[0]: load_newobj, pickle.BUILD[0]: load_build,
+    }  # fmt: skip
 
 
-def read_torch_records(path: Path, error: type[ValueError], kinds: Collection[str]) -> tuple[dict[str, Tensor], _Dict]:
-    """Tensors as :func:`read_torch_file`, and the other entries: plain values, and :class:`Record` of classes ``kinds``.
+def read_torch_file(
+    path: Path, error: type[ValueError], kinds: dict[str, type] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Contiguous CPU tensors that share no memory, and no other entries; raises ``error`` naming the file and the fault.
 
-    Equal tensors under several names are one tensor; a set is :class:`Items`.
+    ``kinds``: name of a class -> its :func:`stand_in`: other entries are plain values and records of these classes, and
+    entries that are the same tensor in the file are one tensor.
     """
-    return _checked(path, error, kinds)
-
-
-def _checked(path: Path, error: type[ValueError], kinds: Collection[str] | None) -> tuple[dict[str, Tensor], _Dict]:
     try:
-        state, others = _read(path, kinds)
+        entries = _read(path, kinds)
     except Exception as reason:  # parsers raise many kinds of errors for a damaged file
         text = str(reason).partition("\n")[0][:200]
         text = text if isinstance(reason, Refused) else f"{type(reason).__name__}: {text}"
         raise error(f"{path}: not a plain tensor file: {text}") from None
+    state = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
     check_weights(path, state, error)
-    return state, others
+    return state, {key: value for key, value in entries.items() if key not in state}
 
 
-def _read(path: Path, kinds: Collection[str] | None) -> tuple[dict[str, Tensor], _Dict]:
+def _read(path: Path, kinds: dict[str, type] | None) -> _Dict:
     with _SmallReads(path) as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch warns of buffers that cannot be written
         if data[:2] != b"PK":
@@ -228,87 +221,60 @@ def _read(path: Path, kinds: Collection[str] | None) -> tuple[dict[str, Tensor],
     order = named.get(f"{folder}byteorder")
     if order is not None and bytes(_bytes(data, order)[:7].numpy()) != b"little":
         raise Refused("expected tensors in little-endian byte order")
-    content = io.BytesIO(_bytes(data, pickles[0]).numpy().tobytes())
-    unpickler = _Unpickler(content) if kinds is None else _RecordUnpickler(content, kinds)
-    claims = unpickler.load()
-    if not isinstance(claims, _Dict):
+    unpickler = _Unpickler(io.BytesIO(_bytes(data, pickles[0]).numpy().tobytes()), kinds or {})
+    top = unpickler.load()
+    if not isinstance(top, _Dict):
         raise Refused("expected a state_dict of tensors")
-    tensors = _Tensors(data, named, f"{folder}data/", shared=kinds is not None)
-    state, others = {}, _Dict()
-    for key, claim in claims.items():
-        if kinds is None or isinstance(claim, _Claim):
-            state[key] = tensors.take(key, claim)
-        else:
-            others[key] = claim
-    for record in unpickler.records:
-        record.fields = {k: tensors.take(k, v) if isinstance(v, _Claim) else v for k, v in record.fields.items()}
-    return state, others
-
-
-class _Tensors:
-    """Makes tensors of what a pickle claims; with ``shared`` one tensor for equal claims, else none shares memory."""
-
-    def __init__(self, data: mmap.mmap, entries: Mapping[str, zipfile.ZipInfo], folder: str, shared: bool):
-        self._data, self._entries, self._folder, self._shared = data, entries, folder, shared
-        self._storages: dict[str, Tensor] = {}
-        self._made: dict[tuple, Tensor] = {}
-        self._total = 0
-
-    def take(self, key: str, claim: object) -> Tensor:
-        match claim:
-            case _Claim(_Storage() as storage, int(offset), tuple(size), tuple(stride)) if _is_shape(size):
-                same = (storage.key, storage.dtype, offset, size, stride) if _is_shape(stride) and self._shared else None
-            case _:
+    storages: dict[str, Tensor] = {}
+    made: dict[object, Tensor] = {}
+    total = 0
+    for fields, key in [(of, key) for of in (top, *unpickler.fields.values()) for key in of]:
+        match fields[key]:
+            case _Claim(_Storage() as storage, int(offset), tuple(size), tuple(stride)) if _is_shape(size, stride):
+                same = key if kinds is None else (storage, offset, size, stride)
+            case claim if kinds is None or isinstance(claim, _Claim):
                 raise Refused(f"{short_repr(key)}: expected a tensor as torch.save writes one")
-        if same in self._made:
-            return self._made[same]
-        self._total += math.prod(size) * storage.dtype.itemsize
-        if self._total > len(self._data):
-            raise Refused(f"{short_repr(key)}: its tensors claim more bytes than the file has; save shared ones as copies")
-        if storage.key not in self._storages:
-            self._storages[storage.key] = _bytes(self._data, self._entries.get(self._folder + storage.key))
-        content = self._storages[storage.key]
-        if len(content) != storage.numel * storage.dtype.itemsize:
-            raise Refused(f"{short_repr(key)}: expected {storage.numel} values of {storage.dtype}, got {len(content)} bytes")
-        values = content.view(storage.dtype).as_strided(size, stride, offset)  # refuses what is outside of them
-        made = values.clone(memory_format=torch.contiguous_format)
-        if same is not None:
-            self._made[same] = made
-        return made
+            case _:
+                continue
+        if same not in made:
+            total += math.prod(size) * storage.dtype.itemsize
+            if total > len(data):
+                raise Refused(
+                    f"{short_repr(key)}: its tensors claim more bytes than the file has; save shared ones as copies"
+                )
+            if storage.key not in storages:
+                storages[storage.key] = _bytes(data, named.get(f"{folder}data/{storage.key}"))
+            content = storages[storage.key]
+            if len(content) != storage.numel * storage.dtype.itemsize:
+                expected = f"{storage.numel} values of {storage.dtype}"
+                raise Refused(f"{short_repr(key)}: expected {expected}, got {len(content)} bytes")
+            values = content.view(storage.dtype).as_strided(size, stride, offset)  # refuses what is outside of them
+            made[same] = values.clone(memory_format=torch.contiguous_format)
+        fields[key] = made[same]
+    return top
 
 
 class _Pickler(pickle._Pickler):
-    """Writes a :class:`Record` as the object that it stands for."""
+    """Writes a class that stands for another one, which need not be installed, as that."""
 
-    memo: dict
     memoize: Callable[[object], None]
     write: Callable[[bytes], None]
 
-    def save(self, obj: object, save_persistent_id: bool = True) -> None:
-        write = super().save  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(obj, Items):
-            obj = set(obj.items)
-        if isinstance(obj, _Dict):
-            obj = dict(obj)
-        if not isinstance(obj, Record) or id(obj) in self.memo:
-            write(obj, save_persistent_id)
-            return
-        self.write(pickle.GLOBAL + "{}\n{}\n".format(*obj.kind.rsplit(".", 1)).encode())
-        write(obj.args)
-        self.write(pickle.REDUCE if obj.args else pickle.NEWOBJ)
-        self.memoize(obj)
-        if obj.fields:
-            write(obj.fields)
-            self.write(pickle.BUILD)
+    def save_global(self, obj: Any, name: str | None = None) -> None:
+        if isinstance(obj, type) and issubclass(obj, (Record, Member)):
+            self.write(pickle.GLOBAL + f"{obj.__module__}\n{obj.__name__}\n".encode())
+            self.memoize(obj)
+        else:
+            super().save_global(obj, name)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def write_torch_records(path: Path, entries: Mapping[str, object]) -> None:
+def write_torch_file(path: Path, entries: Mapping[str, object]) -> None:
     """Writes tensors and records as ``torch.save`` writes them and the objects that records stand for."""
     torch.save(dict(entries), path, pickle_module=SimpleNamespace(Pickler=_Pickler, __name__="pickle"))
 
 
-def _is_shape(size: tuple) -> bool:
-    return len(size) <= MAX_DIMENSIONS and all(isinstance(number, int) and number >= 0 for number in size)
+def _is_shape(*of: tuple) -> bool:
+    return all(len(size) <= MAX_DIMENSIONS and all(isinstance(n, int) and n >= 0 for n in size) for size in of)
 
 
 def _bytes(data: mmap.mmap, entry: zipfile.ZipInfo | None) -> Tensor:

@@ -12,6 +12,7 @@ from t2l_engine.files.errors import (
     MAX_MODULES,
     MAX_NAME,
     MAX_NUMBER,
+    MAX_PARAMETERS,
     MAX_RANK,
     MIN_NUMBER,
     ConfigError,
@@ -20,6 +21,7 @@ from t2l_engine.files.errors import (
     positive_int,
     positive_number,
     short_repr,
+    whole_number,
 )
 from t2l_engine.files.text import from_json
 
@@ -102,6 +104,10 @@ class TargetConfig:
             if error is not None:
                 raise ConfigError(f"paths: {short_repr(path)}: {error}")
 
+    def _check_parameters(self, count: int) -> None:
+        if count > MAX_PARAMETERS:
+            raise ConfigError(f"expected sizes of at most {MAX_PARAMETERS} parameters in all, got {count}")
+
     @property
     def module_paths(self) -> dict[str, str]:
         """Module -> its path in the base model."""
@@ -162,6 +168,7 @@ class HyperNetworkConfig(TargetConfig):
             raise ConfigError(f"latent_size: expected an even trunk width for {self.variant}, got width {self.width}")
         positive_number("output_scale", self.output_scale)
         boolean("head_bias", self.head_bias)
+        self._check_parameters(self.num_parameters)
 
     @property
     def task_width(self) -> int:
@@ -269,14 +276,13 @@ class PerceiverConfig(TargetConfig):
         one_of("variant", self.variant, PERCEIVERS)
         for name in ("feature_size", "latent_size", "num_latents", "num_blocks"):
             positive_int(name, getattr(self, name))
-        for name in ("num_self_attention", "num_mlps"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_BLOCKS:
-                raise ConfigError(f"{name}: expected a number from 0 to {MAX_BLOCKS}, got {short_repr(value)}")
-        if self.num_blocks > MAX_BLOCKS:
-            raise ConfigError(f"num_blocks: expected at most {MAX_BLOCKS}, got {short_repr(self.num_blocks)}")
+        whole_number("num_self_attention", self.num_self_attention, MAX_BLOCKS)
+        whole_number("num_mlps", self.num_mlps, MAX_BLOCKS)
+        if (layers := self.num_blocks * (1 + self.num_self_attention)) > MAX_BLOCKS:
+            raise ConfigError(f"num_blocks, num_self_attention: expected at most {MAX_BLOCKS} layers, got {layers}")
         for name in ("shared_blocks", "per_layer_mlps", "bias"):
             boolean(name, getattr(self, name))
+        self._check_parameters(self.num_parameters)
 
     @property
     def per_layer(self) -> bool:

@@ -1,48 +1,83 @@
 """Reads and writes checkpoints in the format of SakanaAI/doc-to-lora: ``pytorch_model.bin``, a state_dict with records.
 
 The records (``hypernet_config``, ``ctx_encoder_args``) are objects of classes of that code and of PEFT.  They are read as
-data; nothing of the classes is imported.
+data; nothing of the classes is imported.  A native checkpoint keeps them as JSON, see :func:`_encoded`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from t2l_engine.files.errors import short_repr
+from t2l_engine.files.errors import MAX_LAYERS, ConfigError, boolean, non_empty_text, one_of, positive_int, short_repr
 from t2l_engine.files.text import from_json, to_json
-from t2l_engine.files.torch_file import Items, Record, read_torch_records, write_torch_records
+from t2l_engine.files.torch_file import Member, Record, read_torch_file, stand_in, write_torch_file
 from t2l_engine.files.weights import replacing
 from t2l_engine.hypernetwork.config import PERCEIVERS, PerceiverConfig
-from t2l_engine.hypernetwork.folder import D2L_NAME, CheckpointError, Contents, expect_shape
+from t2l_engine.hypernetwork.folder import D2L_NAME, CheckpointError, Contents, expect_keys, expect_shape
 from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
 from t2l_engine.text.config import DocumentEncoderConfig
 
+#: All classes whose objects a checkpoint has, and what stands for them.
+KINDS = {
+    kind: stand_in(kind, base)
+    for kind, base in {
+        "ctx_to_lora.modeling.hypernet.HypernetConfig": Record,
+        "ctx_to_lora.modeling.aggregator.AggregatorConfig": Record,
+        "ctx_to_lora.modeling.aggregator.AGGREGATOR_TYPE": Member,
+        "ctx_to_lora.pooling.POOL_FN": Member,
+        "ctx_to_lora.configs.CtxEncoderArguments": Record,
+        "ctx_to_lora.modeling.ctx_encoder.CTX_ENCODER_TYPE": Member,
+        "peft.tuners.lora.config.LoraConfig": Record,
+        "peft.tuners.lora.config.LoraRuntimeConfig": Record,
+        "peft.utils.peft_types.PeftType": Member,
+        "peft.utils.peft_types.TaskType": Member,
+    }.items()
+}
+_MAKERS = {"builtins.list": list, "builtins.tuple": tuple, "builtins.set": set, "torch.tensor": torch.tensor, **KINDS}
 BASE, CONFIG, ENCODER = "base_model_name_or_path", "hypernet_config", "ctx_encoder_args"
-_CODE, _PEFT = "ctx_to_lora", "peft"
-#: All classes whose objects a checkpoint has.
-KINDS = (
-    f"{_CODE}.modeling.hypernet.HypernetConfig",
-    f"{_CODE}.modeling.aggregator.AggregatorConfig",
-    f"{_CODE}.modeling.aggregator.AGGREGATOR_TYPE",
-    f"{_CODE}.pooling.POOL_FN",
-    f"{_CODE}.configs.CtxEncoderArguments",
-    f"{_CODE}.modeling.ctx_encoder.CTX_ENCODER_TYPE",
-    f"{_PEFT}.tuners.lora.config.LoraConfig",
-    f"{_PEFT}.tuners.lora.config.LoraRuntimeConfig",
-    f"{_PEFT}.utils.peft_types.PeftType",
-    f"{_PEFT}.utils.peft_types.TaskType",
-)
-STATES = {"per_layer_activations": "all", "early_exit": "last", "embed_only": "embeddings"}
+LORA, READS = f"{CONFIG}.lora_config", f"{CONFIG}.aggregator_config"
+MODULES, SIZES, LAYERS = f"{LORA}.target_modules", f"{CONFIG}.feature_sizes", f"{CONFIG}.layer_indices"
+PER_LAYER = f"{READS}.layer_to_layer_ctx_encoder"
+#: Field of a PerceiverConfig -> theirs.
+FIELDS = {
+    "rank": f"{LORA}.r",
+    "lora_alpha": f"{LORA}.lora_alpha",
+    "scaling": f"{LORA}.lora_alpha",  # alpha itself: its code divides by no rank
+    "feature_size": f"{READS}.feature_size",
+    "latent_size": f"{CONFIG}.latent_size",
+    "num_latents": f"{READS}.n_latent_queries",
+    "num_blocks": f"{READS}.num_blocks",
+    "num_self_attention": f"{READS}.num_self_attn_per_block",
+    "shared_blocks": f"{READS}.shared_weights",
+    "num_mlps": f"{CONFIG}.num_pre_head_layers",
+    "per_layer_mlps": f"{CONFIG}.per_layer_processing",
+    "bias": f"{CONFIG}.use_bias",
+}
+#: Fields of which these values are supported.
+SUPPORTED = {
+    f"{CONFIG}.use_light_weight_lora": (False,),
+    f"{CONFIG}.use_per_rank_bias": (False,),
+    f"{CONFIG}.per_rank_gen": (True,),
+    f"{CONFIG}.use_token_mixing": (False,),
+    f"{CONFIG}.extra_modules": (None, [], {}),
+    f"{LORA}.use_dora": (False,),
+    f"{LORA}.rank_pattern": ({},),
+    f"{LORA}.alpha_pattern": ({},),
+    f"{LORA}.layers_to_transform": (None,),
+    f"{LORA}.lora_bias": (False,),
+    f"{READS}.aggregator_type": ("perceiver",),
+    f"{READS}.num_extra_modules": (0,),
+}
 #: Fields that checkpoints before them lack.
-DEFAULTS = {"num_pre_head_layers": 4, "use_per_rank_bias": False, "use_bias": True}
-#: Fields of which one value is supported.
-FIXED = {"use_light_weight_lora": False, "use_per_rank_bias": False, "per_rank_gen": True, "use_token_mixing": False}
-FIXED_LORA = {"use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "layers_to_transform": None, "lora_bias": False}
+DEFAULTS = {f"{CONFIG}.num_pre_head_layers": 4, f"{CONFIG}.use_bias": True, f"{ENCODER}.ctx_encoder_last_layer": None}
+DEFAULTS |= {path: allowed[0] for path, allowed in SUPPORTED.items()}
+STATES = {"per_layer_activations": "all", "early_exit": "last", "embed_only": "embeddings"}
 #: Prefix and suffix of a text in the templates that doc-to-lora has for its reading models.
 AFFIXES = {
     "google/gemma-2-2b-it": ("<bos><start_of_turn>user\n\n\n", "<end_of_turn>\n<start_of_turn>model\n"),
@@ -51,193 +86,156 @@ AFFIXES = {
         "<|im_start|>system\n<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n",
     ),
 }  # fmt: skip
-#: Prefix of our keys -> theirs.
-_PREFIXES = {
-    "projection.": "aggregator.perceiver.modality_projection.",
-    "encoder.": "aggregator.perceiver.encoder.",
-    "decoder.": "aggregator.perceiver.decoder.",
-    "scale_": "scaler_",
-    "bias_": "bias_",
-    "head": "head.weight",
-}
-#: Name of the list of a residual MLP, and indices of its norms and linears there: of shared weights, and of every layer's.
-_MLP_PARTS = {
-    False: ("mlp", {"norm1": 0, "1": 2, "2": 5, "norm2": 6}),
-    True: ("layers", {"norm1": 0, "1": 1, "2": 3, "norm2": 4}),
-}
+#: Most values in the records, each of which may be in them many times.
+MAX_VALUES = 1 << 14
 
 
 def read(folder: Path) -> Contents:
     """The checked contents of a folder with ``pytorch_model.bin``; CheckpointError names file and key or field."""
     path = folder / D2L_NAME
-    tensors, records = read_torch_records(path, CheckpointError, KINDS)
-    tensors = {key.removeprefix("_orig_mod."): tensor for key, tensor in tensors.items()}
+    found, records = read_torch_file(path, CheckpointError, KINDS)
+    tensors = {key.removeprefix("_orig_mod."): tensor for key, tensor in found.items()}
     try:
-        config, encoder = _configs(path, records)
-    except (TypeError, AttributeError) as error:  # of values of other types than the classes have
-        raise CheckpointError(f"{path}: {CONFIG}, {ENCODER}: {error}") from None
+        kept = _encoded(records, iter(range(MAX_VALUES)))
+        base, config, encoder = _configs(kept)
+    except (ConfigError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
     layout = _layout(config)
-    missing, extra = sorted(layout.keys() - tensors.keys()), sorted(tensors.keys() - layout.keys())
-    if missing or extra:
-        raise CheckpointError(f"{path}: missing keys {short_repr(missing)}, unexpected keys {short_repr(extra)}")
+    expect_keys(path, tensors if len(tensors) == len(found) else found, layout)  # a key may be there with and without prefix
     state: dict[str, Tensor] = {}
     for key, place in layout.items():
         expect_shape(path, key, tensors[key], place.shape)
-        tensor = place.ours(tensors[key])
-        if not torch.equal(state.setdefault(place.key, tensor), tensor):
+        tensor = _moved(tensors[key], place, place.our_shape)
+        first = state.setdefault(place.key, tensor)
+        if first.dtype != tensor.dtype or not torch.equal(first, tensor):
             raise CheckpointError(f"{path}: {key}: expected the values of {place.key}, the layer that it shares")
-    blocks = {
-        "base_model": records[BASE],
-        "encoder": to_json(encoder),
-        "reference": {"doc_to_lora": _as_json(dict(records))},
-    }
+    blocks = {"base_model": base, "encoder": to_json(encoder), "reference": {"doc_to_lora": kept}}
     names = {place.key: key for key, place in reversed(layout.items())}
     return Contents(config, state, {}, blocks, path, path, lambda key: names.get(key, key))
-
-
-# --- records ---------------------------------------------------------------------------------------------------------
-
-
-def _configs(path: Path, records: Mapping[str, Any]) -> tuple[PerceiverConfig, DocumentEncoderConfig]:
-    if records.keys() != {BASE, CONFIG, ENCODER}:
-        raise CheckpointError(f"{path}: expected the entries {[BASE, CONFIG, ENCODER]}, got {short_repr(sorted(records))}")
-    if not isinstance(records[BASE], str):
-        raise CheckpointError(f"{path}: {BASE}: expected a string, got {short_repr(records[BASE])}")
-    own = _Fields(path, CONFIG, records[CONFIG], DEFAULTS)
-    lora = _Fields(path, f"{CONFIG}.lora_config", own["lora_config"])
-    reads = _Fields(path, f"{CONFIG}.aggregator_config", own["aggregator_config"])
-    encoder = _Fields(path, ENCODER, records[ENCODER], {"ctx_encoder_last_layer": None})
-    own.expect(FIXED)
-    lora.expect({name: value for name, value in FIXED_LORA.items() if name in lora.values})
-    reads.expect({"aggregator_type": "perceiver", "num_extra_modules": 0})
-    if own["extra_modules"]:
-        got = short_repr(own["extra_modules"])
-        raise CheckpointError(
-            f"{path}: {CONFIG}.extra_modules: expected none (LayerNorm weights are not supported), got {got}"
-        )
-    modules = lora["target_modules"]
-    modules = modules.items if isinstance(modules, Items) else modules
-    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
-        raise CheckpointError(f"{path}: {CONFIG}.lora_config.target_modules: expected names, got {short_repr(modules)}")
-    modules = sorted(modules)
-    sizes = own["feature_sizes"]
-    if not isinstance(sizes, tuple) or len(sizes) != 2 or any(set(side) != set(modules) for side in sizes):
-        raise CheckpointError(
-            f"{path}: {CONFIG}.feature_sizes: expected two dicts of the modules {modules}, got {short_repr(sizes)}"
-        )
-    layers = own["layer_indices"]
-    layers = layers.tolist() if isinstance(layers, Tensor) else layers
-    if not isinstance(layers, list) or layers != list(range(len(layers))):
-        raise CheckpointError(f"{path}: {CONFIG}.layer_indices: expected all layers from 0, got {short_repr(layers)}")
-    per_layer = reads["layer_to_layer_ctx_encoder"]
-    values = {
-        "variant": PERCEIVERS[0] if per_layer else PERCEIVERS[1],
-        "modules": modules,
-        "in_features": [sizes[0][name] for name in modules],
-        "out_features": [sizes[1][name] for name in modules],
-        "num_layers": len(layers),
-        "rank": lora["r"],
-        "lora_alpha": lora["lora_alpha"],
-        "scaling": lora["lora_alpha"],  # alpha itself: its code divides by no rank
-        "feature_size": reads["feature_size"],
-        "latent_size": own["latent_size"],
-        "num_latents": reads["n_latent_queries"],
-        "num_blocks": reads["num_blocks"],
-        "num_self_attention": reads["num_self_attn_per_block"],
-        "shared_blocks": reads["shared_weights"],
-        "num_mlps": own["num_pre_head_layers"],
-        "per_layer_mlps": own["per_layer_processing"],
-        "bias": own["use_bias"],
-    }
-    return from_json(PerceiverConfig, values, str(path)), _encoder_config(path, encoder, records[BASE], per_layer)
-
-
-def _encoder_config(path: Path, fields: _Fields, base: str, per_layer: bool) -> DocumentEncoderConfig:
-    kind: Any = fields["ctx_encoder_type"]
-    kind = kind.args[0] if isinstance(kind, Record) and kind.args else kind
-    if kind not in STATES or (STATES[kind] == "all") != per_layer:
-        expected = [name for name, states in STATES.items() if (states == "all") == per_layer]
-        raise CheckpointError(f"{path}: {ENCODER}.ctx_encoder_type: expected one of {expected}, got {short_repr(kind)}")
-    last = fields["ctx_encoder_last_layer"]
-    count = {"all": last if last is None else last - 1, "last": fields["layer_idx"], "embeddings": None}[STATES[kind]]
-    name = fields["ctx_encoder_model_name_or_path"] or base
-    prefix, suffix = AFFIXES.get(name, (None, None))
-    values = {"name": name, "states": STATES[kind], "num_layers": count, "prefix": prefix, "suffix": suffix}
-    return from_json(DocumentEncoderConfig, values, f"{path}: {ENCODER}")
-
-
-class _Fields:
-    """Fields of a record, by name; CheckpointError names file and field."""
-
-    def __init__(self, path: Path, name: str, record: object, defaults: Mapping[str, Any] | None = None):
-        if not isinstance(record, Record):
-            raise CheckpointError(f"{path}: {name}: expected an object of its class, got {short_repr(record)}")
-        self.where, self.values = f"{path}: {name}", {**(defaults or {}), **record.fields}
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self.values:
-            raise CheckpointError(f"{self.where}.{name}: missing")
-        return self.values[name]
-
-    def expect(self, values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            got = self[name]
-            got = got.args[0] if isinstance(got, Record) and got.args else got
-            if got != value:
-                raise CheckpointError(
-                    f"{self.where}.{name}: expected {value!r}, others are not supported, got {short_repr(got)}"
-                )
-
-
-def _as_json(value: Any) -> Any:
-    """Records as JSON values, from which :func:`_from_json` makes them again."""
-    if isinstance(value, Record):
-        return {"class": value.kind, "args": list(value.args), "fields": _as_json(dict(value.fields))}
-    if isinstance(value, Tensor):
-        return {"tensor": value.tolist()}
-    if isinstance(value, Items):
-        return {"set": sorted(value.items)}
-    if isinstance(value, tuple):
-        return {"tuple": [_as_json(item) for item in value]}
-    if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in value.items()}
-    return value
-
-
-def _from_json(value: Any, where: str) -> Any:
-    if isinstance(value, list):
-        return [_from_json(item, where) for item in value]
-    if not isinstance(value, dict):
-        return value
-    match value:
-        case {"class": str(kind), "args": list(args), "fields": dict(fields), **rest} if not rest and kind in KINDS:
-            record = Record.of(kind)(*args)
-            record.fields = _from_json(fields, where)
-            return record
-        case {"class": kind, "args": _, "fields": _}:
-            raise CheckpointError(f"{where}: expected one of the classes {KINDS}, got {short_repr(kind)}")
-        case {"set": list(items), **rest} if not rest:
-            return Items(items)
-        case {"tuple": list(items), **rest} if not rest:
-            return tuple(_from_json(item, where) for item in items)
-        case {"tensor": list(items), **rest} if not rest:
-            return torch.tensor(items)
-    return {key: _from_json(item, where) for key, item in value.items()}
 
 
 def write(folder: Path, contents: Contents) -> None:
     """Write ``pytorch_model.bin`` of a checkpoint that was read from this format, with its own records.
 
-    Raises CheckpointError for another checkpoint, or a reference block that has other classes.
+    Raises CheckpointError for another checkpoint, and for one that its records do not describe, since it was changed.
     """
-    config, kept = contents.config, (contents.blocks.get("reference") or {}).get("doc_to_lora")
-    if not isinstance(config, PerceiverConfig) or not isinstance(kept, dict):
+    config, blocks, where = contents.config, contents.blocks, contents.source
+    kept = (blocks.get("reference") or {}).get("doc_to_lora")
+    if not isinstance(config, PerceiverConfig) or kept is None:
         raise CheckpointError(f"{contents.path}: expected a checkpoint that was converted from Doc-to-LoRA's format")
-    records = _from_json(kept, f"{contents.path.parent}: reference.doc_to_lora")
-    state = {key: place.theirs(contents.state[place.key]) for key, place in _layout(config).items()}
+    try:
+        base, stated, encoder = _configs(kept)
+        records = _decoded(kept, lambda kind, content: _MAKERS[kind](content))
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f"{where}: reference.doc_to_lora: {type(error).__name__}: {error}") from None
+    theirs, ours = (base, stated, to_json(encoder)), (blocks.get("base_model"), config, blocks.get("encoder"))
+    for name, value, now in zip(("base_model", "hypernetwork", "encoder"), theirs, ours, strict=True):
+        if value != now:
+            expected = f"expected {short_repr(value)}, as reference.doc_to_lora states, got {short_repr(now)}"
+            raise CheckpointError(f"{where}: {name}: {expected}")
+    state = {key: _moved(contents.state[place.key], place, place.shape) for key, place in _layout(config).items()}
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder, D2L_NAME) as temporary:
-        write_torch_records(temporary / D2L_NAME, state | records)
+        write_torch_file(temporary / D2L_NAME, state | records)
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+def _encoded(value: Any, left: Iterator[int]) -> Any:
+    """Records as JSON values: a value that is no text, number, dict or None as ``[class, content]``.
+
+    ``left``: as many numbers as there may be values.
+    """
+    if next(left, None) is None:
+        raise ConfigError(f"expected records of at most {MAX_VALUES} values")
+    kind = f"{type(value).__module__}.{type(value).__name__}"
+    match value:
+        case Record():
+            return [kind, _encoded(vars(value), left)]
+        case Member():
+            return [kind, str(value)]
+        case dict():
+            return {key: _encoded(item, left) for key, item in value.items()}
+        case Tensor():
+            if value.dim() != 1 or value.dtype != torch.int64 or len(value) > MAX_LAYERS:
+                raise ConfigError(f"expected records with lists of integers as tensors, got {value.dtype} {value.shape}")
+            return ["torch.tensor", value.tolist()]
+        case list() | tuple() | set() if kind.startswith("builtins."):
+            return [kind, [_encoded(item, left) for item in (sorted(value) if isinstance(value, set) else value)]]
+        case str() | int() | float() | None:
+            return value
+    raise ConfigError(f"expected records of plain values, got {kind}")
+
+
+def _decoded(value: Any, make: Callable[[str, Any], Any]) -> Any:
+    """``value`` of :func:`_encoded`, with ``make(class, content)`` for what has a class."""
+    match value:
+        case dict():
+            return {key: _decoded(item, make) for key, item in value.items()}
+        case [str(kind), content]:
+            inner = [_decoded(i, make) for i in content] if isinstance(content, list) else _decoded(content, make)
+            return make(kind, inner)
+        case list():
+            raise ConfigError(f"expected [class, content], got {short_repr(value)}")
+    return value
+
+
+def _configs(kept: Any) -> tuple[str, PerceiverConfig, DocumentEncoderConfig]:
+    """Base model, and configurations of hypernetwork and encoder, of records as :func:`_encoded` gives them."""
+    records = _decoded(kept, lambda kind, content: content)
+    if not isinstance(records, dict) or records.keys() != {BASE, CONFIG, ENCODER}:
+        raise ConfigError(f"expected the entries {[BASE, CONFIG, ENCODER]}, got {short_repr(records)}")
+    non_empty_text(BASE, records[BASE])
+
+    def field(path: str) -> Any:
+        value = records
+        for name in path.split("."):
+            if isinstance(value, dict) and name in value:
+                value = value[name]
+            elif path in DEFAULTS:
+                return DEFAULTS[path]
+            else:
+                raise ConfigError(f"{path}: missing")
+        return value
+
+    for path, allowed in SUPPORTED.items():
+        one_of(path, field(path), allowed)
+    modules, sizes, layers = map(field, (MODULES, SIZES, LAYERS))
+    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+        raise ConfigError(f"{MODULES}: expected names, got {short_repr(modules)}")
+    modules = sorted(modules)
+    match sizes:
+        case [dict(n_in), dict(n_out)] if n_in.keys() == n_out.keys() == set(modules):
+            pass
+        case _:
+            raise ConfigError(f"{SIZES}: expected two dicts of the modules {modules}, got {short_repr(sizes)}")
+    if not isinstance(layers, list) or layers != list(range(len(layers))):
+        raise ConfigError(f"{LAYERS}: expected all layers from 0, got {short_repr(layers)}")
+    per_layer = boolean(PER_LAYER, field(PER_LAYER))
+    values = {name: field(path) for name, path in FIELDS.items()} | {
+        "variant": PERCEIVERS[0] if per_layer else PERCEIVERS[1],
+        "modules": modules,
+        "in_features": [n_in[name] for name in modules],
+        "out_features": [n_out[name] for name in modules],
+        "num_layers": len(layers),
+    }
+    return records[BASE], from_json(PerceiverConfig, values, CONFIG), _encoder_config(field, records[BASE], per_layer)
+
+
+def _encoder_config(field: Callable[[str], Any], base: str, per_layer: bool) -> DocumentEncoderConfig:
+    kind, first, last = (f"{ENCODER}.{name}" for name in ("ctx_encoder_type", "layer_idx", "ctx_encoder_last_layer"))
+    one_of(kind, field(kind), tuple(name for name, states in STATES.items() if (states == "all") == per_layer))
+    states, count = STATES[field(kind)], None
+    if states == "all" and (count := field(last)) is not None:
+        positive_int(last, count)
+        count -= 1
+    elif states == "last":
+        positive_int(first, count := field(first))
+    name = field(f"{ENCODER}.ctx_encoder_model_name_or_path") or base
+    prefix, suffix = AFFIXES.get(str(name), (None, None))
+    values = {"name": name, "states": states, "num_layers": count, "prefix": prefix, "suffix": suffix}
+    return from_json(DocumentEncoderConfig, values, ENCODER)
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
@@ -251,37 +249,44 @@ class _Place(NamedTuple):
     our_shape: tuple[int, ...]
     transposed: bool
 
-    def ours(self, tensor: Tensor) -> Tensor:
-        return (tensor.T.contiguous() if self.transposed else tensor).reshape(self.our_shape)
 
-    def theirs(self, tensor: Tensor) -> Tensor:
-        return tensor[0].T.contiguous() if self.transposed else tensor.reshape(self.shape)
+def _moved(tensor: Tensor, place: _Place, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of the file or of our state, in the ``shape`` that ``place`` has in the other."""
+    return (tensor.mT if place.transposed else tensor).reshape(shape).contiguous()
 
 
 def _layout(config: PerceiverConfig) -> dict[str, _Place]:
     """Key in the file -> place of its tensor in our state; layers that are shared have several keys and one place."""
     with torch.device("meta"):
         net = PerceiverHyperNetwork(config)
-    first: dict[int, str] = {}
-    layout, (kind, indices) = {}, _MLP_PARTS[config.per_layer_mlps]
+    of_layers = config.per_layer_mlps
+    kind, (first, second, last) = ("layers", (1, 3, 4)) if of_layers else ("mlp", (2, 5, 6))
+    renames = {
+        "projection.": "aggregator.perceiver.modality_projection.",
+        "encoder.": "aggregator.perceiver.encoder.",
+        "decoder.": "aggregator.perceiver.decoder.",
+        "scale_": "scaler_",
+        "mlps.": "layers.",
+        ".norm1.": f".{kind}.0.",
+        ".weight1": f".{kind}.{first}.weight",
+        ".bias1": f".{kind}.{first}.bias",
+        ".weight2": f".{kind}.{second}.weight",
+        ".bias2": f".{kind}.{second}.bias",
+        ".norm2.": f".{kind}.{last}.",
+    }
+    names: dict[int, str] = {}
+    layout = {}
     for key, parameter in net.named_parameters(remove_duplicate=False):
+        theirs = functools.reduce(lambda name, pair: name.replace(*pair), renames.items(), key)
         shape = our_shape = tuple(parameter.shape)
-        name, transposed = key.split(".")[-1], False
-        if key.startswith("mlps."):
-            _, number, part, *rest = key.split(".")
-            if not rest:  # weight1, bias1, weight2 or bias2
-                part, name = part[-1], part[:-1]
-                if config.per_layer_mlps:
-                    shape = shape if name == "weight" else (1, shape[0], 1, 1, shape[1])
-                else:
-                    shape, transposed = tuple(reversed(shape[1:])), name == "weight"
-            theirs = f"layers.{number}.{kind}.{indices[part]}.{name}"
-        else:
-            prefix = next(prefix for prefix in _PREFIXES if key.startswith(prefix))
-            theirs = _PREFIXES[prefix] + key[len(prefix) :]
-            if prefix == "scale_":
-                shape = (1, *shape, 1)
-            elif prefix == "head" and shape[1] == 1:
-                shape = (shape[0], *shape[2:])
-        layout[theirs] = _Place(first.setdefault(id(parameter), key), shape, our_shape, transposed)
+        transposed = not of_layers and key.endswith((".weight1", ".weight2"))
+        if transposed:
+            shape = shape[:0:-1]
+        elif key.endswith((".bias1", ".bias2")):
+            shape = (1, shape[0], 1, 1, shape[1]) if of_layers else shape[1:]
+        elif key.startswith("scale_"):
+            shape = (1, *shape, 1)
+        elif key == "head":
+            theirs, shape = "head.weight", shape[:1] + shape[1 + (shape[1] == 1) :]
+        layout[theirs] = _Place(names.setdefault(id(parameter), key), shape, our_shape, transposed)
     return layout

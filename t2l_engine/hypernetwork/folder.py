@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,13 @@ def expect_shape(path: Path, key: str, tensor: Tensor, shape: tuple[int, ...]) -
     """CheckpointError naming ``path`` and ``key`` unless ``tensor`` has ``shape``."""
     if tuple(tensor.shape) != shape:
         raise CheckpointError(f"{path}: {key}: expected shape {shape}, got {short_repr(tuple(tensor.shape))}")
+
+
+def expect_keys(path: Path, got: Collection[str], wanted: Collection[str]) -> None:
+    """CheckpointError naming ``path`` and what is missing or unexpected unless the keys ``got`` are those ``wanted``."""
+    missing, extra = sorted(set(wanted) - set(got)), sorted(set(got) - set(wanted))
+    if missing or extra:
+        raise CheckpointError(f"{path}: missing keys {short_repr(missing)}, unexpected keys {short_repr(extra)}")
 
 
 def bundled_checkpoints() -> list[str]:

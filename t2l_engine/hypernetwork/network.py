@@ -17,16 +17,17 @@ from t2l_engine import ops
 from t2l_engine.adapters.paths import module_names
 from t2l_engine.adapters.shard import Shard
 from t2l_engine.adapters.stack import AdapterStack
-from t2l_engine.files.errors import ConfigError, short_repr
+from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.weights import cast_matrices
 from t2l_engine.hypernetwork.checkpoint import read, write_native
-from t2l_engine.hypernetwork.config import HyperNetworkConfig, PerceiverConfig, resolve_scaling
+from t2l_engine.hypernetwork.config import HyperNetworkConfig, PerceiverConfig
 from t2l_engine.hypernetwork.folder import (
     BLOCKS,
     POOLING_PREFIX,
     CheckpointError,
     Contents,
     UndefinedEncoder,
+    expect_keys,
     expect_shape,
     resolve_checkpoint,
 )
@@ -38,8 +39,6 @@ from t2l_engine.ops.reference import without_autocast
 from t2l_engine.ops.segments import is_capturing
 from t2l_engine.text.config import LLMEncoderConfig
 from t2l_engine.text.llm_encoder import AttentionPooling
-
-MAX_PARAMETERS = 1 << 40  # more than any checkpoint, and within torch's tensor sizes
 
 
 class HyperNetwork(nn.Module):
@@ -142,7 +141,7 @@ class HyperNetwork(nn.Module):
     @property
     def scaling(self) -> float:
         """The LoRA scaling of generated adapters."""
-        return resolve_scaling(self.config.scaling, self.config.lora_alpha, self.config.rank)
+        return self.config.scaling_value
 
     def _heads_and_offsets(self) -> list[tuple[nn.Linear, Offsets]]:
         """Head and offsets of every module, in order."""
@@ -370,8 +369,6 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
 def build(contents: Contents) -> HyperNetwork | PerceiverHyperNetwork:
     """A hypernetwork with exactly the tensors ``contents.state``; CheckpointError names missing, extra and misfit keys."""
     config, state, path, key_in_file = contents.config, contents.state, contents.path, contents.key_in_file
-    if config.num_parameters > MAX_PARAMETERS:
-        raise CheckpointError(f"{path}: the configuration asks for {config.num_parameters} parameters")
     try:
         with torch.device("meta"):
             net = PerceiverHyperNetwork(config) if isinstance(config, PerceiverConfig) else HyperNetwork(config)
@@ -426,11 +423,7 @@ def check_encoder(contents: Contents) -> None:
 def _assign(module: nn.Module, state: dict[str, Tensor], path: Path, key_in_file: Callable[[str], str]) -> None:
     """Make ``state`` the tensors of ``module``; CheckpointError names missing, extra and misfit keys."""
     wanted = _own_tensors(module)
-    missing, extra = (
-        sorted(map(key_in_file, keys)) for keys in (wanted.keys() - state.keys(), state.keys() - wanted.keys())
-    )
-    if missing or extra:
-        raise CheckpointError(f"{path}: missing keys {short_repr(missing)}, unexpected keys {short_repr(extra)}")
+    expect_keys(path, [*map(key_in_file, state)], [*map(key_in_file, wanted)])
     for key, tensor in state.items():
         expect_shape(path, key_in_file(key), tensor, tuple(wanted[key].shape))
     module.load_state_dict(state, assign=True, strict=False)

@@ -122,7 +122,7 @@ class SakanaFiles:
         for path, value in zip((args_path, peft_path), values, strict=True):
             if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
                 raise CheckpointError(f"{path}: expected a mapping from names, got {short_repr(value)}")
-        state = read_torch_file(weights, CheckpointError) if tensors else {}
+        state = read_torch_file(weights, CheckpointError)[0] if tensors else {}
         return cls(*values, weights, args_path, peft_path, state)
 
     def blocks(self) -> dict[str, Any]:

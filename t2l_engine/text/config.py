@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from t2l_engine.files.errors import ConfigError, boolean, non_empty_text, one_of, positive_int, short_repr
+from t2l_engine.files.errors import ConfigError, boolean, non_empty_text, one_of, positive_int, short_repr, whole_number
 from t2l_engine.files.text import from_json, read_json
 
 SAKANA_MAX_LENGTH = 8192  # tokens; SakanaAI's code truncates descriptions there
@@ -18,7 +18,7 @@ ENCODER_POOLINGS, ENCODER_DTYPES = ("cls", "mean", "last"), ("float32", "bfloat1
 #: Most layers of an LLMEncoderConfig, and the most of every other of its sizes.
 MAX_READ_LAYERS, MAX_LLM_ENCODER_SIZE = 16, 1 << 16
 
-#: Hidden states that a document encoder reads: of every layer, of the last that runs, or the embeddings.
+#: Hidden states that a document encoder reads.
 READ_STATES = ("all", "last", "embeddings")
 #: sentence-transformers' pooling -> ours.
 _POOLINGS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
@@ -160,8 +160,7 @@ class LLMEncoderConfig:
         object.__setattr__(self, "layers", tuple(layers))
         for name in ("queries", "width", "heads", "blocks", "max_length"):
             positive_int(f"encoder.{name}", getattr(self, name), MAX_LLM_ENCODER_SIZE)
-        if not isinstance(self.max_examples, int) or isinstance(self.max_examples, bool) or self.max_examples < 0:
-            raise ConfigError(f"encoder.max_examples: expected 0 or more, got {short_repr(self.max_examples)}")
+        whole_number("encoder.max_examples", self.max_examples)
         if self.width % self.heads:
             raise ConfigError(f"encoder.width: expected a multiple of the {self.heads} heads, got {self.width}")
         one_of("encoder.dtype", self.dtype, ENCODER_DTYPES)

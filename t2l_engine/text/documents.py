@@ -39,7 +39,8 @@ class DocumentEncoder:
         self.config, self.tokenizer = config, tokenizer
         self.model = (model.get_decoder() if hasattr(model, "get_decoder") else model).eval()
         layers = getattr(self.model, "layers", None)
-        if not isinstance(layers, nn.ModuleList) or not isinstance(getattr(self.model, "norm", None), nn.Module):
+        self.norm: Any = getattr(self.model, "norm", None)  # the final one
+        if not isinstance(layers, nn.ModuleList) or not isinstance(self.norm, nn.Module):
             raise ConfigError(f"encoder: expected a decoder with layers and a final norm, got {type(self.model).__name__}")
         count = len(layers) - 1 if config.num_layers is None else config.num_layers
         if count > len(layers):
@@ -178,5 +179,5 @@ class DocumentEncoder:
             self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
         states = [state.to(ids.device) for state in outputs.values()]
         if self.config.states != "embeddings":
-            states[-1] = self.model.norm(states[-1])
+            states[-1] = self.norm(states[-1])
         return torch.stack(states, dim=1) if self.config.states == "all" else states[0], mask

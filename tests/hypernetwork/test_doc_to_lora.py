@@ -1,5 +1,6 @@
 """Checkpoints of SakanaAI/doc-to-lora, against the adapters and logits that its own code makes of them."""
 
+import functools
 import json
 import pickle
 import zipfile
@@ -11,10 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 import t2l_engine as t2l
-from t2l_engine.files.torch_file import read_torch_records, write_torch_records
+from t2l_engine.files.torch_file import read_torch_file, write_torch_file
 from t2l_engine.hypernetwork import d2l
 from t2l_engine.hypernetwork.checkpoint import read
 from t2l_engine.hypernetwork.convert import convert
+from t2l_engine.hypernetwork.network import build
 
 GOLDEN = Path(__file__).parents[1] / "data" / "doc_to_lora"
 #: The layer-to-layer form with shared blocks and bias; the flat form with three modules and no bias.
@@ -39,6 +41,10 @@ def golden(request) -> Golden:
 
 def delta(lora_A, lora_B):
     return torch.einsum("nlor,nlri->nloi", lora_B.double(), lora_A.double())
+
+
+def encoded(records):
+    return d2l._encoded(records, iter(range(d2l.MAX_VALUES)))
 
 
 def deltas(stack):
@@ -109,11 +115,11 @@ def test_converting_there_and_back_loses_nothing(golden, tmp_path):
     convert(golden.folder, tmp_path / "native")
     convert(tmp_path / "native", tmp_path / "back", to="doc-to-lora")
     (tensors, records), (again, records_again) = (
-        read_torch_records(folder / d2l.D2L_NAME, t2l.CheckpointError, d2l.KINDS)
+        read_torch_file(folder / d2l.D2L_NAME, t2l.CheckpointError, d2l.KINDS)
         for folder in (golden.folder, tmp_path / "back")
     )
     assert tensors.keys() == again.keys() and all(torch.equal(tensors[key], again[key]) for key in tensors)
-    assert d2l._as_json(dict(records)) == d2l._as_json(dict(records_again))
+    assert encoded(records) == encoded(records_again)
 
 
 def test_a_checkpoint_of_our_own_is_saved_and_has_no_records(golden, tmp_path):
@@ -129,7 +135,7 @@ def test_a_checkpoint_of_our_own_is_saved_and_has_no_records(golden, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole():
-    return read_torch_records(GOLDEN / NAMES[0] / d2l.D2L_NAME, t2l.CheckpointError, d2l.KINDS)
+    return read_torch_file(GOLDEN / NAMES[0] / d2l.D2L_NAME, t2l.CheckpointError, d2l.KINDS)
 
 
 def without(key):
@@ -140,14 +146,19 @@ def field(name, value, *path):
     def change(entries):
         record = entries["hypernet_config"]
         for part in path:
-            record = record.fields[part]
-        record.fields = {**record.fields, name: value}
+            record = vars(record)[part]
+        vars(record)[name] = value
 
     return change
 
 
 def tensor(key, value):
     return lambda entries: entries.update({key: value})
+
+
+SHARED = "aggregator.perceiver.encoder.layers.4.input_latents_layernorm.weight"
+#: 2^64 values, each of whose objects is in the file once.
+MANY = functools.reduce(lambda value, _: (value, value), range(64), ())
 
 
 @pytest.mark.parametrize(
@@ -158,29 +169,32 @@ def tensor(key, value):
         (tensor("head.weight", torch.ones(2)), r"head.weight: expected shape \(4, 24, 128\), got \(2,\)"),
         (tensor("layers.0.layers.1.bias", torch.ones(1, 4, 1, 96)), r"layers.0.layers.1.bias: expected shape"),
         (tensor("bias_A.down_proj", torch.full((4, 4, 80), torch.nan)), "bias_A.down_proj"),
-        (
-            tensor("aggregator.perceiver.encoder.layers.4.input_latents_layernorm.weight", torch.ones(24)),
-            "layer that it sha",
-        ),
-        (field("extra_modules", ["input_layernorm"]), r"extra_modules: expected none .*got \['input_layernorm'\]"),
-        (field("per_rank_gen", False), "per_rank_gen: expected True, others are not supported, got False"),
-        (field("use_dora", True, "lora_config"), "lora_config.use_dora: expected False"),
-        (field("aggregator_type", "pooler", "aggregator_config"), "aggregator_type: expected 'perceiver'"),
+        (tensor(SHARED, torch.ones(24)), "layer that it shares"),
+        (field("extra_modules", ["input_layernorm"]), r"extra_modules: expected one of .*got \['input_layernorm'\]"),
+        (field("per_rank_gen", False), r"per_rank_gen: expected one of \(True,\), got False"),
+        (field("use_dora", True, "lora_config"), "lora_config.use_dora: expected one of"),
+        (field("aggregator_type", "pooler", "aggregator_config"), "aggregator_type: expected one of"),
         (
             field("layer_indices", torch.tensor([0, 2, 1, 3])),
             r"layer_indices: expected all layers from 0, got \[0, 2, 1, 3\]",
         ),
         (field("feature_sizes", ({"up_proj": 3}, {"up_proj": 3})), "feature_sizes: expected two dicts of the modules"),
         (field("latent_size", "24"), "latent_size: expected a positive integer"),
-        (field("feature_sizes", (1, 2)), "hypernet_config, ctx_encoder_args: 'int' object is not iterable"),
+        (field("feature_sizes", (1, 2)), "feature_sizes: expected two dicts of the modules"),
+        (field("latent_size", 2**31 - 1), "hypernet_config: expected sizes of at most 1099511627776 parameters"),
+        (field("num_blocks", 129, "aggregator_config"), "num_self_attention: expected at most 256 layers, got 258"),
+        (tensor("_orig_mod.head.weight", torch.ones(2)), r"unexpected keys \['_orig_mod.head.weight'\]"),
+        (tensor(SHARED, torch.ones(24, dtype=torch.float64)), f"{SHARED}: expected the values of"),
+        (field("note", MANY), "expected records of at most 16384 values"),
+        (field("note", torch.ones(2)), "expected records with lists of integers as tensors, got torch.float32"),
         (without("ctx_encoder_args"), "expected the entries"),
     ],
 )
 def test_contradictions_are_errors_that_name_file_and_key(tmp_path, whole, change, message):
     tensors, records = whole
-    entries = tensors | records | {"hypernet_config": d2l._from_json(d2l._as_json(records["hypernet_config"]), "")}
+    entries = tensors | d2l._decoded(encoded(records), lambda kind, content: d2l._MAKERS[kind](content))
     change(entries)
-    write_torch_records(tmp_path / d2l.D2L_NAME, entries)
+    write_torch_file(tmp_path / d2l.D2L_NAME, entries)
     with pytest.raises(t2l.CheckpointError, match=message) as caught:
         read(tmp_path)
     assert str(tmp_path / d2l.D2L_NAME) in str(caught.value)
@@ -192,6 +206,48 @@ class Touches:
 
     def __reduce__(self):
         return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda blocks: blocks["hypernetwork"].update(lora_alpha=2.0), "hypernetwork: expected .* as reference.doc_to_lora"),
+        (lambda blocks: blocks["encoder"].update(name="other"), "encoder: expected .*'base'.* got .*'other'"),
+        (lambda blocks: blocks["reference"].update(doc_to_lora=[]), r"doc_to_lora: ConfigError: expected \[class, content"),
+        (lambda blocks: blocks["reference"]["doc_to_lora"].update(base_model_name_or_path=["os.system", "x"]), "os.system"),
+    ],
+)
+def test_a_native_checkpoint_that_its_records_do_not_describe_is_not_converted_back(tmp_path, change, message):
+    convert(GOLDEN / NAMES[1], tmp_path / "native")
+    config = tmp_path / "native" / "config.json"
+    blocks = json.loads(config.read_text())
+    change(blocks)
+    config.write_text(json.dumps(blocks))
+    with pytest.raises(t2l.CheckpointError, match=message):
+        convert(tmp_path / "native", tmp_path / "theirs", to="doc-to-lora")
+
+
+def test_a_deeply_nested_pickle_is_refused(tmp_path):
+    content = b"\x80\x02}X\x04\0\0\0deep)" + pickle.TUPLE1 * 20_000 + b"s."
+    with zipfile.ZipFile(tmp_path / d2l.D2L_NAME, "w") as archive:
+        archive.writestr("pytorch_model/data.pkl", content)
+    with pytest.raises(t2l.CheckpointError, match="recursion"):
+        d2l.read(tmp_path)
+
+
+def test_members_of_enumerations_and_bfloat16_are_read_and_written_as_they_are(tmp_path, whole):
+    tensors, records = whole
+    tensors = {key: tensor.bfloat16() for key, tensor in tensors.items()}
+    records = d2l._decoded(encoded(records), lambda kind, content: d2l._MAKERS[kind](content))
+    kind = d2l.KINDS["ctx_to_lora.modeling.aggregator.AGGREGATOR_TYPE"]
+    vars(vars(records["hypernet_config"])["aggregator_config"])["aggregator_type"] = kind("perceiver")
+    write_torch_file(tmp_path / d2l.D2L_NAME, {f"_orig_mod.{key}": tensor for key, tensor in tensors.items()} | records)
+    net = build(read(tmp_path))
+    assert net.dtype == torch.bfloat16
+    convert(tmp_path, tmp_path / "native")
+    convert(tmp_path / "native", tmp_path / "back", to="doc-to-lora")
+    again, records_again = read_torch_file(tmp_path / "back" / d2l.D2L_NAME, t2l.CheckpointError, d2l.KINDS)
+    assert all(torch.equal(tensors[key], again[key]) for key in tensors) and encoded(records) == encoded(records_again)
 
 
 def test_code_in_a_pickle_is_not_run(tmp_path):
