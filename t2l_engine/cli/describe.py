@@ -32,9 +32,8 @@ def describe(folder: str | Path) -> dict[str, Any]:
     if (folder / peft.CONFIG_NAME).is_file():
         return _adapter(folder)
     raise ConfigError(
-        f"{folder}: expected a checkpoint ({CONFIG_NAME} and {WEIGHTS_NAME}, or {SAKANA_NAMES[0]}, or {D2L_NAME}) or a "
-        "PEFT adapter "
-        f"({peft.CONFIG_NAME} and {peft.WEIGHTS_NAME}), found none of them"
+        f"{folder}: expected a checkpoint ({CONFIG_NAME} and {WEIGHTS_NAME}, or {SAKANA_NAMES[0]}, or {D2L_NAME}) or a PEFT "
+        f"adapter ({peft.CONFIG_NAME} and {peft.WEIGHTS_NAME}), found none of them"
     )
 
 

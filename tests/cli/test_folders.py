@@ -93,7 +93,7 @@ def test_show_one_hot_checkpoint(run, checkpoint):
 
 def test_show_errors(expect_error, checkpoint, tmp_path):
     expect_error("no such folder", "show", tmp_path / "none")
-    expect_error("expected a checkpoint (config.json and hypernet.safetensors, or hypermod.pt)", "show", tmp_path)
+    expect_error("expected a checkpoint (config.json and hypernet.safetensors, or hypermod.pt", "show", tmp_path)
     (tmp_path / "hypermod.pt").write_bytes(b"")
     expect_error("args.yaml", "show", tmp_path)
     config = json.loads((checkpoint / "config.json").read_text())
@@ -142,7 +142,7 @@ def test_convert_refuses_targets(run, expect_error, checkpoint, golden, make_sta
     make_stack({"q_proj": (6, 10)}, num_adapters=1).save_pretrained(tmp_path / "adapter")
     in_place = ("convert", checkpoint, tmp_path / "adapter", "--to", "sakana", "--force")
     expect_error("holds adapter_model.safetensors, whose adapter_config.json would be replaced", *in_place)
-    expect_error("holds neither config.json", "convert", tmp_path / "adapter", tmp_path / "new")
+    expect_error("holds none of config.json", "convert", tmp_path / "adapter", tmp_path / "new")
     assert run("convert", checkpoint, tmp_path / "new", "--to", "gguf")[0] == 2
 
 

@@ -198,7 +198,7 @@ def test_generate_into_what_does_not_fit(load):
     net, _, _ = load("L")
     stack = net.generate(task_embs())
     for out, message in (
-        (stack[:2], r"out: \w+: expected lora_A and lora_B \(\(3, .* got \(\(2, "),
+        (stack[:2], r"out: \w+: expected lora_A and lora_B \(\[3, .* got \(\[2, "),
         (3, "out: expected a stack for the modules .* got int"),
         (
             AdapterStack({"o_proj": torch.ones(3, 1, 1, 2)}, {"o_proj": torch.ones(3, 1, 2, 1)}, torch.ones(3)),
