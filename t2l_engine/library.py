@@ -51,6 +51,8 @@ class DescriptionIndex:
             raise ConfigError(f"descriptions: expected a list of them of every adapter, got one text of {strings[0]}")
         if without := [name for name, texts in descriptions.items() if not texts]:
             raise ConfigError(f"descriptions: expected some of every adapter, got none of {without[0]}")
+        if not hasattr(encoder, "encode"):
+            raise ValueError(f"encoder: expected one of sentences, such as a TextEncoder, got {type(encoder).__name__}")
         self.names, self.encoder = list(descriptions), encoder
         if means is None:
             means = torch.stack([encoder.encode(list(texts)).mean(dim=0).cpu() for texts in descriptions.values()])

@@ -34,6 +34,7 @@ def adapt(
 
     common.keep_freed_memory()
     common.need_packages()
+    from t2l_engine.engine import DocToLoRA
     from t2l_engine.research.training import adapt as tuning
     from t2l_engine.research.training.runs import settings_of
     from t2l_engine.research.training.settings import parse_overrides
@@ -42,6 +43,8 @@ def adapt(
     changes = parse_overrides(overrides)
     engine, folder = engine_options.load()
     common.expect_descriptions(folder)
+    if isinstance(engine, DocToLoRA):  # of other ranks than the checkpoint's
+        raise ValueError(f"--checkpoint: expected one that reads descriptions, got {folder}, which reads documents")
     model = common.base_model_of(folder, engine_options.base_model)
     with named({"texts[0]": "DESCRIPTION", "settings": "--set"}):
         report = tuning.adapt(engine, model, description, shown, output, **changes)

@@ -1,4 +1,4 @@
-"""``t2l chat``: interactive use of a base model with the adapter of a description, which can be changed."""
+"""``t2l chat``: interactive use of a base model with the adapter of a description or document, which can be changed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import typer
 from t2l_engine.cli.common import BaseDType, DType, EngineOptions, named, say, standard_input
 from t2l_engine.cli.desk import Desk, open_desk
 from t2l_engine.files.errors import short_repr
-from t2l_engine.files.text import is_unicode
+from t2l_engine.files.text import headline, is_unicode
 
 HELP = """\
 Every line is an input; its answer goes to standard output.  Lines are independent: adapters are trained on single inputs.
   /task TEXT        use the adapter of another description
   /task name: TEXT  add one under a name in small letters, and use it; /task name uses it again
+  /document FILE    as /task, with the text of a file, for a checkpoint that reads documents; or /document name: FILE
   /tasks            print names and descriptions
   /base             answer the last input again with the base model, without adapter and description
   /both             answer the last input again with the base model and all tasks, in one batch
@@ -36,6 +37,8 @@ SLOTS = 8
 TASK, BASE = "task", "base"
 #: /task NAME: TEXT.  Names are lower case, since sentences begin with a capital letter.
 _NAMED = re.compile(r"([a-z0-9_-]{1,16}):\s+(\S.*)")
+#: What errors call the text whose adapter is made.
+TEXT = ("texts[0]", "contexts[0]")
 _LINE_BREAKS = str.maketrans(dict.fromkeys("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", " "))
 
 
@@ -48,7 +51,7 @@ class Chat:
 
     def __init__(self, desk: Desk, task: str, interactive: bool, **options: float):
         self.desk, self.interactive, self.options = desk, interactive, options
-        self.tasks: dict[str, str] = {}  # name -> description
+        self.tasks: dict[str, str] = {}  # name -> description or document
         self.use(TASK, task)
         self.history: list[tuple[str, str, str]] = []  # input, name of who answered, answer
         self.last: str | None = None
@@ -87,8 +90,8 @@ class Chat:
         if not line.startswith("/") or line.startswith("//"):
             self.last = line.removeprefix("/")
             self.answer(self.last, self.current)
-        elif command == "/task":
-            self.change(rest)
+        elif command in ("/task", "/document"):
+            self.change(command, rest)
         elif command in ("/base", "/both"):
             if self.last is None:
                 raise ValueError(f"{command}: expected an input before it, got none")
@@ -101,7 +104,7 @@ class Chat:
             say(f"wrote {path}")
         elif command == "/tasks":
             for name, description in self.tasks.items():
-                say(f"{'*' if name == self.current else ' '} {name}: {description}")
+                say(f"{'*' if name == self.current else ' '} {name}: {headline(description)}")
         elif command == "/history":
             for text, name, answer in self.history:
                 say(f"{text} -> {name}: {answer}")
@@ -118,22 +121,24 @@ class Chat:
         made = self.desk.side_by_side.hold([description])
         self.current, self.tasks[name] = name, description
         if self.interactive:
-            say(f"the adapter is that of: {description} ({made.times})")
+            say(f"the adapter is that of: {headline(description)} ({made.times})")
 
-    def change(self, text: str) -> None:
-        """``/task``: a description, one with a name, or a name alone."""
-        name, description = TASK, text
+    def change(self, command: str, text: str) -> None:
+        """``/task``: a description, one with a name, or a name alone; ``/document``: a file, or one with a name."""
+        name, description, document = TASK, text, command == "/document"
         if not text:
-            raise ValueError("/task: expected a description after it, got none")
-        if text == BASE:
+            raise ValueError(f"{command}: expected a {'file' if document else 'description'} after it, got none")
+        if text == BASE and not document:
             raise ValueError(f"/task: expected a description or the name of a task, got {BASE}; /base asks the base model")
-        if text in self.tasks:
+        if text in self.tasks and not document:
             name, description = text, self.tasks[text]
         elif match := _NAMED.fullmatch(text):
             name, description = match.groups()
             if name in (TASK, BASE):
-                raise ValueError(f"/task: expected another name than {TASK} and {BASE}, got {name}")
-        with named({"texts[0]": "/task"}):
+                raise ValueError(f"{command}: expected another name than {TASK} and {BASE}, got {name}")
+        if document:
+            description = self.desk.read(Path(description).expanduser(), command)
+        with named(dict.fromkeys(TEXT, command)):
             self.use(name, description)
 
 
@@ -157,24 +162,29 @@ def _lines(interactive: bool) -> Iterator[str]:
 
 def chat(
     engine: EngineOptions,
-    task: Annotated[str, typer.Option(help="Task description; change it with /task.")],
+    task: Annotated[str, typer.Option(help="Task description; change it with /task.")] = "",
+    document: Annotated[Path | None, typer.Option(help="Text file that a checkpoint of documents reads; /document.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0: greedy decoding.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed of sampling, the same for all answers.")] = 0,
     dtype: BaseDType = DType.float32,
 ) -> None:
-    """Chat with the base model and the adapters of descriptions; /help lists the commands.
+    """Chat with the base model and the adapters of descriptions or documents; /help lists the commands.
 
     Every line is answered independently, without history: adapters are trained on single user turns.  Standard output has
     the answers only.  From a pipe, every answer is printed as one line, and an invalid command exits with status 1.
     """
+    if bool(task) == (document is not None):
+        raise typer.BadParameter("expected --task or --document; one of them")
     source = standard_input()
     if hasattr(source, "reconfigure"):
         source.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 are reported with their line
     interactive = source.isatty()
     desk = open_desk(engine, slots=SLOTS, max_new_tokens=max_new_tokens, dtype=dtype)
-    with named({"texts[0]": "--task"}):
-        session = Chat(desk, task, interactive, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    option = "--task" if document is None else "--document"
+    with named(dict.fromkeys(TEXT, option)):
+        text = task if document is None else desk.read(document, option)
+        session = Chat(desk, text, interactive, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if interactive:
         say(f"{desk.base_model}; /help lists the commands")
     try:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from t2l_engine.engine import TextToLoRA
+    from t2l_engine.engine import DocToLoRA, TextToLoRA
 
 DEFAULT_CHECKPOINT = "smollm2-135m"
 #: What ``t2l ui`` and the demo start with: a checkpoint for sentences of the user's own.
@@ -140,6 +140,9 @@ class EngineOptions:
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Allow custom encoder code, including remote repositories.")
     ] = False
+    max_chunk_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Cut longer documents into chunks; default: as the checkpoint says.")
+    ] = None
 
     def load(self, device: str = "cpu") -> tuple[TextToLoRA, Path]:
         """(engine, checkpoint folder).
@@ -168,7 +171,29 @@ class EngineOptions:
             engine = TextToLoRA.from_pretrained(
                 folder, encoder=encoder or None, scaling=scaling, device=device, trust_remote_code=trust
             )
+        if (most := self.max_chunk_tokens) is not None:
+            reader = expect_documents("--max-chunk-tokens", engine).encoder
+            reader.config = dataclasses.replace(reader.config, max_chunk_tokens=most)
         return engine, folder
+
+
+def expect_documents(option: str, engine: TextToLoRA) -> DocToLoRA:
+    """``engine``; ValueError, naming ``option``, unless it reads documents."""
+    from t2l_engine.engine import DocToLoRA
+
+    if not isinstance(engine, DocToLoRA):
+        raise ValueError(f"{option}: expected a checkpoint that reads documents, got one that reads descriptions")
+    return engine
+
+
+def read_text(file: Path, option: str) -> str:
+    """The text of ``file``; errors name ``option``."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option}: {file}: expected UTF-8 text: {error}") from None
+    except OSError as error:
+        raise OSError(f"{option}: {file}: {error.strerror}") from None
 
 
 def expect_descriptions(folder: Path) -> None:

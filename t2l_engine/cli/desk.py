@@ -1,4 +1,4 @@
-"""The models of ``t2l chat`` and ``t2l ui``: a base model beside the adapters of descriptions, from command-line options."""
+"""The models of ``t2l chat`` and ``t2l ui``: a base model beside adapters of texts, from command-line options."""
 
 from __future__ import annotations
 
@@ -6,8 +6,17 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t2l_engine.cli.common import DType, EngineOptions, base_model_of, expect_descriptions
+from t2l_engine.cli.common import (
+    DType,
+    EngineOptions,
+    base_model_of,
+    expect_descriptions,
+    expect_documents,
+    read_text,
+)
 from t2l_engine.cli.export import GGUF, save_gguf
+from t2l_engine.engine import DocToLoRA
+from t2l_engine.files.text import headline
 from t2l_engine.text import packaged
 
 if TYPE_CHECKING:
@@ -21,12 +30,18 @@ class Desk:
     side_by_side: SideBySide
     base_model: str
 
+    def read(self, file: Path, option: str) -> str:
+        """The document in ``file``; ValueError or OSError, naming ``option``, also if the checkpoint reads none."""
+        expect_documents(option, self.side_by_side.engine)
+        return read_text(file, option)
+
     def save(self, description: str, path: Path) -> None:
-        """Write the adapter of ``description`` to FILE.gguf, or as a PEFT folder.  Raises ValueError or OSError."""
+        """Write the adapter of ``description``, or document, to FILE.gguf or as a PEFT folder; ValueError or OSError."""
         engine = self.side_by_side.engine
+        shown = headline(description) if isinstance(engine, DocToLoRA) else description
         stack = self.side_by_side.run(lambda: engine.generate([description]))
         if path.suffix.lower() == GGUF:
-            save_gguf(stack, 0, path, self.side_by_side.model.config, description=description, engine=engine)
+            save_gguf(stack, 0, path, self.side_by_side.model.config, description=shown, engine=engine)
         else:
             stack.save_pretrained(path, base_model_name_or_path=packaged.hub_name(self.base_model))
 

@@ -119,7 +119,7 @@ def evaluate(options: Options, engine_options: EngineOptions, settings: Settings
     own = {"batch_size": options.batch_size, "held_out_descriptions": options.held_out_descriptions}
     _write(options, {
         "checkpoint": engine_options.checkpoint, "base_model": model_name, "dtype": options.dtype.value,
-        "device": options.device, "split": options.split, "scaling": engine.hypernetwork.scaling,
+        "device": options.device, "split": options.split, "scaling": engine.hypernetwork.config.scaling_value,
         "settings": dataclasses.asdict(settings) | own, "trained_tasks": trained, "groups": groups,
         "summary": run.summary(result["tasks"], groups, methods[0].name), **result,
     })  # fmt: skip

@@ -56,7 +56,7 @@ class Engine(EngineOptions):
 
     def refuse(self, why: str, *more: str) -> None:
         """ValueError, naming the option, for a value of an option that descriptions alone need, or one of ``more``."""
-        for name in ("checkpoint", "scaling", "encoder", "trust_remote_code", *more):
+        for name in ("checkpoint", "scaling", "encoder", "trust_remote_code", "max_chunk_tokens", *more):
             if value := getattr(self, name):
                 raise ValueError(f"--{name.replace('_', '-')}: expected none, since {why}, got {value!r}")
 

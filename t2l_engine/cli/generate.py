@@ -16,7 +16,7 @@ from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.cli import common
 from t2l_engine.cli.common import EngineOptions, Json, named
 from t2l_engine.cli.export import GGUF, save_gguf
-from t2l_engine.engine import DocToLoRA, TextToLoRA
+from t2l_engine.engine import TextToLoRA
 from t2l_engine.files.weights import write_text
 from t2l_engine.hypernetwork.checkpoint import describe
 from t2l_engine.library import AdapterLibrary, Match
@@ -37,9 +37,6 @@ class Options:
     descriptions: Annotated[list[str], typer.Argument(help="Task descriptions, one adapter each.")] = ()
     file: Annotated[Path | None, typer.Option("--file", "-f", help="A description per line; -: standard input.")] = None
     document: Annotated[list[Path], typer.Option(help="Text file to read as a whole, one adapter each.")] = ()
-    max_chunk_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Cut longer documents into chunks; default: do not.")
-    ] = None
     examples: Annotated[Path | None, typer.Option(help="JSON Lines of worked examples for the encoder.")] = None
     form: Annotated[Format, typer.Option("--format", help="gguf: DIR/adapter.gguf, or DIR/0.gguf, ...")] = Format.peft
     library: Annotated[Path | None, typer.Option(help="Folder of stored adapters: take the nearest one from there.")] = None
@@ -70,11 +67,11 @@ def generate(options: Options, engine_options: EngineOptions) -> None:
     _check(options, engine_options)
     given = enumerate(options.descriptions, start=1)
     lines = {f"description {i}": text for i, text in given} if options.file is None else _read(options.file)
-    lines |= {str(file): _text(file, "--document") for file in options.document}
+    lines |= {str(file): common.read_text(file, "--document") for file in options.document}
     shots = None if options.examples is None else read_examples(options.examples)
     engine, folder = engine_options.load()
-    if (options.document or options.max_chunk_tokens) and not isinstance(engine, DocToLoRA):
-        raise ValueError(f"--document, --max-chunk-tokens: expected a checkpoint that reads documents, got {folder}")
+    if options.document:
+        common.expect_documents("--document", engine)
     for line, text in lines.items():  # an error names file and line
         with named({"texts[0]": line, "examples[0]": "--examples"}):
             engine.encoder.prepare([text], None if shots is None else [shots])
@@ -144,11 +141,7 @@ def _adapters(
     for start in range(0, len(texts), size):
         some = texts[start : start + size]
         if library is None:
-            if isinstance(engine, DocToLoRA):
-                stack = engine.generate(some, max_chunk_tokens=options.max_chunk_tokens)
-            else:
-                stack = engine.generate(some, shots and [shots] * len(some))
-            matches = [None] * len(some)
+            stack, matches = engine.generate(some, shots and [shots] * len(some)), [None] * len(some)
         else:
             stack, matches = engine.retrieve(some, library, options.top_k, options.min_similarity)
         yield from ((stack, i, of) for i, of in enumerate(matches))
@@ -185,19 +178,9 @@ def _is_index(file: Path) -> bool:
 def _read(file: Path) -> dict[str, str]:
     """The descriptions in ``file`` ("-": standard input), one per line, by "FILE:LINE"; blank lines are skipped."""
     source = "standard input" if str(file) == "-" else file
-    text = common.standard_input().read() if str(file) == "-" else _text(file, "--file")
+    text = common.standard_input().read() if str(file) == "-" else common.read_text(file, "--file")
     lines = enumerate(text.removeprefix("\ufeff").split("\n"), start=1)
     found = {f"{source}:{number}": line.strip() for number, line in lines if line.strip()}
     if not found:
         raise ValueError(f"--file: {file}: expected one description a line, got none")
     return found
-
-
-def _text(file: Path, option: str) -> str:
-    """The text of ``file``; errors name ``option``."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{option}: {file}: expected UTF-8 text: {error}") from None
-    except OSError as error:
-        raise OSError(f"{option}: {file}: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""``t2l ui``: a page in the browser on which sentences become adapters and answer beside the base model."""
+"""``t2l ui``: a page in the browser on which texts become adapters and answer beside the base model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 
 from t2l_engine.cli.common import FREE_TEXT_CHECKPOINT, BaseDType, Checkpoint, DType, EngineOptions, keep_freed_memory, say
 from t2l_engine.cli.desk import open_desk
+from t2l_engine.engine import DocToLoRA
 from t2l_engine.text.encoder import OneHotEncoder
 
 #: Limits of the landmarks on the map: bytes of their adapters, and their number.
@@ -21,6 +22,8 @@ MAP_BYTES, LANDMARKS = 1 << 27, 44
 #: What the page shows first: held-out sentences that work.
 DESCRIPTIONS = ("File the sentence under computers, cooking or law.", "Extract the name of the person.")
 INPUT = "On Monday Clara talked about the recipe."
+#: The same with a checkpoint that reads documents.
+DOCUMENT, QUESTION = "Clara keeps her boat in Lisbon. The code of its lock is 4417.", "What is the code of the lock?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,7 @@ def ui(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     dtype: BaseDType = DType.float32,
 ) -> None:
-    """Open a page on which the base model and the adapters of several descriptions answer the same input, in one batch.
+    """Open a page on which the base model and the adapters of descriptions, or of a document, answer one input together.
 
     Needs Gradio: pip install "t2l_engine[ui]".  Nothing is sent anywhere: fonts, statistics and sharing are off.
     """
@@ -55,17 +58,18 @@ def ui(
         raise ValueError(
             f"--checkpoint: expected one for sentences, got {engine.checkpoint}, which knows names of tasks alone"
         )
-    first = DESCRIPTIONS[:adapters]
+    documents = isinstance(made, DocToLoRA)
+    first, text = ([DOCUMENT], QUESTION) if documents else (DESCRIPTIONS[:adapters], INPUT)
     desk.side_by_side.hold(first)  # raises now if adapters do not fit the base model
-    size = 4 * made.hypernetwork.meta_stack(1).num_parameters
+    size, rank = 4 * made.hypernetwork.meta_stack(1).num_parameters, f"{config.rank}{' a chunk' * documents}"
     page = Page(
         desk.side_by_side,
         desk.save,
-        title=f"`{engine.checkpoint}`, adapters of rank {config.rank} on {', '.join(config.modules)} of `{desk.base_model}`",
-        landmarks=landmarks(max(3, min(LANDMARKS, MAP_BYTES // size))),
+        title=f"`{engine.checkpoint}`, adapters of rank {rank} on {', '.join(config.modules)} of `{desk.base_model}`",
+        landmarks=() if documents else landmarks(max(3, min(LANDMARKS, MAP_BYTES // size))),
         max_new_tokens=max_new_tokens,
     )
-    blocks = page.blocks(first, INPUT)
+    blocks = page.blocks(first, text)
     address = {"server_name": host, "server_port": port}
     blocks.launch(**address, quiet=True, prevent_thread_lock=True, **page.launch_options())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # service managers and containers: as Ctrl-C

@@ -31,6 +31,12 @@ def is_unicode(text: str) -> bool:
     return not _SURROGATE.search(text)
 
 
+def headline(text: str, most: int = 200) -> str:
+    """``text`` in one line, of at most ``most`` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "\u2026"
+
+
 def to_json(config: DataclassInstance) -> dict[str, Any]:
     """``config`` as plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
@@ -75,7 +81,7 @@ def read_text(path: Path, most: int = MAX_CONFIG_BYTES) -> str:
     """
     content = read_start(path, most + 1, ConfigError)  # not st_size: it is 0 for pipes and /proc
     if len(content) > most:
-        raise ConfigError(f"{path}: expected a configuration of at most {most} bytes, got more")
+        raise ConfigError(f"{path}: expected at most {most} bytes, got more")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""The page in the browser: adapters of sentences answer an input beside the base model.  Needs Gradio."""
+"""The page in the browser: adapters of sentences or a document answer an input beside the base model.  Needs Gradio."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ import gradio as gr
 import pandas as pd
 
 from t2l_engine.adapters.similarity import AdapterMap
+from t2l_engine.engine import DocToLoRA
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.files.text import headline, read_text
 from t2l_engine.serving.side_by_side import Answers, Row, SideBySide
 
-#: Most characters of a description and of an input.
-MAX_DESCRIPTION, MAX_INPUT = 1000, 4000
+#: Most characters of a description, a document and an input.
+MAX_DESCRIPTION, MAX_DOCUMENT, MAX_INPUT = 1000, 200_000, 4000
 #: Files kept for downloads; seconds for which Gradio keeps its copies of them.
 FILES, KEEP_COPIES = 8, 3600
 #: Most questions that wait, rows of earlier answers, and landmarks named for an adapter.
@@ -41,11 +44,13 @@ _STYLE = """
 class Page:
     """The functions that the page's elements call; :meth:`blocks` lays the elements out.
 
+    For an engine that reads documents, what is called a description is a document, one a question.
+
     Args:
         desk: answers.
         save: writes the adapter of a description to a folder in PEFT's format, or to FILE.gguf.
         title: names checkpoint and base model.
-        landmarks: (name, description) of at least three tasks on the map.
+        landmarks: (name, description) of at least three tasks on the map; none: there is no map.
         max_new_tokens: limit of an answer's length.
     """
 
@@ -60,6 +65,7 @@ class Page:
     ):
         self.desk, self.save, self.title = desk, save, title
         self.landmarks, self.max_new_tokens = landmarks, max_new_tokens
+        self.documents = isinstance(desk.engine, DocToLoRA)
         self._files = tempfile.TemporaryDirectory(prefix="t2l-ui-")  # removed with this object
         self._folders: deque[Path] = deque()
 
@@ -88,21 +94,32 @@ class Page:
         if last is not None:
             new = [[text, _who(row), answer] for row, answer in zip(rows, last.texts, strict=True)]
             history = [*new, *history][:HISTORY]
-            yield _table(rows, last.texts, "done"), last.times, history, history, gr.Dropdown(wanted, value=wanted[0])
+            choices = gr.Dropdown([(headline(one), one) for one in wanted], value=wanted[0])
+            yield _table(rows, last.texts, "done"), last.times, history, history, choices
 
     def descriptions(self, text: str) -> list[str]:
-        """The lines of ``text``; gr.Error for none, too many or too long ones."""
-        found = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+        """The lines of ``text``, or the document that it is; gr.Error for none, too many or too long ones."""
+        box, of, most = "Task descriptions", " a line", MAX_DESCRIPTION
+        if self.documents:
+            box, of, most = "Document", "", MAX_DOCUMENT
+        lines = [text] if self.documents else text.splitlines()
+        found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
         if not found:
-            raise gr.Error("Task descriptions: expected at least one line, got none.")
+            raise gr.Error(f"{box}: expected {'a text' if self.documents else 'at least one line'}, got none.")
         if len(found) > self.desk.slots:
-            raise gr.Error(f"Task descriptions: expected at most {self.desk.slots} lines, got {len(found)}.")
+            raise gr.Error(f"{box}: expected at most {self.desk.slots} lines, got {len(found)}.")
         for line in found:
-            if len(line) > MAX_DESCRIPTION:
-                raise gr.Error(
-                    f"Task descriptions: expected at most {MAX_DESCRIPTION:,} characters a line, got {len(line):,}."
-                )
+            if len(line) > most:
+                raise gr.Error(f"{box}: expected at most {most:,} characters{of}, got {len(line):,}.")
         return found
+
+    @staticmethod
+    def document(file: str) -> str:
+        """The text of an uploaded file; gr.Error for one that is too large or no UTF-8."""
+        try:
+            return read_text(Path(file), 4 * MAX_DOCUMENT)
+        except ConfigError as error:
+            raise gr.Error(f"Document: {str(error).removeprefix(f'{file}: ')}.") from None
 
     @functools.cached_property
     def map(self) -> AdapterMap:
@@ -152,17 +169,20 @@ class Page:
 
     def blocks(self, descriptions: Sequence[str], text: str) -> gr.Blocks:
         """The page, with ``descriptions`` and input ``text`` filled in."""
-        with gr.Blocks(title="Text-to-LoRA", analytics_enabled=False, delete_cache=(KEEP_COPIES, KEEP_COPIES)) as blocks:
-            gr.Markdown(f"## Text-to-LoRA\n{self.title}")
+        name, told, label = "Text-to-LoRA", "each description", f"Task descriptions, one a line, at most {self.desk.slots}"
+        if self.documents:
+            name, told, label = "Doc-to-LoRA", "the document", f"Document, at most {MAX_DOCUMENT:,} characters"
+        with gr.Blocks(title=name, analytics_enabled=False, delete_cache=(KEEP_COPIES, KEEP_COPIES)) as blocks:
+            gr.Markdown(f"## {name}\n{self.title}")
             history = gr.State([])
             with gr.Row():
                 with gr.Column():
-                    tasks = gr.Textbox(
-                        "\n".join(descriptions), label=f"Task descriptions, one a line, at most {self.desk.slots}", lines=4,
-                        elem_id="descriptions",
-                    )  # fmt: skip
+                    tasks = gr.Textbox("\n".join(descriptions), label=label, lines=4, elem_id="descriptions")
+                    if self.documents:
+                        upload = gr.File(label="Text file", file_types=[".txt", ".md"], height=90, elem_id="upload")
+                        upload.upload(self.document, [upload], [tasks])
                     given = gr.Textbox(text, label="Input", lines=2, elem_id="input")
-                    beside = gr.Checkbox(True, label="Ask the base model too, with each description in its prompt")
+                    beside = gr.Checkbox(True, label=f"Ask the base model too, with {told} in its prompt")
                     tokens = gr.Slider(
                         1, self.max_new_tokens, min(32, self.max_new_tokens), step=1, label="Longest answer, tokens",
                         elem_id="tokens",
@@ -173,7 +193,7 @@ class Page:
                 with gr.Column():
                     answers = gr.HTML(elem_id="answers")
                     times = gr.Markdown(elem_id="times")
-            with gr.Tab("Map"):
+            with gr.Tab("Map", visible=bool(self.landmarks)):
                 gr.Markdown("Adapters that change the weights alike lie near each other.")
                 look = gr.Button("Show the adapters of these descriptions", elem_id="look")
                 plot = gr.ScatterPlot(
@@ -206,13 +226,16 @@ class Page:
         """For ``launch``: a theme that loads nothing from elsewhere."""
         fonts = ["system-ui", "sans-serif"]
         theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
-        return {"theme": theme, "css": _STYLE, "footer_links": [], "share": False, "show_error": False, "ssr_mode": False}
+        return {
+            "theme": theme, "css": _STYLE, "footer_links": [], "share": False, "show_error": False, "ssr_mode": False,
+            "max_file_size": 4 * MAX_DOCUMENT,
+        }  # fmt: skip
 
 
 def _who(row: Row) -> str:
     if row.adapted:
-        return f"adapter: {row.description}"
-    return f"base model, told: {row.description}" if row.description else "base model, the input alone"
+        return f"adapter: {headline(row.description)}"
+    return f"base model, told: {headline(row.description)}" if row.description else "base model, the input alone"
 
 
 def _table(rows: Sequence[Row], texts: Sequence[str], state: str) -> str:

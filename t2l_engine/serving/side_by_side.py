@@ -1,4 +1,4 @@
-"""One input, answered in one mixed batch by a base model and by the adapters of several descriptions."""
+"""One input, answered in one mixed batch by a base model and by the adapters of several descriptions or documents."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import StoppingCriteriaList
 
+from t2l_engine.engine import DocToLoRA, TextToLoRA
 from t2l_engine.lora.handle import attach
 from t2l_engine.text.encoder import positions
 from t2l_engine.text.prompts import NEXT_EXAMPLE, RAW, answer_in, continuation, prompt_ids, prompt_of
 
-if TYPE_CHECKING:
-    from t2l_engine.engine import TextToLoRA
-
 T = TypeVar("T")
 BASE = -1  # the id of rows without an adapter
+#: Most chunks of a document, whose adapter must fit into a slot.
+MOST_CHUNKS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Who answers: the adapter of ``description``, or (not ``adapted``) the base model with it in the prompt."""
+    """Who answers: the adapter of ``description``, a document for a checkpoint that reads these, or (not ``adapted``) the
+    base model with it in the prompt."""
 
     description: str = ""
     adapted: bool = False
@@ -77,7 +78,9 @@ class SideBySide:
 
     def __init__(self, engine: TextToLoRA, model: Any, tokenizer: Any, *, slots: int = 8):
         self.engine, self.model, self.tokenizer, self.slots = engine, model, tokenizer, slots
-        self._lora = attach(model, slots=slots)
+        self._documents = engine if isinstance(engine, DocToLoRA) else None
+        rank = None if self._documents is None else self._documents.hypernetwork.config.total_rank(MOST_CHUNKS)
+        self._lora = attach(model, slots=slots, max_rank=rank)
         self._held: OrderedDict[str, int] = OrderedDict()  # description -> slot; the least recently used first
         self._stop, self._closed = threading.Event(), False  # _stop: ends the current question
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="side-by-side")
@@ -89,7 +92,8 @@ class SideBySide:
     def hold(self, descriptions: Sequence[str]) -> Made:
         """Make the adapters of ``descriptions`` that are not held.
 
-        Raises ValueError for more than slots, a text that the encoder refuses, or adapters that do not fit the model.
+        Raises ValueError for more than slots, a text that the encoder refuses, a document of more than MOST_CHUNKS chunks,
+        or adapters that do not fit the model.
         """
         return self.run(lambda: self._hold(descriptions))
 
@@ -160,9 +164,10 @@ class SideBySide:
         batch = self.tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt").to(self.model.device)
         length = batch["input_ids"].shape[1]
         if limit is not None and length + max_new_tokens > limit:
+            told = any(row.description and not row.adapted for row in rows)
             raise ValueError(
                 f"input: expected at most {limit - max_new_tokens} tokens (the model has {limit} positions, "
-                f"{max_new_tokens} of them for the answer), got {length}"
+                f"{max_new_tokens} of them for the answer), got {length}{' with what the base model is told' * told}"
             )
         made = self._hold([row.description for row in rows if row.adapted])
         form, end = self.engine.prompt_form, self.model.generation_config.eos_token_id
@@ -206,10 +211,14 @@ class SideBySide:
         new = [description for description in wanted if description not in self._held]
         if not new:
             return Made()
+        for i, chunks in enumerate(self._documents.encoder.chunks(new) if self._documents else ()):
+            if len(chunks) > MOST_CHUNKS:
+                expected = f"expected a document of at most {MOST_CHUNKS} chunks, as slots hold, got {len(chunks)}"
+                raise ValueError(f"contexts[{i}]: {expected}; a larger max_chunk_tokens makes fewer")
         start = time.perf_counter()
-        task_emb = self.engine.encoder.encode(new)
+        embeddings = self.engine.embed(new)
         encoded = time.perf_counter()
-        stack = self.engine.hypernetwork.generate(task_emb)
+        stack = self.engine.hypernetwork.generate(embeddings)
         generated = time.perf_counter()
         for i, description in enumerate(new):
             if len(self._held) == self.slots:

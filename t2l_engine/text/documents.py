@@ -31,6 +31,8 @@ class DocumentEncoder:
     Source: arXiv 2602.15902.
     """
 
+    max_examples = 0  # of a text, as of a TextEncoder
+
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: DocumentEncoderConfig):
         """``model``: a transformers decoder, set to eval mode; ``tokenizer``: its tokenizer, or None to read ids alone.
 
@@ -72,6 +74,10 @@ class DocumentEncoder:
     def num_states(self) -> int:
         """Hidden states of a token that are read."""
         return self.num_layers + 1 if self.config.states == "all" else 1
+
+    def weights(self) -> dict[str, Tensor]:
+        """All tensors that hidden states depend on, by name."""
+        return dict(self.model.state_dict())
 
     def prepare(self, texts: Sequence[str], examples: WorkedExamples = None) -> list[str]:
         """Each text as it is tokenized, without prefix and suffix.

@@ -6,9 +6,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from t2l_engine import AdapterStack, attach
 from t2l_engine.testing.numerics import LOGITS_ATOL, u
+from tests.hypernetwork.test_doc_to_lora import NAMES, Golden
 
 peft = pytest.importorskip("peft")
 hotswap = pytest.importorskip("peft.utils.hotswap")
@@ -168,6 +170,23 @@ def test_hotswap(model, stack, expected, tmp_path, kind, fold):
         assert_logits(model, expected, i)
         scaling = 1 if fold else stack.scaling[i].item()
         assert all(layer.scaling["task"] == pytest.approx(scaling, rel=1e-7) for layer in layers)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_folders_of_documents(tmp_path, name):
+    """Each with its own rank, by its chunks, and lora_alpha times as much: the scaling is alpha itself."""
+    golden = Golden(name)
+    alpha, expected = golden.case["alpha"], golden.expected
+    stack, total_rank = golden.engine.generate_from_ids(golden.contexts), golden.engine.hypernetwork.config.total_rank
+    for i, chunks in enumerate(golden.case["chunks"]):
+        stack.save_pretrained(tmp_path / str(i), i)
+        config, rank = json.loads((tmp_path / str(i) / "adapter_config.json").read_text()), total_rank(chunks)
+        assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (rank, alpha * rank, {})
+        base = AutoModelForCausalLM.from_pretrained(golden.folder / "base", attn_implementation="eager")
+        adapted, question = peft.PeftModel.from_pretrained(base, tmp_path / str(i)), expected["question"][i : i + 1]
+        assert_logits(adapted, (question, expected["logits"][i : i + 1].unsqueeze(0)), 0)
+    again = AdapterStack.from_peft([tmp_path / str(i) for i in range(len(stack))])
+    assert again.allclose(stack) and again.scaling.tolist() == [alpha] * len(stack)
 
 
 def test_a_swap_to_a_larger_rank_leaves_the_stack_alone(model, stack, expected):

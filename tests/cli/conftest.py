@@ -70,3 +70,26 @@ def save_checkpoint(folder, rank=4):
 @pytest.fixture
 def checkpoint(tmp_path):
     return save_checkpoint(tmp_path / "checkpoint")
+
+
+def save_document_checkpoint(folder, base, modules=("q_proj",), **sizes):
+    """A random checkpoint of documents, read by the model in ``base``; its adapters change what that model says."""
+    encoder = t2l.DocumentEncoder.from_config(t2l.DocumentEncoderConfig(str(base), states="last", num_layers=1))
+    shapes = {"modules": modules, "in_features": (12,), "out_features": (20,), "num_layers": 2} | sizes
+    config = t2l.PerceiverConfig(
+        variant="perceiver-flat", feature_size=encoder.feature_size, rank=2, lora_alpha=8.0, scaling=8.0, latent_size=8,
+        num_latents=4, num_blocks=1, num_mlps=1, **shapes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    net = t2l.PerceiverHyperNetwork(config)
+    net.head.data *= 100
+    t2l.DocToLoRA(encoder, net).save_pretrained(folder, base_model=str(base))
+    return folder
+
+
+@pytest.fixture
+def document_checkpoint(tmp_path, tiny_llama):
+    """A checkpoint of documents for the tiny Llama, which reads them too."""
+    for part in tiny_llama:
+        part.save_pretrained(tmp_path / "reader")
+    return save_document_checkpoint(tmp_path / "documents", tmp_path / "reader")

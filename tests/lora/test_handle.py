@@ -4,11 +4,14 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from t2l_engine import LoRALinear, attach
+from t2l_engine import AdapterStack, HyperNetwork, HyperNetworkConfig, LoRALinear, attach
 from t2l_engine.lora import handle as handles
 from t2l_engine.lora.slots import Slots
 from t2l_engine.testing.numerics import LOGITS_ATOL
+from tests.hypernetwork.test_doc_to_lora import NAMES as DOCUMENTS
+from tests.hypernetwork.test_doc_to_lora import Golden
 from tests.lora.tiny_llama import NAMES, assert_untouched, logits, snapshot
 
 
@@ -155,6 +158,36 @@ def test_put(tiny_model, model, stack, stack_for, tokens):
     assert torch.equal(logits(model, tokens, handle, 0), alone[2])
     handle.put(1, stack[1])  # narrower again: nothing of the wide one is left
     assert torch.equal(logits(model, tokens, handle, 1), alone[1])
+
+
+def test_adapters_of_documents_and_descriptions_in_one_batch():
+    """Of other ranks, scalings and modules; from one stack, and put into slots that hold the largest rank."""
+    golden = Golden(DOCUMENTS[0])
+    of_descriptions = HyperNetworkConfig(
+        variant="L", modules=("q_proj", "down_proj"), in_features=(48, 80), out_features=(48, 48), num_layers=4, rank=3,
+        embed_dim=8, latent_size=8, head_in_size=8, lora_alpha=6.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    described = HyperNetwork(of_descriptions).generate(torch.randn(2, 8))
+    stack = AdapterStack.cat([described, golden.engine.generate_from_ids(golden.contexts)])
+    assert stack.ranks["down_proj"][:, 0].tolist() == [3, 3, 12, 8]
+    model = AutoModelForCausalLM.from_pretrained(golden.folder / "base")
+    tokens = torch.randint(3, 90, (5, 7))
+
+    def rows(handle, ids):
+        with handle.use(ids):
+            found = logits(model, tokens)
+        handle.detach()
+        return found
+
+    base = logits(model, tokens)
+    alone = torch.stack([*(rows(attach(model, one), 0)[i] for i, one in enumerate(stack)), base[4]])
+    assert all((alone[i] - base[i]).abs().max() > 10 * LOGITS_ATOL for i in range(4))
+    assert (rows(attach(model, stack), [0, 1, 2, 3, -1]) - alone).abs().max() <= LOGITS_ATOL
+    slots = attach(model, slots=4, max_rank=12)
+    for i in range(4):
+        slots.put(3 - i, stack[i])
+    assert (rows(slots, [3, 2, 1, 0, -1]) - alone).abs().max() <= LOGITS_ATOL
 
 
 def test_put_that_fails_midway_leaves_an_empty_slot(model, stack, tokens, monkeypatch):
