@@ -1,7 +1,9 @@
-"""``t2l show`` and ``t2l generate --document`` with a checkpoint that reads documents."""
+"""Commands with a checkpoint that reads documents; test_chat.py has those of a chat."""
 
 import json
 import shutil
+
+import pytest
 
 import t2l_engine as t2l
 from tests.hypernetwork.test_doc_to_lora import GOLDEN, NAMES, TEMPLATE
@@ -23,6 +25,34 @@ def test_a_document_becomes_an_adapter(tmp_path, run, left_tokenizer):
     assert written["description"] == str(document) and written["rank"] == config.total_rank(2)
     stack = t2l.AdapterStack.from_peft(tmp_path / "out")
     assert stack.scaling.tolist() == [16.0] and stack.ranks["down_proj"].unique().tolist() == [config.total_rank(2)]
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (("export", "{}", "-o", "{}/x.t2l"), "it reads documents"),
+        (("cost", "-c", "{}"), "reads documents, whose cost is not counted"),
+        (
+            ("adapt", "A text.", "--examples", "{}/shots", "-o", "{}/out", "-c", "{}"),
+            "--checkpoint: expected one that reads d",
+        ),
+    ],
+)
+def test_what_is_not_done_for_documents_is_said(expect_error, document_checkpoint, command, message):
+    (document_checkpoint / "shots").write_text("".join(f'{{"input": "{i}", "output": "{i}"}}\n' for i in range(4)))
+    expect_error(message, *(part.format(document_checkpoint) for part in command))
+
+
+def test_an_adapter_of_a_text_as_gguf(run, document_checkpoint, tmp_path):
+    file = tmp_path / "a.gguf"
+    code, _, err = run("export", "one two three", "-c", document_checkpoint, "--max-chunk-tokens", 4, "-o", file)
+    assert code == 0 and file.is_file(), err
+
+
+def test_a_library_needs_an_encoder_of_sentences(document_checkpoint):
+    engine = t2l.TextToLoRA.from_pretrained(document_checkpoint)
+    with pytest.raises(ValueError, match="encoder: expected one of sentences, such as a TextEncoder, got DocumentEncoder"):
+        t2l.AdapterLibrary(engine.generate(["one two"]), {"one": ["one two"]}, engine.encoder)
 
 
 def test_a_checkpoint_of_descriptions_refuses_documents(tmp_path, run):

@@ -85,7 +85,7 @@ def test_generate_refuses_files_without_descriptions(run, expect_error, checkpoi
         expect_error(f"t2l: --file: {tmp_path / name}: ", "generate", "-f", tmp_path / name, *output)
     for arguments in ((), ("x", "--file", "-")):
         code, out, err = run("generate", *arguments, *output)
-        assert code == 2 and out == "" and "not both" in err
+        assert code == 2 and out == "" and "expected descriptions as arguments" in " ".join(err.split())
     assert not (tmp_path / "out").exists()
 
 

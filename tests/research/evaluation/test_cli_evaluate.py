@@ -7,12 +7,15 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file, save_file
 
+import t2l_engine as t2l
 from t2l_engine.cli import evaluate as command
 from t2l_engine.research.evaluation import run as evaluation
 from t2l_engine.research.evaluation.answers import Answerer
+from t2l_engine.research.evaluation.methods import Generated
 from t2l_engine.research.tasks import manifest
 from t2l_engine.research.tasks.folder import write_tasks
 from t2l_engine.research.training import lora
+from tests.cli.conftest import save_document_checkpoint
 from tests.research.evaluation.conftest import DESCRIPTIONS, all_tasks, save_checkpoint
 from tests.research.training import small_runs
 
@@ -111,6 +114,20 @@ def test_all_methods(evaluate, one_hot, by_input, adapters, shared, base_model, 
     assert repeats == {name: 1 if name in once else 2 for name in named}
     assert result["forms"]["base"]["validation"].keys() == {"raw", "chat"}  # there is a split val
     assert result["forms"]["inputs"] == {"form": "chat", "validation": None}
+
+
+def test_documents(evaluate, base_model, tasks, tmp_path):
+    """As descriptions, of several chunks and so of several ranks in a batch; each is read once."""
+    checkpoint = save_document_checkpoint(tmp_path / "documents", base_model, in_features=(64,), out_features=(64,))
+    options = ("--repeats", 2, "--max-items", 1, "--max-chunk-tokens", 5)
+    result, _, _ = evaluate(*options, checkpoint=checkpoint)
+    assert result["scaling"] == 8.0 and set(result["details"]) == {*OURS, *BASE}
+    engine = t2l.TextToLoRA.from_pretrained(checkpoint)
+    texts = [of[0] for of in DESCRIPTIONS.values()] + ["red " * 20]
+    made = Generated(engine)
+    assert made._stack(texts).allclose(t2l.AdapterStack.cat([engine.generate([text]) for text in texts]), atol=1e-6)
+    engine.encoder.config = replace(engine.encoder.config, max_chunk_tokens=5)
+    assert Generated(engine).identity != made.identity  # answers that are kept are not those of other chunks
 
 
 def test_descriptions_in_prompts(evaluate, base_model, tmp_path):
