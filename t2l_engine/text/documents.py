@@ -76,7 +76,7 @@ class DocumentEncoder:
         return self.num_layers + 1 if self.config.states == "all" else 1
 
     def weights(self) -> dict[str, Tensor]:
-        """All tensors that hidden states depend on, by name."""
+        """All tensors of the language model, by name."""
         return dict(self.model.state_dict())
 
     def prepare(self, texts: Sequence[str], examples: WorkedExamples = None) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import run  # noqa: F401
+from tests.cli.conftest import document_checkpoint, run, tiny_llama  # noqa: F401
 
 CHECKPOINT, SLOTS, LONGEST = "smollm2-135m-specs", 4, 200
 

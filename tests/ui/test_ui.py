@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import t2l_engine as t2l
+
 TASK, TEXT = "Write the second word.", "one two three"
 
 
@@ -58,6 +60,50 @@ def test_files_are_few(page):
     for nothing in (None, ""):
         with pytest.raises(gr.Error, match="ask something first"):
             page.file(nothing, PEFT)
+
+
+@pytest.fixture
+def documents(document_checkpoint, tiny_llama, page):
+    """A page for documents, on a tiny model."""
+    from t2l_engine.serving.page import Page
+    from t2l_engine.serving.side_by_side import SideBySide
+
+    desk = SideBySide(t2l.TextToLoRA.from_pretrained(document_checkpoint), *tiny_llama, slots=2)
+    yield Page(desk, page.save, title="Documents", landmarks=(), max_new_tokens=8)
+    desk.close()
+
+
+def test_a_document(documents, tmp_path):
+    """One text of several lines, as it was uploaded; the base model reads it too, if it fits."""
+    import gradio as gr
+
+    file, text = tmp_path / "a.txt", "The code of the lock\nis 4417.\n"
+    file.write_text(text)
+    assert documents.document(str(file)) == text
+    *_, (table, times, history, _, chosen) = documents.answer(text, "what code", True, 4, [])
+    who = "The code of the lock is 4417."
+    assert [row[1] for row in history] == ["base model, the input alone", f"base model, told: {who}", f"adapter: {who}"]
+    assert "1 new adapter" in times and f"adapter: {who}" in table and chosen.choices == [(who, text.strip())]
+    *_, (table, _, history, _, _) = documents.answer("word " * 100, "what code", False, 4, [])
+    assert len(history) == 2 and history[1][1] == "adapter: " + "word " * 39 + "word\u2026"
+    labels = {getattr(block, "label", "") for block in documents.blocks([text], "what code").blocks.values()}
+    assert {"Document, at most 200,000 characters", "Text file"} <= labels
+    for call, message in (
+        (lambda: next(documents.answer(" ", "what code", True, 4, [])), "Document: expected a text, got none"),
+        (
+            lambda: next(documents.answer("x" * 200_001, "a", True, 4, [])),
+            "Document: expected at most 200,000 characters, got",
+        ),
+        (lambda: list(documents.answer("word " * 100, "x " * 40, True, 4, [])), "with what the base model is told"),
+        (lambda: list(documents.answer("word " * 200, "a", False, 4, [])), "expected chunks of at most the 128 tokens"),
+        (lambda: documents.document(file.write_bytes(b"\xff") and str(file)), "Document: not UTF-8 text"),
+        (
+            lambda: documents.document(file.write_bytes(b"x" * 800_001) and str(file)),
+            "expected at most 800000 bytes, got more",
+        ),
+    ):
+        with pytest.raises(gr.Error, match=message):
+            call()
 
 
 def command(*arguments):
