@@ -37,8 +37,6 @@ SLOTS = 8
 TASK, BASE = "task", "base"
 #: /task NAME: TEXT.  Names are lower case, since sentences begin with a capital letter.
 _NAMED = re.compile(r"([a-z0-9_-]{1,16}):\s+(\S.*)")
-#: What errors call the text whose adapter is made.
-TEXT = ("texts[0]", "contexts[0]")
 _LINE_BREAKS = str.maketrans(dict.fromkeys("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", " "))
 
 
@@ -138,7 +136,7 @@ class Chat:
                 raise ValueError(f"{command}: expected another name than {TASK} and {BASE}, got {name}")
         if document:
             description = self.desk.read(Path(description).expanduser(), command)
-        with named(dict.fromkeys(TEXT, command)):
+        with named({"texts[0]": command, "contexts[0]": command}):
             self.use(name, description)
 
 
@@ -182,7 +180,7 @@ def chat(
     interactive = source.isatty()
     desk = open_desk(engine, slots=SLOTS, max_new_tokens=max_new_tokens, dtype=dtype)
     option = "--task" if document is None else "--document"
-    with named(dict.fromkeys(TEXT, option)):
+    with named({"texts[0]": option, "contexts[0]": option}):
         text = task if document is None else desk.read(document, option)
         session = Chat(desk, text, interactive, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if interactive:

@@ -6,16 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t2l_engine.cli.common import (
-    DType,
-    EngineOptions,
-    base_model_of,
-    expect_descriptions,
-    expect_documents,
-    read_text,
-)
+from t2l_engine.cli import common
+from t2l_engine.cli.common import DType, EngineOptions
 from t2l_engine.cli.export import GGUF, save_gguf
-from t2l_engine.engine import DocToLoRA
 from t2l_engine.files.text import headline
 from t2l_engine.text import packaged
 
@@ -32,13 +25,13 @@ class Desk:
 
     def read(self, file: Path, option: str) -> str:
         """The document in ``file``; ValueError or OSError, naming ``option``, also if the checkpoint reads none."""
-        expect_documents(option, self.side_by_side.engine)
-        return read_text(file, option)
+        common.expect_documents(option, self.side_by_side.engine)
+        return common.read_text(file, option)
 
     def save(self, description: str, path: Path) -> None:
         """Write the adapter of ``description``, or document, to FILE.gguf or as a PEFT folder; ValueError or OSError."""
         engine = self.side_by_side.engine
-        shown = headline(description) if isinstance(engine, DocToLoRA) else description
+        shown = headline(description) if self.side_by_side.documents else description
         stack = self.side_by_side.run(lambda: engine.generate([description]))
         if path.suffix.lower() == GGUF:
             save_gguf(stack, 0, path, self.side_by_side.model.config, description=shown, engine=engine)
@@ -52,8 +45,8 @@ def open_desk(options: EngineOptions, *, slots: int, max_new_tokens: int, dtype:
     from t2l_engine.text import base_model as models
 
     engine, folder = options.load()
-    expect_descriptions(folder)
-    name = base_model_of(folder, options.base_model)
+    common.expect_descriptions(folder)
+    name = common.base_model_of(folder, options.base_model)
     model, tokenizer = models.load(name, dtype.torch)
     side_by_side = SideBySide(engine, model, tokenizer, slots=slots)
     side_by_side.check_length(max_new_tokens)

@@ -14,7 +14,6 @@ import typer
 
 from t2l_engine.cli.common import FREE_TEXT_CHECKPOINT, BaseDType, Checkpoint, DType, EngineOptions, keep_freed_memory, say
 from t2l_engine.cli.desk import open_desk
-from t2l_engine.engine import DocToLoRA
 from t2l_engine.text.encoder import OneHotEncoder
 
 #: Limits of the landmarks on the map: bytes of their adapters, and their number.
@@ -55,10 +54,8 @@ def ui(
     desk = open_desk(engine, slots=adapters, max_new_tokens=max_new_tokens, dtype=dtype)
     made, config = desk.side_by_side.engine, desk.side_by_side.engine.hypernetwork.config
     if isinstance(made.encoder, OneHotEncoder):
-        raise ValueError(
-            f"--checkpoint: expected one for sentences, got {engine.checkpoint}, which knows names of tasks alone"
-        )
-    documents = isinstance(made, DocToLoRA)
+        raise ValueError(f"--checkpoint: expected one for sentences, got {engine.checkpoint}, which knows task names alone")
+    documents = desk.side_by_side.documents is not None
     first, text = ([DOCUMENT], QUESTION) if documents else (DESCRIPTIONS[:adapters], INPUT)
     desk.side_by_side.hold(first)  # raises now if adapters do not fit the base model
     size, rank = 4 * made.hypernetwork.meta_stack(1).num_parameters, f"{config.rank}{' a chunk' * documents}"

@@ -15,7 +15,6 @@ import gradio as gr
 import pandas as pd
 
 from t2l_engine.adapters.similarity import AdapterMap
-from t2l_engine.engine import DocToLoRA
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import headline, read_text
 from t2l_engine.serving.side_by_side import Answers, Row, SideBySide
@@ -65,7 +64,6 @@ class Page:
     ):
         self.desk, self.save, self.title = desk, save, title
         self.landmarks, self.max_new_tokens = landmarks, max_new_tokens
-        self.documents = isinstance(desk.engine, DocToLoRA)
         self._files = tempfile.TemporaryDirectory(prefix="t2l-ui-")  # removed with this object
         self._folders: deque[Path] = deque()
 
@@ -88,7 +86,7 @@ class Page:
                 yield _table(rows, last.texts, "answering"), last.times, *kept
         except ValueError as error:
             yield _table(rows, [""] * len(rows), "not answered"), "", *kept
-            raise gr.Error(str(error)) from None
+            raise gr.Error(str(error).replace("contexts[0]", "Document", 1)) from None
         finally:
             answers.close()  # the tab may have been closed
         if last is not None:
@@ -99,13 +97,12 @@ class Page:
 
     def descriptions(self, text: str) -> list[str]:
         """The lines of ``text``, or the document that it is; gr.Error for none, too many or too long ones."""
-        box, of, most = "Task descriptions", " a line", MAX_DESCRIPTION
-        if self.documents:
-            box, of, most = "Document", "", MAX_DOCUMENT
-        lines = [text] if self.documents else text.splitlines()
+        documents = self.desk.documents
+        box, most, of = ("Document", MAX_DOCUMENT, "") if documents else ("Task descriptions", MAX_DESCRIPTION, " a line")
+        lines = [text] if documents else text.splitlines()
         found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
         if not found:
-            raise gr.Error(f"{box}: expected {'a text' if self.documents else 'at least one line'}, got none.")
+            raise gr.Error(f"{box}: expected {'a text' if documents else 'at least one line'}, got none.")
         if len(found) > self.desk.slots:
             raise gr.Error(f"{box}: expected at most {self.desk.slots} lines, got {len(found)}.")
         for line in found:
@@ -170,7 +167,7 @@ class Page:
     def blocks(self, descriptions: Sequence[str], text: str) -> gr.Blocks:
         """The page, with ``descriptions`` and input ``text`` filled in."""
         name, told, label = "Text-to-LoRA", "each description", f"Task descriptions, one a line, at most {self.desk.slots}"
-        if self.documents:
+        if self.desk.documents:
             name, told, label = "Doc-to-LoRA", "the document", f"Document, at most {MAX_DOCUMENT:,} characters"
         with gr.Blocks(title=name, analytics_enabled=False, delete_cache=(KEEP_COPIES, KEEP_COPIES)) as blocks:
             gr.Markdown(f"## {name}\n{self.title}")
@@ -178,7 +175,7 @@ class Page:
             with gr.Row():
                 with gr.Column():
                     tasks = gr.Textbox("\n".join(descriptions), label=label, lines=4, elem_id="descriptions")
-                    if self.documents:
+                    if self.desk.documents:
                         upload = gr.File(label="Text file", file_types=[".txt", ".md"], height=90, elem_id="upload")
                         upload.upload(self.document, [upload], [tasks])
                     given = gr.Textbox(text, label="Input", lines=2, elem_id="input")
@@ -226,10 +223,8 @@ class Page:
         """For ``launch``: a theme that loads nothing from elsewhere."""
         fonts = ["system-ui", "sans-serif"]
         theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
-        return {
-            "theme": theme, "css": _STYLE, "footer_links": [], "share": False, "show_error": False, "ssr_mode": False,
-            "max_file_size": 4 * MAX_DOCUMENT,
-        }  # fmt: skip
+        off = {"footer_links": [], "share": False, "show_error": False, "ssr_mode": False}
+        return {"theme": theme, "css": _STYLE, "max_file_size": 4 * MAX_DOCUMENT, **off}
 
 
 def _who(row: Row) -> str:

@@ -27,8 +27,7 @@ MOST_CHUNKS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Who answers: the adapter of ``description``, a document for a checkpoint that reads these, or (not ``adapted``) the
-    base model with it in the prompt."""
+    """Who answers: the adapter of a description or document, or (not ``adapted``) the base model with it in the prompt."""
 
     description: str = ""
     adapted: bool = False
@@ -78,8 +77,9 @@ class SideBySide:
 
     def __init__(self, engine: TextToLoRA, model: Any, tokenizer: Any, *, slots: int = 8):
         self.engine, self.model, self.tokenizer, self.slots = engine, model, tokenizer, slots
-        self._documents = engine if isinstance(engine, DocToLoRA) else None
-        rank = None if self._documents is None else self._documents.hypernetwork.config.total_rank(MOST_CHUNKS)
+        #: The engine, if it reads documents.
+        self.documents = engine if isinstance(engine, DocToLoRA) else None
+        rank = self.documents.hypernetwork.config.total_rank(MOST_CHUNKS) if self.documents else None
         self._lora = attach(model, slots=slots, max_rank=rank)
         self._held: OrderedDict[str, int] = OrderedDict()  # description -> slot; the least recently used first
         self._stop, self._closed = threading.Event(), False  # _stop: ends the current question
@@ -211,7 +211,7 @@ class SideBySide:
         new = [description for description in wanted if description not in self._held]
         if not new:
             return Made()
-        for i, chunks in enumerate(self._documents.encoder.chunks(new) if self._documents else ()):
+        for i, chunks in enumerate(self.documents.encoder.chunks(new) if self.documents else ()):
             if len(chunks) > MOST_CHUNKS:
                 expected = f"expected a document of at most {MOST_CHUNKS} chunks, as slots hold, got {len(chunks)}"
                 raise ValueError(f"contexts[{i}]: {expected}; a larger max_chunk_tokens makes fewer")

@@ -1,6 +1,7 @@
 """``t2l chat``: lines in, answers out; with a tiny model, and once with the real one."""
 
 import copy
+import functools
 import io
 import json
 from importlib.util import find_spec
@@ -38,12 +39,12 @@ def chat(run, checkpoint, tiny_llama, monkeypatch):
     model, tokenizer = tiny_llama
     monkeypatch.setattr(base_model, "load", lambda name, dtype: (copy.deepcopy(model).to(dtype), tokenizer))
 
-    def call(stdin, *arguments):
-        options = ("-c", checkpoint, "--base-model", "tiny", "--max-new-tokens", 6)
-        return run("chat", "--task", TASK, *options, *arguments, stdin=stdin)  # the last --task counts
+    def call(stdin, *arguments, task=TASK):
+        options = ("-c", checkpoint, "--base-model", "tiny", "--max-new-tokens", 6, *(["--task", task] if task else []))
+        return run("chat", *options, *arguments, stdin=stdin)  # the last -c and --task count
 
-    def answers(task, lines, form="chat"):
-        lora = t2l.attach(model, t2l.TextToLoRA.from_pretrained(checkpoint).generate([task or TASK]))
+    def answers(task, lines, form="chat", source=checkpoint, **cut):
+        lora = t2l.attach(model, t2l.TextToLoRA.from_pretrained(source).generate([task or TASK], **cut))
         found = []
         for line in lines:
             ids = tokenizer(prompt_of(form, tokenizer, line), return_tensors="pt", add_special_tokens=False)["input_ids"]
@@ -163,60 +164,31 @@ def test_an_interrupted_script_is_not_done(chat, monkeypatch):
     assert chat(None)[0] == 1  # no standard input
 
 
-@pytest.fixture
-def documents(run, document_checkpoint, tiny_llama, monkeypatch, tmp_path):
-    """Run ``t2l chat`` with a checkpoint of documents; ``answers(text, line)``: with the adapter of a text, "": the base."""
-    model, tokenizer = tiny_llama
-    monkeypatch.setattr(base_model, "load", lambda name, dtype: (copy.deepcopy(model).to(dtype), tokenizer))
-    for name, text in TEXTS.items():
-        (tmp_path / name).write_text(text)
-
-    def call(stdin, *arguments):
-        return run("chat", "-c", document_checkpoint, "--max-new-tokens", 6, *arguments, stdin=stdin)
-
-    def answers(text, line, **cut):
-        engine = t2l.TextToLoRA.from_pretrained(document_checkpoint)
-        lora = t2l.attach(model, engine.generate([text or "none"], **cut))
-        ids = tokenizer(prompt_of("chat", tokenizer, line), return_tensors="pt", add_special_tokens=False)["input_ids"]
-        with lora.use(0 if text else -1):
-            out = model.generate(ids, do_sample=False, max_new_tokens=6, pad_token_id=0)
-        lora.detach()
-        return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-
-    call.answers = answers
-    return call
-
-
 TEXTS = {"one.txt": "The code of the lock\nis 4417. " * 5, "two.md": "Clara keeps her boat in Lisbon."}
 
 
-def test_documents(documents, tmp_path):
+def test_documents(chat, document_checkpoint, tmp_path):
     """A file is read as a whole and cut; documents have names as tasks have; each answers by its own adapter."""
     one, two = TEXTS.values()
-    right = [documents.answers(text, "what code", max_chunk_tokens=20) for text in (one, two, "")]
-    assert len({*right}) == 3  # or the test shows nothing
+    for name, text in TEXTS.items():
+        (tmp_path / name).write_text(text)
+    cut = {"source": document_checkpoint, "max_chunk_tokens": 20}
+    mine, other, base = (chat.answers(text, ["what code"], **cut)[0] for text in (one, two, ""))
+    assert len({mine, other, base}) == 3  # or the test shows nothing
     script = f"what code\n/document b: {tmp_path}/two.md\nwhat code\n/both\n/task {two}\nwhat code\n/tasks\n"
-    code, out, err = documents(script, "--document", tmp_path / "one.txt", "--max-chunk-tokens", 20)
-    assert code == 0 and out.splitlines() == [right[0], right[1], right[2], right[0], right[1], right[1]]
-    assert err.splitlines() == [f"t2l: * task: {two}", f"t2l: b: {two}"]
-    code, out, err = documents(f"/save {tmp_path}/out\n/save {tmp_path}/a.gguf", "--document", tmp_path / "one.txt")
-    assert code == 0 and t2l.AdapterStack.from_peft(tmp_path / "out").scaling.tolist() == [8.0]
-
-
-@pytest.mark.parametrize(
-    "stdin, message, options",
-    [
-        ("", "--document: {tmp}/none: No such file", ("--document", "{tmp}/none")),
-        ("/document {tmp}/none\n", "/document: {tmp}/none: No such file", ("--task", "a b")),
-        ("/document\n", "/document: expected a file after it", ("--task", "a b")),
-        ("", "--document: expected a document of at most 8 chunks, as slots hold, got", ("--document", "{tmp}/one.txt")),
-        ("", "--task: expected a document of at most 8 chunks", ("--task", "word " * 30)),
-    ],
-)
-def test_documents_that_are_refused(documents, tmp_path, stdin, message, options):
-    fill = lambda text: text.replace("{tmp}", str(tmp_path))  # noqa: E731
-    code, out, err = documents(fill(stdin), *map(fill, options), "--max-chunk-tokens", 3)
-    assert (code, out) == (1, "") and err.startswith(f"t2l: {fill(message)}") and err.count("\n") == 1, err
+    script += f"/save {tmp_path}/a.gguf"
+    call = functools.partial(chat, task=None)
+    options = ("-c", document_checkpoint, "--document", tmp_path / "one.txt", "--max-chunk-tokens")
+    code, out, err = call(script, *options, 20)
+    assert code == 0 and out.splitlines() == [mine, other, base, mine, other, other], err
+    assert err.splitlines() == [f"t2l: * task: {two}", f"t2l: b: {two}", f"t2l: wrote {tmp_path}/a.gguf"]
+    for stdin, size, message in (
+        (f"/document {tmp_path}/none\n", 20, f"/document: {tmp_path}/none: No such file"),
+        ("/document\n", 20, "/document: expected a file after it"),
+        ("", 3, "--document: expected a document of at most 8 chunks, as slots hold, got"),
+    ):
+        code, out, err = call(stdin, *options, size)
+        assert (code, out) == (1, "") and err.startswith(f"t2l: {message}") and err.count("\n") == 1, err
 
 
 def test_a_checkpoint_of_descriptions_reads_no_documents(chat, tmp_path):

@@ -77,9 +77,10 @@ def test_a_document(documents, tmp_path):
     """One text of several lines, as it was uploaded; the base model reads it too, if it fits."""
     import gradio as gr
 
-    file, text = tmp_path / "a.txt", "The code of the lock\nis 4417.\n"
-    file.write_text(text)
-    assert documents.document(str(file)) == text
+    files, text = [str(tmp_path / name) for name in "abc"], "The code of the lock\nis 4417.\n"
+    for file, content in zip(files, (text.encode(), b"\xff", b"x" * 800_001), strict=True):
+        Path(file).write_bytes(content)
+    assert documents.document(files[0]) == text
     *_, (table, times, history, _, chosen) = documents.answer(text, "what code", True, 4, [])
     who = "The code of the lock is 4417."
     assert [row[1] for row in history] == ["base model, the input alone", f"base model, told: {who}", f"adapter: {who}"]
@@ -89,18 +90,12 @@ def test_a_document(documents, tmp_path):
     labels = {getattr(block, "label", "") for block in documents.blocks([text], "what code").blocks.values()}
     assert {"Document, at most 200,000 characters", "Text file"} <= labels
     for call, message in (
-        (lambda: next(documents.answer(" ", "what code", True, 4, [])), "Document: expected a text, got none"),
-        (
-            lambda: next(documents.answer("x" * 200_001, "a", True, 4, [])),
-            "Document: expected at most 200,000 characters, got",
-        ),
+        (lambda: next(documents.answer(" ", "a", True, 4, [])), "Document: expected a text, got none"),
+        (lambda: next(documents.answer("x" * 200_001, "a", True, 4, [])), "Document: expected at most 200,000 char"),
         (lambda: list(documents.answer("word " * 100, "x " * 40, True, 4, [])), "with what the base model is told"),
-        (lambda: list(documents.answer("word " * 200, "a", False, 4, [])), "expected chunks of at most the 128 tokens"),
-        (lambda: documents.document(file.write_bytes(b"\xff") and str(file)), "Document: not UTF-8 text"),
-        (
-            lambda: documents.document(file.write_bytes(b"x" * 800_001) and str(file)),
-            "expected at most 800000 bytes, got more",
-        ),
+        (lambda: list(documents.answer("word " * 200, "a", False, 4, [])), "Document: expected chunks of at most the 128"),
+        (lambda: documents.document(files[1]), "Document: not UTF-8 text"),
+        (lambda: documents.document(files[2]), "Document: expected at most 800000 bytes, got more"),
     ):
         with pytest.raises(gr.Error, match=message):
             call()
