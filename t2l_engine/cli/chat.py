@@ -136,7 +136,7 @@ class Chat:
                 raise ValueError(f"{command}: expected another name than {TASK} and {BASE}, got {name}")
         if document:
             description = self.desk.read(Path(description).expanduser(), command)
-        with named({"texts[0]": command, "contexts[0]": command}):
+        with named({"texts[0]": command}):
             self.use(name, description)
 
 
@@ -180,7 +180,7 @@ def chat(
     interactive = source.isatty()
     desk = open_desk(engine, slots=SLOTS, max_new_tokens=max_new_tokens, dtype=dtype)
     option = "--task" if document is None else "--document"
-    with named({"texts[0]": option, "contexts[0]": option}):
+    with named({"texts[0]": option}):
         text = task if document is None else desk.read(document, option)
         session = Chat(desk, text, interactive, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if interactive:

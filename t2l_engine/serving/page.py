@@ -86,7 +86,7 @@ class Page:
                 yield _table(rows, last.texts, "answering"), last.times, *kept
         except ValueError as error:
             yield _table(rows, [""] * len(rows), "not answered"), "", *kept
-            raise gr.Error(str(error).replace("contexts[0]", "Document", 1)) from None
+            raise gr.Error(str(error)) from None
         finally:
             answers.close()  # the tab may have been closed
         if last is not None:

@@ -214,7 +214,7 @@ class SideBySide:
         for i, chunks in enumerate(self.documents.encoder.chunks(new) if self.documents else ()):
             if len(chunks) > MOST_CHUNKS:
                 expected = f"expected a document of at most {MOST_CHUNKS} chunks, as slots hold, got {len(chunks)}"
-                raise ValueError(f"contexts[{i}]: {expected}; a larger max_chunk_tokens makes fewer")
+                raise ValueError(f"texts[{i}]: {expected}; a larger max_chunk_tokens makes fewer")
         start = time.perf_counter()
         embeddings = self.engine.embed(new)
         encoded = time.perf_counter()

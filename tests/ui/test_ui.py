@@ -93,7 +93,7 @@ def test_a_document(documents, tmp_path):
         (lambda: next(documents.answer(" ", "a", True, 4, [])), "Document: expected a text, got none"),
         (lambda: next(documents.answer("x" * 200_001, "a", True, 4, [])), "Document: expected at most 200,000 char"),
         (lambda: list(documents.answer("word " * 100, "x " * 40, True, 4, [])), "with what the base model is told"),
-        (lambda: list(documents.answer("word " * 200, "a", False, 4, [])), "Document: expected chunks of at most the 128"),
+        (lambda: list(documents.answer("word " * 200, "a", False, 4, [])), "expected chunks of at most the 128 tokens"),
         (lambda: documents.document(files[1]), "Document: not UTF-8 text"),
         (lambda: documents.document(files[2]), "Document: expected at most 800000 bytes, got more"),
     ):
