@@ -20,8 +20,9 @@ RMS_EPS, LAYER_NORM_EPS = 1e-6, 1e-5
 PROJECTED_TOKENS = 2048
 
 
-#: Initial norm of the columns of B that the head makes.
-INITIAL_B = 0.3
+#: Initial norm of the columns of B that the head makes, and weight of the decoder's last norms: what is read begins small
+#: beside the learned queries, so that A begins nearly the same for all texts.
+INITIAL_B = INITIAL_READ = 0.3
 
 
 class RMSNorm(nn.Module):
@@ -147,6 +148,8 @@ class PerceiverHyperNetwork(nn.Module):
         self.projection = SwiGLU(c.feature_size, 4 * c.feature_size, d)
         self.encoder = Resampler(c.num_latents, d, c.num_blocks, c.num_self_attention, c.shared_blocks)
         self.decoder = Resampler(queries, d)
+        for norm in (self.decoder.layers[0].post_attention_layernorm, self.decoder.layers[0].post_ff_layernorm):
+            nn.init.constant_(norm.weight, INITIAL_READ)
         self.mlps = nn.ModuleList(ResidualMLP(layers if c.per_layer_mlps else 1, d) for _ in range(c.num_mlps))
         widest = max(map(sum, zip(c.in_features, c.out_features, strict=True)))
         sizes = list(zip(c.modules, c.in_features, c.out_features, strict=True))
