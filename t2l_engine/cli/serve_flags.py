@@ -26,6 +26,9 @@ def serve_flags(
     max_cpu_loras: Annotated[
         int, typer.Option("--max-cpu-loras", min=1, help="Adapters cached in memory; others are read from disk again.")
     ] = 256,
+    chunks: Annotated[
+        int, typer.Option(min=1, help="Most chunks of a document, for checkpoints that read them; sets the largest rank.")
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Print vLLM's flags for a checkpoint, or for several together, in one line.
@@ -37,7 +40,7 @@ def serve_flags(
     """
     if max_cpu_loras < max_loras:
         raise ValueError(f"--max-cpu-loras: expected at least --max-loras, {max_loras}, got {max_cpu_loras}")
-    about = collect(checkpoints, max_loras, max_cpu_loras)
+    about = collect(checkpoints, max_loras, max_cpu_loras, chunks)
     if as_json:
         print_json(about)
         return
@@ -46,19 +49,25 @@ def serve_flags(
     say(f"endpoint: {about['endpoint']}" + (", with the description in the prompt" * about["description_in_prompt"]))
 
 
-def collect(sources: Sequence[str], max_loras: int, max_cpu_loras: int) -> dict[str, Any]:
+def collect(sources: Sequence[str], max_loras: int, max_cpu_loras: int, chunks: int = 1) -> dict[str, Any]:
     """Flags and variables for adapters of all ``sources``; the endpoint is that of the first, the default."""
     from t2l_engine.hypernetwork import checkpoint as checkpoints
+    from t2l_engine.hypernetwork.config import PerceiverConfig
     from t2l_engine.hypernetwork.folder import bundled_checkpoints, resolve_checkpoint
     from t2l_engine.serving.vllm.settings import Settings
 
     folders = [resolve_checkpoint(source) for source in sources]
     found = [checkpoints.read(folder) for folder in folders]
-    for folder, of in zip(folders, found, strict=True):
-        if of.config.rank > VLLM_RANKS[-1]:
-            raise ValueError(f"{folder}: rank {of.config.rank}: vLLM takes adapters up to rank {VLLM_RANKS[-1]}")
-    most = max(of.config.rank for of in found)
-    rank = next(rank for rank in VLLM_RANKS if rank >= most)
+    if chunks > 1 and not any(isinstance(of.config, PerceiverConfig) for of in found):
+        raise ValueError(f"--chunks: expected a checkpoint that reads documents, got {list(sources)}")
+    ranks = [of.config.total_rank(chunks) if isinstance(of.config, PerceiverConfig) else of.config.rank for of in found]
+    for folder, config, rank in zip(folders, [of.config for of in found], ranks, strict=True):
+        if rank > VLLM_RANKS[-1]:
+            error = f"{folder}: rank {rank}: vLLM takes adapters up to rank {VLLM_RANKS[-1]}"
+            if isinstance(config, PerceiverConfig):
+                error += f": --chunks: expected at most {max(0, VLLM_RANKS[-1] // config.rank - config.bias)}, got {chunks}"
+            raise ValueError(error)
+    rank = next(rank for rank in VLLM_RANKS if rank >= max(ranks))
     modules = dict.fromkeys(path.rpartition(".")[2] for of in found for path in of.config.module_paths.values())
     names = [s if s in bundled_checkpoints() else str(folder.resolve()) for s, folder in zip(sources, folders, strict=True)]
     flags = ["--enable-lora", "--max-lora-rank", rank, "--max-loras", max_loras, "--max-cpu-loras", max_cpu_loras]

@@ -1,7 +1,8 @@
 """A checkpoint that a server generates with: keys, adapters and folders of prepared texts.
 
-Disk and memory mode give the same bits: both call :func:`adapter` on an embedding and round once to bfloat16.  The last bits
-of an embedding depend on the batch that it is encoded in, so the folder of a key defines its adapter; no process encodes
+Disk and memory mode give the same bits: both call :func:`adapter` on what ``engine.embed`` gives for a text, its embedding
+``[embed_dim]`` or its latents ``[chunks, layers, modules, rank, d]``, and round once to bfloat16.  The last bits of an
+embedding depend on the batch that it is encoded in, so the folder of a key defines its adapter; no process encodes
 its text again.
 """
 
@@ -24,8 +25,10 @@ from t2l_engine.engine import TextToLoRA
 from t2l_engine.files.text import to_json
 from t2l_engine.files.weights import content_checksum
 from t2l_engine.hypernetwork.network import HyperNetwork
+from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
 from t2l_engine.serving import names
 from t2l_engine.serving.store import DTYPE, EMBEDDING, EMBEDDING_NAME, NOTE_NAME, AdapterStore
+from t2l_engine.text.documents import DocumentEncoder
 from t2l_engine.text.encoder import OneHotEncoder, check_list
 
 #: Part of every key: adapters of another version may be rounded differently.
@@ -34,8 +37,8 @@ BATCH = 64  # texts in a pass of the encoder
 
 
 @torch.inference_mode(False)
-def adapter(hypernetwork: HyperNetwork, task_emb: Tensor) -> AdapterStack:
-    """The adapter of one embedding ``[embed_dim]``, with the same bits in every process of a machine.
+def adapter(hypernetwork: HyperNetwork | PerceiverHyperNetwork, embedding: Tensor) -> AdapterStack:
+    """The adapter of one text's embedding, with the same bits in every process of a machine.
 
     Alone and on one thread: the rounding of the task encoder, torch's matrix product, depends on the number of rows and
     threads, and perhaps on the alignment of its operand.  The ops of the trunk and the heads do not depend on them.
@@ -43,12 +46,12 @@ def adapter(hypernetwork: HyperNetwork, task_emb: Tensor) -> AdapterStack:
     threads = torch.get_num_threads()
     torch._C.set_num_threads(1)  # a worker of vLLM replaces torch.set_num_threads by a warning
     try:
-        return hypernetwork.generate(task_emb.clone()[None])
+        return hypernetwork.generate(embedding.clone()[None])
     finally:
         torch._C.set_num_threads(threads)
 
 
-def fingerprint(hypernetwork: HyperNetwork) -> str:
+def fingerprint(hypernetwork: HyperNetwork | PerceiverHyperNetwork) -> str:
     """SHA-256 (hex) of a hypernetwork's configuration and tensors."""
     config = json.dumps(to_json(hypernetwork.config), sort_keys=True)
     return names.digest("hypernetwork", config, content_checksum(hypernetwork.state_dict()))
@@ -83,26 +86,36 @@ class Checkpoint:
     def of(cls, engine: TextToLoRA, name: str) -> Checkpoint:
         """The checkpoint of a loaded engine."""
         encoder = engine.encoder
+        # Of a chat template, which tokenizer.json does not hold.
+        affixes = json.dumps(encoder.affixes()) if isinstance(encoder, DocumentEncoder) else ""
         tokenizer = "" if isinstance(encoder, OneHotEncoder) else _tokenizer(encoder.tokenizer)
         config, weights = json.dumps(to_json(encoder.config), sort_keys=True), content_checksum(encoder.weights())
-        described = names.digest("encoder", config, weights + tokenizer)
+        described = names.digest("encoder", config, weights + tokenizer + affixes)
         return cls(name, engine, fingerprint(engine.hypernetwork), described)
 
-    def prepare(self, argument: str, description: str) -> tuple[str, str]:
-        """(text as it is tokenized, key) of a description; ValueError, naming ``argument``, if the encoder refuses it."""
-        try:
-            (text,) = self.engine.encoder.prepare([description])
-        except ValueError as error:
-            raise ValueError(str(error).replace("texts[0]", argument, 1)) from None
-        return text, names.key(self.hash, self.encoder, f"{t2l_engine.__version__}/{VERSION_OF_ADAPTERS}", text)
+    def prepare(self, argument: str, text: str) -> tuple[str, str, int]:
+        """(text as it is tokenized, key, rank of its adapter); ValueError, naming ``argument``, if the encoder refuses it.
 
-    def folders(self, texts: Sequence[str], store: AdapterStore) -> list[tuple[str, Path]]:
+        A document is tokenized, in time that grows with its length.
+        """
+        encoder, config = self.engine.encoder, self.engine.hypernetwork.config
+        try:
+            (prepared,), rank = encoder.prepare([text]), config.rank
+            if isinstance(encoder, DocumentEncoder):
+                rank = config.total_rank(len(encoder.chunks([text])[0]))
+        except ValueError as error:
+            raise ValueError(str(error).replace("texts[0]", argument, 1).replace("contexts[0]", argument, 1)) from None
+        version = f"{t2l_engine.__version__}/{VERSION_OF_ADAPTERS}"
+        return prepared, names.key(self.hash, self.encoder, version, prepared), rank
+
+    def folders(self, texts: Sequence[str], store: AdapterStore, argument: str = "texts") -> list[tuple[str, Path]]:
         """(key, folder) of each of ``texts``; those that ``store`` lacks are written, BATCH in a pass.
 
-        Raises ValueError for anything but a list of texts that the encoder takes, Unavailable where there is no room.
+        Raises ValueError, naming ``argument``, for anything but a list of texts that the encoder takes, Unavailable where
+        there is no room.
         """
-        check_list(texts)
-        keys = [self.prepare(f"texts[{i}]", text)[1] for i, text in enumerate(texts)]
+        check_list(texts, argument)
+        keys = [self.prepare(f"{argument}[{i}]", text)[1] for i, text in enumerate(texts)]
         found, _ = self.make(list(zip(texts, keys, strict=True)), store)
         for result in found.values():
             if not isinstance(result, Path):
@@ -110,7 +123,7 @@ class Checkpoint:
         return [(key, found[key]) for key in keys]
 
     def make(self, jobs: Sequence[tuple[str, str]], store: AdapterStore) -> tuple[dict[str, Path | Exception], int]:
-        """(folder or error of each key, number of adapters that were generated); ``jobs``: pairs (description, key).
+        """(folder or error of each key, number of adapters that were generated); ``jobs``: pairs (text, key).
 
         Raises Unavailable if the store cannot be read.
         """
@@ -118,34 +131,33 @@ class Checkpoint:
         lacking = [(key, text) for key, text in {key: text for text, key in jobs}.items() if key not in found]
         for start in range(0, len(lacking), BATCH):
             batch = lacking[start : start + BATCH]
-            for (key, _), task_emb in zip(batch, self.engine.encoder.encode([text for _, text in batch]).cpu(), strict=True):
+            for (key, _), embedding in zip(batch, self.engine.embed([text for _, text in batch]), strict=True):
                 try:
-                    found[key] = self._write(key, task_emb, store)
+                    found[key] = self._write(key, embedding, store)
                 except Exception as error:  # the others are still written
                     found[key] = error
         return found, sum(isinstance(found[key], Path) for key, _ in lacking)
 
-    def _write(self, key: str, task_emb: Tensor, store: AdapterStore) -> Path:
-        device = next(self.engine.hypernetwork.parameters()).device
-        stack = adapter(self.engine.hypernetwork, task_emb.to(device))
+    def _write(self, key: str, embedding: Tensor, store: AdapterStore) -> Path:
+        stack = adapter(self.engine.hypernetwork, embedding)
 
         def weights(folder: Path) -> None:
             stack.save_pretrained(folder, 0, dtype=DTYPE, fold=True)
 
-        def embedding(folder: Path) -> None:
+        def note_and_embedding(folder: Path) -> None:
             note = {"checkpoint": self.name, "sha256": self.hash, "key": key}
-            save_file({EMBEDDING: task_emb.contiguous()}, folder / EMBEDDING_NAME)
+            save_file({EMBEDDING: embedding.float().cpu().contiguous()}, folder / EMBEDDING_NAME)
             for name, value in ((CONFIG_NAME, stack.peft_config(0, fold=True)), (NOTE_NAME, note)):
                 (folder / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
         if store.memory:
             stack.state_dict_peft(0, dtype=DTYPE, fold=True)  # NaN and infinity are refused here, not in a worker
-        return store.write(key, embedding if store.memory else weights)
+        return store.write(key, note_and_embedding if store.memory else weights)
 
     def length(self, text: str) -> tuple[int, int]:
-        """(tokens of a prepared text, tokens of it that the encoder uses); (0, 0) for an encoder without tokens."""
+        """(tokens of a prepared text, tokens of it that the encoder uses); (0, 0) for an encoder that leaves out none."""
         encoder = self.engine.encoder
-        if isinstance(encoder, OneHotEncoder):
+        if isinstance(encoder, (OneHotEncoder, DocumentEncoder)):
             return 0, 0
         tokens = len(encoder.tokenizer(text, verbose=False)["input_ids"])
         return tokens, min(tokens, encoder.max_length)

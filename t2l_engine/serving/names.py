@@ -8,6 +8,8 @@ import re
 from t2l_engine.files.text import is_unicode
 
 MAX_CHARACTERS = 4000  # of a description
+MAX_DOCUMENT_BYTES = 1 << 20  # of a document that a client sends, in UTF-8
+DOCUMENT = "document"  # the argument of the endpoint that is not limited to a description's length
 RESOLVED, CREATED = "t2lq-", "t2l-"  # prefixes of adapters resolved from a model name, and created by their own endpoint
 _MODEL = re.compile(r"t2l(?:/([^/:]*))?:(.*)", re.DOTALL)
 
@@ -16,7 +18,7 @@ def parse(model: str) -> tuple[str | None, str] | None:
     """(short name of a checkpoint, description) in ``t2l:<description>`` or ``t2l/<checkpoint>:<description>``.
 
     The name is None for the default checkpoint; None if ``model`` is neither.  Raises ValueError for a description that
-    :func:`check_description` refuses, or an empty name of a checkpoint.
+    :func:`check_text` refuses, or an empty name of a checkpoint.
     """
     found = _MODEL.fullmatch(model)
     if found is None:
@@ -24,19 +26,18 @@ def parse(model: str) -> tuple[str | None, str] | None:
     checkpoint, description = found.groups()
     if checkpoint == "":
         raise ValueError("model: expected t2l:<description> or t2l/<checkpoint>:<description>, got no checkpoint's name")
-    check_description("model", description)
+    check_text("model", description)
     return checkpoint, description
 
 
-def check_description(argument: str, description: str) -> None:
-    """ValueError, naming ``argument`` and quoting nothing, unless ``description`` is a valid description."""
-    if not description.strip():
-        raise ValueError(f"{argument}: expected a description, got an empty one")
-    if len(description) > MAX_CHARACTERS:
-        raise ValueError(
-            f"{argument}: expected a description of at most {MAX_CHARACTERS} characters, got {len(description)}"
-        )
-    if not is_unicode(description) or "\0" in description:
+def check_text(argument: str, text: str) -> None:
+    """ValueError, naming ``argument`` and quoting nothing, unless ``text`` is a description, or the argument "document"."""
+    kind = argument if argument == DOCUMENT else "description"
+    if not text.strip():
+        raise ValueError(f"{argument}: expected a {kind}, got an empty one")
+    if kind != DOCUMENT and len(text) > MAX_CHARACTERS:
+        raise ValueError(f"{argument}: expected a description of at most {MAX_CHARACTERS} characters, got {len(text)}")
+    if not is_unicode(text) or "\0" in text:
         raise ValueError(f"{argument}: expected Unicode text without NUL characters")
 
 

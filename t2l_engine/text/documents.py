@@ -100,9 +100,7 @@ class DocumentEncoder:
         most = self.config.max_chunk_tokens if max_chunk_tokens is None else max_chunk_tokens
         if most is not None:
             positive_int("max_chunk_tokens", most)
-        if self.tokenizer is None:
-            raise ValueError(f"encoder {self.config.name!r}: expected files of a tokenizer; give ids to generate_from_ids()")
-        prefix, suffix = self._affixes()
+        prefix, suffix = self.affixes()
         cut = []
         for text in texts:
             # As SakanaAI's code: the tokens with prefix and suffix are cut, then every chunk gets what it lacks of both.
@@ -119,7 +117,10 @@ class DocumentEncoder:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _affixes(self) -> tuple[str, str]:
+    def affixes(self) -> tuple[str, str]:
+        """Prefix and suffix of every chunk; ValueError without a tokenizer, or if its chat template does not give them."""
+        if self.tokenizer is None:
+            raise ValueError(f"encoder {self.config.name!r}: expected files of a tokenizer; give ids to generate_from_ids()")
         if self.config.prefix is not None and self.config.suffix is not None:
             return self.config.prefix, self.config.suffix
         mark = "\u2063text\u2063"  # invisible separators, which no template has

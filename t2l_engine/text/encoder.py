@@ -36,10 +36,10 @@ def normalise_description(text: str, full_stop: bool = True) -> str:
     return text + "." if full_stop and text and text[-1].isalpha() else text
 
 
-def check_list(texts: Any) -> None:
-    """ValueError unless ``texts`` is a list, or another sequence that is no string."""
+def check_list(texts: Any, name: str = "texts") -> None:
+    """ValueError, naming ``name``, unless ``texts`` is a list, or another sequence that is no string."""
     if isinstance(texts, str) or not isinstance(texts, Sequence):
-        raise ValueError(f"texts: expected a list of strings, got {type(texts).__name__}; wrap one text in a list")
+        raise ValueError(f"{name}: expected a list of strings, got {type(texts).__name__}; wrap one text in a list")
 
 
 def check_text(name: str, text: Any, what: str) -> None:

@@ -1,6 +1,7 @@
 """What the tests of serving share: settings of a store of their own, and the bundled checkpoint, loaded once."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import t2l_engine as t2l
 from t2l_engine.hypernetwork.folder import BUNDLED
 from t2l_engine.serving.checkpoints import Checkpoint
 from t2l_engine.serving.vllm.settings import Settings
+from tests.hypernetwork.test_doc_to_lora import GOLDEN, NAMES, TEMPLATE
 
 
 @pytest.fixture
@@ -35,6 +37,19 @@ def changed(tmp_path_factory):
         next(iter(net.heads.values())).weight.mul_(2)
     folder = tmp_path_factory.mktemp("changed")
     net.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def reads_documents(tmp_path, left_tokenizer):
+    """Folder of a tiny checkpoint that reads documents in chunks of 4 tokens; a chunk, and the bias, has rank 4."""
+    base, folder = tmp_path / "base", tmp_path / "documents"
+    shutil.copytree(GOLDEN / NAMES[0] / "base", base)
+    left_tokenizer.chat_template = TEMPLATE
+    left_tokenizer.save_pretrained(base)
+    engine = t2l.TextToLoRA.from_pretrained(GOLDEN / NAMES[0], encoder=base)
+    engine.encoder.config = dataclasses.replace(engine.encoder.config, max_chunk_tokens=4)
+    engine.save_pretrained(folder)
     return str(folder)
 
 

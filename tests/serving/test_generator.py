@@ -150,7 +150,7 @@ def test_a_full_queue_refuses(settings, loaded, held, monkeypatch):
     generator = Generator(settings())
     found = asyncio.run(run())
     refused = [result for result in found if isinstance(result, Unavailable)]
-    assert len(refused) == 3 and "5 descriptions wait" in str(refused[0])
+    assert len(refused) == 3 and "5 texts wait" in str(refused[0])
     assert generator.generated == 6 and found[-1] == found[1], "who waits for what waits already is not refused"
 
 
@@ -174,6 +174,32 @@ def test_task_names_of_a_one_hot_checkpoint(settings, monkeypatch, tmp_path):
     assert known.is_dir() and isinstance(unknown, ValueError)
     assert type(blank) is ValueError and str(blank) == "description: expected a description, got an empty one"
     assert str(unknown).startswith("description: a hypernetwork with one-hot task embeddings knows only the names")
+
+
+def test_documents(settings, reads_documents, bundled, monkeypatch):
+    """For a checkpoint that reads them, of any length up to the rank that the server takes; descriptions for every one."""
+    load = Checkpoint.load
+    monkeypatch.setattr(Checkpoint, "load", lambda name, source: bundled if name == "sentences" else load(name, source))
+    generator = Generator(settings(checkpoints={"documents": reads_documents, "sentences": "smollm2-135m"}))
+
+    def job(text, argument, checkpoint=None):
+        return asyncio.run(generator.job(checkpoint, text, argument))
+
+    long = "the " * 4001
+    found = job(long, "document")
+    assert (found.key, found.rank) == (job(long.strip(), "document").key, 4 * (4003 // 4 + 1 + 1))
+    generator.max_rank = 8
+    assert job("drug", "document").key == job("drug", "description").key == job("drug", "model").key
+    assert job("drug", "description", "sentences").rank == 8
+    for text, argument, checkpoint, message in (
+        ("drug", "document", "sentences", "document: expected a checkpoint that reads documents, got 'smollm2-135m'"),
+        (long, "description", None, "description: expected a description of at most 4000 characters, got 16004"),
+        ("the capital of a", "document", None, "document: its adapter has rank 12, which exceeds .* --max-lora-rank 8; sh"),
+        (" \n", "document", None, "document: expected a document, got an empty one"),
+        ("a\0", "document", None, "document: expected Unicode text without NUL"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            job(text, argument, checkpoint)
 
 
 def test_a_checkpoint_that_does_not_load_is_tried_again(settings, tmp_path, caplog):
@@ -226,3 +252,19 @@ def test_keys_depend_on_encoder_tokenizer_checkpoint_and_text(bundled):
         dataclasses.replace(bundled, encoder="other").prepare("description", TEXTS[0])[1],
     }
     assert len(keys) == 5
+
+
+def test_keys_of_documents_depend_on_encoder_and_chat_template(reads_documents):
+    engine = t2l.TextToLoRA.from_pretrained(reads_documents)
+    found = [Checkpoint.of(engine, "x").encoder]
+    assert Checkpoint.of(engine, "other").encoder == found[0]
+    engine.encoder.tokenizer.chat_template += "."
+    found.append(Checkpoint.of(engine, "x").encoder)
+    engine.encoder.config = dataclasses.replace(engine.encoder.config, max_chunk_tokens=5)
+    found.append(Checkpoint.of(engine, "x").encoder)
+    engine.encoder.whole.layers[0].mlp.up_proj.weight.data.add_(1)
+    found.append(Checkpoint.of(engine, "x").encoder)
+    assert len(set(found)) == 4
+    engine.encoder.tokenizer = None
+    with pytest.raises(ValueError, match="expected files of a tokenizer"):
+        Checkpoint.of(engine, "x")

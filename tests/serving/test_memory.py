@@ -1,12 +1,14 @@
 """Adapters without weight files: the bits of disk mode, whatever made the adapter, and only of the worker's checkpoints."""
 
 import asyncio
+import dataclasses
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import t2l_engine as t2l
 from t2l_engine.adapters.peft import CONFIG_NAME, WEIGHTS_NAME
 from t2l_engine.serving import checkpoints
 from t2l_engine.serving.vllm import memory
@@ -40,6 +42,28 @@ def test_both_modes_give_the_same_bits(settings, loaded):
             made = memory.peft_tensors(other, settings(), dtype)
             assert made.keys() == stored.keys()
             assert all(torch.equal(made[key], stored[key].to(dtype)) and made[key].dtype == dtype for key in stored)
+
+
+@pytest.mark.parametrize("text, rank", [("drug", 8), ("name the capital of a country .", 16)])
+def test_a_document_in_both_modes(settings, reads_documents, text, rank):
+    """The bits that the engine makes on one thread; chunks and bias follow each other along the rank."""
+    here = settings(checkpoints={"documents": reads_documents})
+    (disk,), (other,) = folders(here, [text]), folders(dataclasses.replace(here, mode="memory"), [text])
+    config = json.loads((other / CONFIG_NAME).read_text())
+    assert config == json.loads((disk / CONFIG_NAME).read_text()) and config["lora_alpha"] == config["r"] == rank
+    stored, made = load_file(disk / WEIGHTS_NAME), memory.peft_tensors(other, here, torch.bfloat16)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        stack = t2l.TextToLoRA.from_pretrained(reads_documents).generate([text])
+    finally:
+        torch.set_num_threads(threads)
+    expected = stack.state_dict_peft(0, dtype=torch.bfloat16, fold=True)
+    assert stored.keys() == made.keys() == expected.keys()
+    assert all(torch.equal(stored[key], expected[key]) and torch.equal(made[key], expected[key]) for key in stored)
+    save_file({"task_emb": torch.ones(1, 4, 1, 3, 24)}, other / "task_emb.safetensors")
+    with pytest.raises(ValueError, match=r"task_emb.safetensors: latents: expected \[chunks, 4, 1, 4, 24\] on cpu, got"):
+        memory.peft_tensors(other, here, torch.bfloat16)
 
 
 def test_each_call_gives_new_tensors(settings, loaded):
@@ -97,9 +121,9 @@ def test_only_a_checkpoint_of_the_worker_is_used(settings, loaded, changed):
     (b"[]", "t2l.json: expected an object with the sha256"),
     (b'{"sha256": 3}', "t2l.json: expected an object with the sha256"),
     (b"{", "t2l.json: not valid JSON"),
-    ({"task_emb": torch.ones(3)}, r"task_emb.safetensors: expected task_emb \(384,\) in float32"),
-    ({"task_emb": torch.ones(384).double()}, r"expected task_emb \(384,\) in float32"),
-    ({"other": torch.ones(384)}, r"expected task_emb \(384,\) in float32"),
+    ({"task_emb": torch.ones(3)}, r"task_emb.safetensors: task_emb: expected a tensor \[N, 384\], got shape \(1, 3\)"),
+    ({"task_emb": torch.ones(384).double()}, "task_emb.safetensors: expected task_emb in float32"),
+    ({"other": torch.ones(384)}, "task_emb.safetensors: expected task_emb in float32"),
     ({"task_emb": torch.full((384,), torch.nan)}, "task_emb.safetensors: .*holds NaN or infinite values"),
 ])  # fmt: skip
 def test_broken_folders_are_refused(settings, loaded, content, message):

@@ -11,6 +11,7 @@ import t2l_engine as t2l
 from bench.vllm_server import VllmServer
 from t2l_engine.cli import serve_flags
 from t2l_engine.text import packaged
+from t2l_engine.text.prompts import raw_prompt
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(0)]
 LAST = "t2l:Return the last element of the comma separated list."
@@ -25,7 +26,7 @@ def start(tmp_path_factory):
 
     def make(*flags, **environment):
         variables = {"T2L_VLLM_CHECKPOINT": "smollm2-135m", "T2L_VLLM_STORE": str(store)} | environment
-        chosen = serve_flags.collect(["smollm2-135m"], 2, 4)["flags"]
+        chosen = serve_flags.collect(variables["T2L_VLLM_CHECKPOINT"].split(","), 2, 4)["flags"]
         server = VllmServer(str(packaged.convert()), [*chosen, *flags], variables, log)
         started.append(server)
         server.store = store
@@ -108,6 +109,38 @@ def test_a_killed_server_answers_the_same_from_its_store(start, server):
     assert again.request("POST", "/tokenize", {"model": LAST, "prompt": "hot"})[0] == 200
     assert [again.complete(text, "borrow") for text in texts] == before
     assert folders(again) == made
+
+
+def test_a_document_becomes_a_model(start, tmp_path):
+    """In memory mode: the answer of its adapter with transformers; one of a higher rank is refused, and the server lives."""
+    config = t2l.PerceiverConfig(
+        variant="perceiver-flat", modules=("down_proj",), in_features=(1536,), out_features=(576,), num_layers=30, rank=4,
+        lora_alpha=4.0, scaling=4.0, feature_size=576, latent_size=32, num_latents=4, num_blocks=1,
+    )  # fmt: skip
+    torch.manual_seed(2)  # of an adapter that changes the answer, whose four tokens are not close calls
+    network = t2l.PerceiverHyperNetwork(config)
+    torch.nn.init.normal_(network.head, std=0.08)
+    reader = t2l.DocumentEncoderConfig("smollm2-135m", "last", 2, max_chunk_tokens=16, prefix="", suffix="")
+    engine = t2l.DocToLoRA(t2l.DocumentEncoder.from_config(reader), network, "raw")
+    engine.save_pretrained(tmp_path / "documents")
+    server = start(T2L_VLLM_CHECKPOINT=f"smollm2-135m,{tmp_path / 'documents'}", T2L_VLLM_MODE="memory")
+    text, answers = "The code of the door is 7341.", []
+    created = server.request("POST", "/v1/t2l/adapters", {"document": text, "checkpoint": "documents"})
+    assert created[0] == 200, created
+    model, tokenizer = packaged.load(torch.bfloat16)
+    lora = t2l.attach(model, engine.generate([text]).to(dtype=torch.bfloat16))
+    prompt = tokenizer(raw_prompt("", LIST), return_tensors="pt", add_special_tokens=False)
+    for adapter in (0, -1):
+        with lora.use(adapter), torch.inference_mode():
+            out = model.generate(**prompt, max_new_tokens=4, do_sample=False)
+        answers.append(tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    name = json.loads(created[1])["id"]
+    assert [server.complete(named, LIST, 4)[1] for named in (name, server.name)] == answers and answers[0] != answers[1]
+    asked = {"document": text * 9, "checkpoint": "documents"}
+    status, refused = server.request("POST", "/v1/t2l/adapters", asked)
+    assert status == 400 and "exceeds this server's --max-lora-rank 8" in refused
+    assert server.request("POST", "/v1/t2l/adapters", {"document": "x" * (7 << 20)})[0] == 413
+    assert server.complete(name, LIST, 4)[1] == answers[0]
 
 
 def test_a_full_store_and_too_many_names_are_503(start, tmp_path):

@@ -33,7 +33,7 @@ import t2l_engine as t2l
 import t2l_vllm
 from t2l_engine.serving import names
 from t2l_engine.serving.checkpoints import Checkpoint
-from t2l_engine.serving.vllm import offline, resolver
+from t2l_engine.serving.vllm import http, offline, resolver
 
 pytestmark = pytest.mark.serving
 TEXT = "Return the last element of the list."
@@ -47,6 +47,7 @@ class Engine:
 
     def __init__(self, model):
         self.model_config = types.SimpleNamespace(model=str(model), max_model_len=256)
+        self.vllm_config = types.SimpleNamespace(lora_config=types.SimpleNamespace(max_lora_rank=8))
         self.loaded, self.error = [], None
 
     async def add_lora(self, request):
@@ -277,7 +278,11 @@ def test_names_of_one_adapter(client):
     ("[" * 60000, "body: Invalid JSON: ", None),
     ({"description": "secret\ud800"}, "body: Invalid JSON: ", None),
     ("[]", "body: Input should be an object, got list", None),
-    ({"checkpoint": "secret"}, "description: Field required", "description"),
+    ({"checkpoint": "secret"}, "description, document: expected one of them, got neither", "description"),
+    ({"description": "secret", "document": "secret"}, "document: expected one of them, got both", "description"),
+    ({"document": 3}, "document: Input should be a valid string, got int", "document"),
+    ({"document": " "}, "document: expected a document, got an empty one", "document"),
+    ({"document": "secret"}, "document: expected a checkpoint that reads documents, got 'smollm2-135m'", "document"),
     ({"description": "secret", "other": "secret"}, "other: Extra inputs are not permitted", "other"),
     ({"description": "secret", "checkpoint": 3}, "checkpoint: Input should be a valid string, got int", "checkpoint"),
     ({"description": ["secret"]}, "description: Input should be a valid string, got list", "description"),
@@ -285,7 +290,6 @@ def test_names_of_one_adapter(client):
     ({"description": " "}, "description: expected a description", "description"),
     ({"description": "secret\0"}, "description: expected Unicode text", "description"),
     ({"description": "secret" * 1000}, "at most 4000 characters, got 6000", "description"),
-    ({"description": "secret" * 20000}, "a body of at most 65536 bytes", None),
 ])  # fmt: skip
 def test_errors_of_the_endpoint(client, caplog, body, message, param):
     http, models, engine, generator = client()
@@ -294,6 +298,47 @@ def test_errors_of_the_endpoint(client, caplog, body, message, param):
     error = answer.json()["error"]
     assert answer.status_code == error["code"] == 400 and message in error["message"] and error["param"] == param
     assert "secret" not in answer.text + caplog.text and "Traceback" not in answer.text and generator.generated == 0
+
+
+@pytest.mark.parametrize("body, message", [
+    ({"document": "\u00e9" * (1 << 19) + "s"}, "document: expected at most 1048576 bytes of UTF-8, got 1048577"),
+    ({"description": "x" * (7 << 20)}, "expected a body of at most 6295552 bytes"),
+])  # fmt: skip
+def test_what_is_too_long_is_413(client, body, message):
+    answer = post(client()[0], body)
+    assert answer.status_code == answer.json()["error"]["code"] == 413 and message in answer.json()["error"]["message"]
+
+
+def test_a_body_that_is_too_long_is_not_read_whole():
+    read = []
+
+    async def parts():
+        for _ in range(1 << 20):
+            read.append(len(part := b" " * (1 << 16)))
+            yield part
+
+    with pytest.raises(GracefulHTTPError):
+        asyncio.run(http._read(types.SimpleNamespace(stream=parts)))
+    assert sum(read) < 7 << 20
+
+
+def test_documents_become_adapters(client, reads_documents, model, monkeypatch):
+    """Up to the server's rank."""
+    checkpoint = Checkpoint.of(t2l.TextToLoRA.from_pretrained(reads_documents), "documents")
+    monkeypatch.setattr(Checkpoint, "load", lambda name, source: checkpoint)
+    sizes = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80)
+    http, models, engine, generator = client(served=model(**sizes), checkpoints={"documents": reads_documents})
+    created = post(http, {"document": "drug"})
+    assert created.status_code == 200, created.text
+    request = models.lora_requests[created.json()["id"]]
+    assert PEFTHelper.from_local_dir(request.lora_path, max_position_embeddings=None).r == 8 and engine.loaded == [request]
+    assert post(http, {"description": "drug"}).json() == created.json()
+    refused = post(http, {"document": "name the capital of a country ."})
+    error = refused.json()["error"]
+    assert refused.status_code == error["code"] == 400 and error["param"] == "document" and "rank 16" in error["message"]
+    (by_name,) = resolve(models, "t2l:name the capital of a country .")
+    assert isinstance(by_name, VLLMValidationError) and "model: its adapter has rank 16" in str(by_name)
+    assert engine.loaded == [request] and generator.generated == 1
 
 
 def test_the_endpoints_503_and_500(client, monkeypatch, caplog):
@@ -329,6 +374,20 @@ def test_offline_requests(settings, bundled, model, monkeypatch):
     assert first[0].lora_name == names.adapter_id(key) and first[0].lora_path == str(settings().store.resolve() / key)
     stored = t2l.AdapterStack.from_peft(first[1].lora_path)
     assert stored.dtype == torch.bfloat16 and len(stored) == 1
+
+
+def test_offline_documents(settings, bundled, reads_documents):
+    engine, chosen = t2l.TextToLoRA.from_pretrained(reads_documents), settings(checkpoints={})
+    first, second = offline.lora_requests(engine, ["drug"], documents=["the capital of a"], settings=chosen)
+    assert [max(t2l.AdapterStack.from_peft(of.lora_path).ranks["down_proj"][0]) for of in (first, second)] == [8, 12]
+    assert offline.lora_requests(engine, documents=["drug"], settings=chosen) == [first]
+    for documents, of, message in (
+        ("drug", engine, "documents: expected a list of strings, got str"),
+        (["drug", " "], engine, r"documents\[1\]: expected a non-empty text"),
+        (["drug"], bundled.engine, "documents: expected an engine that reads documents, got a TextToLoRA"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            offline.lora_requests(of, documents=documents, settings=chosen)
 
 
 def test_offline_errors(settings, bundled, model, tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     shutil.copytree(BUNDLED / "smollm2-135m", tmp_path / "a:b")
-    messages = {"file": "expected a folder, got a file", "empty": "holds neither config.json", "a:b": "are without ':'"}
+    messages = {"file": "expected a folder, got a file", "empty": "holds none of config.json", "a:b": "are without ':'"}
     for name, message in messages.items():
         with pytest.raises(ValueError, match=f"^T2L_VLLM_CHECKPOINT: .*{message}"):
             read({"T2L_VLLM_CHECKPOINT": str(tmp_path / name)})

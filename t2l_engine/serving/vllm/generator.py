@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from t2l_engine.engine import DocToLoRA
 from t2l_engine.serving import names
 from t2l_engine.serving.checkpoints import BATCH, Checkpoint
 from t2l_engine.serving.store import AdapterStore, Unavailable
@@ -23,12 +24,13 @@ logger = logging.getLogger("vllm.t2l_engine")  # vLLM configures "vllm" and what
 
 @dataclass(frozen=True)
 class Job:
-    """A description that is to become an adapter; ``prepared``: as it is tokenized; ``key`` names its folder."""
+    """A text that is to become an adapter of ``rank``; ``prepared``: as it is tokenized; ``key`` names its folder."""
 
     checkpoint: Checkpoint
     text: str
     prepared: str
     key: str
+    rank: int
 
 
 class Generator:
@@ -42,6 +44,7 @@ class Generator:
     def __init__(self, settings: Settings):
         """Checkpoints are loaded by the first request or :meth:`warm_up`."""
         self.settings = settings
+        self.max_rank: int | None = None  # that the server takes, where it is known
         self.passes = self.generated = 0
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "t2l", torch.set_num_threads, (settings.threads,))
         self._loaded: dict[str, concurrent.futures.Future[Checkpoint]] = {}
@@ -59,11 +62,22 @@ class Generator:
         """The folder of the adapter of ``description`` by a checkpoint's short name, None = the default."""
         return await self.generate(await self.job(checkpoint, description))
 
-    async def job(self, checkpoint: str | None, description: str, argument: str = "description") -> Job:
-        """The job of a description; ValueErrors call it ``argument``.  Loads the checkpoint if needed."""
-        names.check_description(argument, description)
+    async def job(self, checkpoint: str | None, text: str, argument: str = "description") -> Job:
+        """The job of a description, or of a document; ValueErrors call it ``argument``.  Loads the checkpoint if needed."""
+        names.check_text(argument, text)
         loaded = await self.checkpoint(checkpoint)
-        return Job(loaded, description, *loaded.prepare(argument, description))
+        if isinstance(loaded.engine, DocToLoRA):  # it counts tokens, which may take long
+            job = Job(loaded, text, *await asyncio.to_thread(loaded.prepare, argument, text))
+        elif argument == names.DOCUMENT:
+            raise ValueError(f"{argument}: expected a checkpoint that reads documents, got {loaded.name!r}")
+        else:
+            job = Job(loaded, text, *loaded.prepare(argument, text))
+        if self.max_rank is not None and job.rank > self.max_rank:
+            raise ValueError(
+                f"{argument}: its adapter has rank {job.rank}, which exceeds this server's --max-lora-rank {self.max_rank}; "
+                "shorten the text, or start the server with the flags of t2l serve-flags, --chunks for long documents"
+            )
+        return job
 
     async def checkpoint(self, name: str | None) -> Checkpoint:
         """A checkpoint by its short name, None = the default; ValueError for an unknown one."""
@@ -97,7 +111,7 @@ class Generator:
         future = self._futures.get(job.key)
         if future is None:
             if len(self._waiting) >= MAX_WAITING:
-                raise Unavailable(f"adapters: {MAX_WAITING} descriptions wait to be generated; try again later")
+                raise Unavailable(f"adapters: {MAX_WAITING} texts wait to be generated; try again later")
             future = self._futures[job.key] = asyncio.get_running_loop().create_future()
             future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may wait any more
             self._waiting[job.key] = job

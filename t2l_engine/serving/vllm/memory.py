@@ -10,7 +10,10 @@ from torch import Tensor
 
 from t2l_engine.files.text import read_json
 from t2l_engine.files.weights import read_safetensors
-from t2l_engine.hypernetwork.network import HyperNetwork
+from t2l_engine.hypernetwork.checkpoint import read
+from t2l_engine.hypernetwork.folder import resolve_checkpoint
+from t2l_engine.hypernetwork.network import HyperNetwork, load
+from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
 from t2l_engine.serving.checkpoints import adapter, fingerprint
 from t2l_engine.serving.store import DTYPE, EMBEDDING, EMBEDDING_NAME, NOTE_NAME
 from t2l_engine.serving.vllm.settings import Settings
@@ -34,18 +37,20 @@ def peft_tensors(folder: Path, settings: Settings, dtype: torch.dtype) -> dict[s
         raise ValueError(f"{folder / NOTE_NAME}: expected an object with the sha256 of a checkpoint")
     hypernetwork = own_hypernetwork(note["sha256"], settings, note.get("checkpoint"))
     path = folder / EMBEDDING_NAME
-    task_emb = read_safetensors(path, ValueError).get(EMBEDDING)
-    wanted = (hypernetwork.config.embed_dim,)
-    if task_emb is None or task_emb.shape != wanted or task_emb.dtype != torch.float32:
-        raise ValueError(f"{path}: expected {EMBEDDING} {wanted} in float32")
-    tensors = adapter(hypernetwork, task_emb).state_dict_peft(0, dtype=DTYPE, fold=True)
+    embedding = read_safetensors(path, ValueError).get(EMBEDDING)
+    if embedding is None or embedding.dtype != torch.float32:
+        raise ValueError(f"{path}: expected {EMBEDDING} in float32")
+    try:
+        tensors = adapter(hypernetwork, embedding).state_dict_peft(0, dtype=DTYPE, fold=True)
+    except ValueError as error:  # of its shape
+        raise ValueError(f"{path}: {error}") from None
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
-def own_hypernetwork(sha256: str, settings: Settings, name: object = None) -> HyperNetwork:
+def own_hypernetwork(sha256: str, settings: Settings, name: object = None) -> HyperNetwork | PerceiverHyperNetwork:
     """The hypernetwork of ``settings.checkpoints`` with this fingerprint; the checkpoint ``name`` is tried first.
 
-    Raises ValueError if none has it, and as :meth:`HyperNetwork.from_pretrained`.
+    Raises ValueError if none has it, and as :meth:`TextToLoRA.from_pretrained` for the checkpoint's files.
     """
     for _, source in sorted(settings.checkpoints.items(), key=lambda item: item[0] != name):
         hypernetwork, found = _load(source)
@@ -59,6 +64,6 @@ def own_hypernetwork(sha256: str, settings: Settings, name: object = None) -> Hy
 
 @functools.cache
 @torch.inference_mode(False)  # parameters outlive the call
-def _load(source: str) -> tuple[HyperNetwork, str]:
-    hypernetwork = HyperNetwork.from_pretrained(source)
+def _load(source: str) -> tuple[HyperNetwork | PerceiverHyperNetwork, str]:
+    hypernetwork = load(read(resolve_checkpoint(source)))
     return hypernetwork, fingerprint(hypernetwork)

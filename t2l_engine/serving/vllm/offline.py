@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from vllm import envs
 from vllm.lora.request import LoRARequest
 
-from t2l_engine.engine import TextToLoRA
+from t2l_engine.engine import DocToLoRA, TextToLoRA
 from t2l_engine.serving import names
 from t2l_engine.serving.checkpoints import Checkpoint
 from t2l_engine.serving.store import AdapterStore
@@ -27,22 +27,31 @@ _open = functools.cache(AdapterStore)  # stays open: its lock keeps the folders 
 
 
 def lora_requests(
-    engine: TextToLoRA, texts: Sequence[str], base: str | None = None, *, settings: Settings | None = None
+    engine: TextToLoRA,
+    texts: Sequence[str] = (),
+    base: str | None = None,
+    *,
+    documents: Sequence[str] = (),
+    settings: Settings | None = None,
 ) -> list[LoRARequest]:
-    """A request per text for ``LLM.generate(prompts, sampling_params, lora_request=requests)``, one prompt each.
+    """A request per text and document for ``LLM.generate(prompts, sampling_params, lora_request=requests)``, a prompt each.
 
     The same text always gives the same request.  Every call hashes the weights of ``engine`` once: pass many texts at once.
 
     Args:
         base: the LLM's model, a folder or hub name; its sizes are compared with the checkpoint's.  None: not compared.
+        documents: for a :class:`DocToLoRA`; their requests follow those of ``texts``.  The LLM's ``max_lora_rank`` must hold
+            the ranks of all, or its engine ends: see ``t2l serve-flags --chunks``.
         settings: None = those of the environment.  In mode "memory" the workers generate the weights, so ``engine``
             must have one of its checkpoints.
 
     Raises:
-        ValueError: no list of texts, a text that the encoder refuses, a model of other sizes, another checkpoint, or mode
-            "memory" in ``settings`` alone: workers read the environment.
+        ValueError: no list of texts, a text that the encoder refuses, documents for an engine that reads none, a model of
+            other sizes, another checkpoint, or mode "memory" in ``settings`` alone: workers read the environment.
         Unavailable: the store has no room.
     """
+    if documents and not isinstance(engine, DocToLoRA):
+        raise ValueError(f"documents: expected an engine that reads documents, got a {type(engine).__name__}")
     settings = Settings.from_environment() if settings is None else settings
     if settings.mode == MEMORY:
         _expect_workers_that_generate()
@@ -53,7 +62,7 @@ def lora_requests(
     if settings.mode == MEMORY:
         own_hypernetwork(checkpoint.hash, settings)
     store = _open(settings.store, settings.store_bytes, settings.mode == MEMORY)
-    found = checkpoint.folders(texts, store)
+    found = checkpoint.folders(texts, store) + checkpoint.folders(documents, store, "documents")
     named = [(names.adapter_id(key), str(folder)) for key, folder in found]
     return [LoRARequest(name, _ids.setdefault(name, next(_numbers)), folder) for name, folder in named]
 

@@ -78,18 +78,18 @@ class T2LResolver(LoRAResolver):
             asked = names.parse(lora_name)
             if asked is None:
                 return None
-            name, _, folder = await self.generate(base_model_name, *asked, lora_name)
+            name, _, folder = await self.generate(base_model_name, *asked, "model", lora_name)
         return LoRARequest(lora_name=name, lora_int_id=1, lora_path=str(folder))
 
     async def generate(
-        self, served: str, checkpoint: str | None, description: str, model: str = ""
+        self, served: str, checkpoint: str | None, text: str, argument: str, model: str = ""
     ) -> tuple[str, str, Path]:
         """(name for vLLM, short name of the checkpoint, folder) of an adapter for the model ``served``.
 
-        ``model``: the requested name with the description, empty: the endpoint has the description alone.  Raises the errors
-        of :class:`.Generator`, ValueError also for a checkpoint that does not fit.
+        ``argument``: what errors call ``text``; ``model``: the requested name with the text, empty for the endpoint.  Raises
+        the errors of :class:`.Generator`, ValueError also for a checkpoint that does not fit.
         """
-        job = await self.generator.job(checkpoint, description, "model" if model else "description")
+        job = await self.generator.job(checkpoint, text, argument)
         await self._check_fit(job.checkpoint, served)
         name, owner = names.lora_name(model, job.key) if model else names.adapter_id(job.key), names.digest(model, job.key)
         self.generator.check(name, owner)
