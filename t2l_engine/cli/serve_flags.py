@@ -19,16 +19,11 @@ def serve_flags(
     checkpoints: Annotated[
         list[str], typer.Argument(metavar="CHECKPOINT...", help="Bundled checkpoint names, or folders; first the default.")
     ],
-    max_loras: Annotated[
-        int,
-        typer.Option("--max-loras", min=1, help="Max adapters per batch; leave one slot for loading."),
-    ] = 8,
+    max_loras: Annotated[int, typer.Option(min=1, help="Max adapters per batch; leave one slot for loading.")] = 8,
     max_cpu_loras: Annotated[
-        int, typer.Option("--max-cpu-loras", min=1, help="Adapters cached in memory; others are read from disk again.")
+        int, typer.Option(min=1, help="Adapters cached in memory; others are read from disk again.")
     ] = 256,
-    chunks: Annotated[
-        int, typer.Option(min=1, help="Most chunks of a document, for checkpoints that read them; sets the largest rank.")
-    ] = 1,
+    chunks: Annotated[int, typer.Option(min=1, help="Most chunks of a document, which set the largest rank.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Print vLLM's flags for a checkpoint, or for several together, in one line.

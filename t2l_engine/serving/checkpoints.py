@@ -32,7 +32,7 @@ from t2l_engine.text.documents import DocumentEncoder
 from t2l_engine.text.encoder import OneHotEncoder, check_list
 
 #: Part of every key: adapters of another version may be rounded differently.
-VERSION_OF_ADAPTERS = "1"
+VERSION_OF_ADAPTERS = f"{t2l_engine.__version__}/1"
 BATCH = 64  # texts in a pass of the encoder
 
 
@@ -94,19 +94,15 @@ class Checkpoint:
         return cls(name, engine, fingerprint(engine.hypernetwork), described)
 
     def prepare(self, argument: str, text: str) -> tuple[str, str, int]:
-        """(text as it is tokenized, key, rank of its adapter); ValueError, naming ``argument``, if the encoder refuses it.
-
-        A document is tokenized, in time that grows with its length.
-        """
+        """(text as it is tokenized, its key, its adapter's rank); ValueError, naming ``argument``, if it cannot be read."""
         encoder, config = self.engine.encoder, self.engine.hypernetwork.config
         try:
             (prepared,), rank = encoder.prepare([text]), config.rank
             if isinstance(encoder, DocumentEncoder):
                 rank = config.total_rank(len(encoder.chunks([text])[0]))
         except ValueError as error:
-            raise ValueError(str(error).replace("texts[0]", argument, 1).replace("contexts[0]", argument, 1)) from None
-        version = f"{t2l_engine.__version__}/{VERSION_OF_ADAPTERS}"
-        return prepared, names.key(self.hash, self.encoder, version, prepared), rank
+            raise ValueError(str(error).replace("texts[0]", argument, 1)) from None
+        return prepared, names.key(self.hash, self.encoder, VERSION_OF_ADAPTERS, prepared), rank
 
     def folders(self, texts: Sequence[str], store: AdapterStore, argument: str = "texts") -> list[tuple[str, Path]]:
         """(key, folder) of each of ``texts``; those that ``store`` lacks are written, BATCH in a pass.
@@ -141,18 +137,17 @@ class Checkpoint:
     def _write(self, key: str, embedding: Tensor, store: AdapterStore) -> Path:
         stack = adapter(self.engine.hypernetwork, embedding)
 
-        def weights(folder: Path) -> None:
-            stack.save_pretrained(folder, 0, dtype=DTYPE, fold=True)
-
-        def note_and_embedding(folder: Path) -> None:
+        def fill(folder: Path) -> None:
+            if not store.memory:
+                stack.save_pretrained(folder, 0, dtype=DTYPE, fold=True)
+                return
+            stack.state_dict_peft(0, dtype=DTYPE, fold=True)  # NaN and infinity are refused here, not in a worker
             note = {"checkpoint": self.name, "sha256": self.hash, "key": key}
             save_file({EMBEDDING: embedding.float().cpu().contiguous()}, folder / EMBEDDING_NAME)
             for name, value in ((CONFIG_NAME, stack.peft_config(0, fold=True)), (NOTE_NAME, note)):
                 (folder / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
-        if store.memory:
-            stack.state_dict_peft(0, dtype=DTYPE, fold=True)  # NaN and infinity are refused here, not in a worker
-        return store.write(key, note_and_embedding if store.memory else weights)
+        return store.write(key, fill)
 
     def length(self, text: str) -> tuple[int, int]:
         """(tokens of a prepared text, tokens of it that the encoder uses); (0, 0) for an encoder that leaves out none."""

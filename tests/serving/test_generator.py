@@ -262,7 +262,7 @@ def test_keys_of_documents_depend_on_encoder_and_chat_template(reads_documents):
     found.append(Checkpoint.of(engine, "x").encoder)
     engine.encoder.config = dataclasses.replace(engine.encoder.config, max_chunk_tokens=5)
     found.append(Checkpoint.of(engine, "x").encoder)
-    engine.encoder.whole.layers[0].mlp.up_proj.weight.data.add_(1)
+    engine.encoder.model.layers[0].mlp.up_proj.weight.data.add_(1)
     found.append(Checkpoint.of(engine, "x").encoder)
     assert len(set(found)) == 4
     engine.encoder.tokenizer = None

@@ -75,7 +75,7 @@ class Generator:
         if self.max_rank is not None and job.rank > self.max_rank:
             raise ValueError(
                 f"{argument}: its adapter has rank {job.rank}, which exceeds this server's --max-lora-rank {self.max_rank}; "
-                "shorten the text, or start the server with the flags of t2l serve-flags, --chunks for long documents"
+                "shorten the text, or start the server with the flags of t2l serve-flags --chunks N"
             )
         return job
 

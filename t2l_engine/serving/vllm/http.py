@@ -6,10 +6,9 @@ Unlike the resolver it takes documents, needs no ``VLLM_ALLOW_RUNTIME_LORA_UPDAT
 from __future__ import annotations
 
 from argparse import Namespace
-from http import HTTPStatus
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.datastructures import State
@@ -17,7 +16,7 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
-from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.exceptions import VLLMValidationError
 from vllm.lora.resolver import LoRAResolverRegistry
 
 from t2l_engine.serving import names
@@ -102,15 +101,12 @@ class AdaptersEndpoint:
 
 
 async def _read(request: Request) -> tuple[str, str, str | None]:
-    """(argument, text, checkpoint) of the body of a request.
-
-    VLLMValidationError, which quotes no value of it, if it is invalid; 413 if it or its document is too long.
-    """
+    """(argument, text, checkpoint) of a body; VLLMValidationError, quoting no value, if it is invalid, 413 if too long."""
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > _MAX_BYTES:
-            raise _too_large(f"expected a body of at most {_MAX_BYTES} bytes")
+            raise HTTPException(413, f"expected a body of at most {_MAX_BYTES} bytes")
     try:
         asked = _Asked.model_validate_json(body)
     except ValidationError as error:
@@ -120,13 +116,8 @@ async def _read(request: Request) -> tuple[str, str, str | None]:
         raise VLLMValidationError(f"{field or 'body'}: {wrong['msg']}{got}", parameter=field) from None
     texts = asked.model_dump(include={"description", names.DOCUMENT}, exclude_none=True)
     if len(texts) != 1:
-        got = "both" if texts else "neither"
-        raise VLLMValidationError(f"description, document: expected one of them, got {got}", parameter="description")
+        raise VLLMValidationError(f"description, document: expected one of them, got {len(texts)}", parameter="description")
     ((argument, text),) = texts.items()
     if argument == names.DOCUMENT and (size := len(text.encode())) > names.MAX_DOCUMENT_BYTES:
-        raise _too_large(f"document: expected at most {names.MAX_DOCUMENT_BYTES} bytes of UTF-8, got {size}")
+        raise HTTPException(413, f"document: expected at most {names.MAX_DOCUMENT_BYTES} bytes of UTF-8, got {size}")
     return argument, text, asked.checkpoint
-
-
-def _too_large(message: str) -> GracefulHTTPError:
-    return GracefulHTTPError(message, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
