@@ -248,6 +248,17 @@ class DocToLoRA(TextToLoRA):
     """Documents to LoRA adapters in one call (Doc-to-LoRA, arXiv 2602.15902); :meth:`TextToLoRA.from_pretrained` makes one.
 
     A text is read token by token and in chunks, whose adapters follow each other along the rank.
+
+    >>> import t2l_engine as t2l
+    >>> from t2l_engine.text import packaged
+    >>> (model, tokenizer), reads = packaged.load(), t2l.DocumentEncoderConfig("smollm2-135m", "last", num_layers=4)
+    >>> config = t2l.PerceiverConfig(variant="perceiver-flat", modules=("down_proj",), in_features=(1536,),
+    ...     out_features=(576,), num_layers=30, rank=2, lora_alpha=4, feature_size=576, latent_size=16, num_latents=8,
+    ...     num_blocks=1)
+    >>> engine = t2l.DocToLoRA(t2l.DocumentEncoder(model, tokenizer, reads), t2l.PerceiverHyperNetwork(config))
+    >>> stack = engine.generate(["The bakery opens at seven. " * 9, "It rains."], max_chunk_tokens=40)
+    >>> stack.ranks["down_proj"][:, 0].tolist()  # two chunks or one, and the bias
+    [6, 4]
     """
 
     encoder: DocumentEncoder  # pyright: ignore[reportIncompatibleVariableOverride]

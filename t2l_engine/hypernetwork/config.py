@@ -258,6 +258,12 @@ class PerceiverConfig(TargetConfig):
 
     Raises:
         ConfigError: a field has a wrong type or value; the message names it.
+
+    >>> config = PerceiverConfig(variant="perceiver-layers", modules=("down_proj",), in_features=(9216,),
+    ...     out_features=(2304,), num_layers=26, rank=8, lora_alpha=45.25, scaling=45.25, feature_size=2304,
+    ...     latent_size=512, num_latents=8, num_blocks=9, num_mlps=1, per_layer_mlps=True)
+    >>> config.total_rank(chunks=2), config.num_parameters // 10**6
+    (24, 315)
     """
 
     variant: str

@@ -138,6 +138,16 @@ class PerceiverHyperNetwork(nn.Module):
     :meth:`latents` reads chunks, :meth:`generate` makes adapters of latents, :meth:`forward` is both with gradients.
 
     Source: arXiv 2602.15902.
+
+    >>> import t2l_engine as t2l
+    >>> config = t2l.PerceiverConfig(variant="perceiver-layers", modules=("down_proj",), in_features=(96,),
+    ...     out_features=(48,), num_layers=4, rank=2, lora_alpha=4, feature_size=48, latent_size=16, num_latents=8,
+    ...     num_blocks=2)
+    >>> net = t2l.PerceiverHyperNetwork(config)
+    >>> latents = net.latents(torch.randn(3, 4, 7, 48), torch.ones(3, 7, dtype=torch.bool))  # 3 chunks of 7 tokens
+    >>> stack = net.generate(latents.split([1, 2]))  # of a text of one chunk and a text of two
+    >>> stack.ranks["down_proj"][:, 0].tolist()
+    [4, 6]
     """
 
     def __init__(self, config: PerceiverConfig):

@@ -185,6 +185,9 @@ class DocumentEncoderConfig:
 
     Raises:
         ConfigError: a field has a wrong type or value; the message names it.
+
+    >>> DocumentEncoderConfig("gemma-2-2b-it", states="all", max_chunk_tokens=1024).dtype
+    'float32'
     """
 
     name: str

@@ -29,6 +29,14 @@ class DocumentEncoder:
     :meth:`chunks` tokenizes and cuts; :meth:`read` gives hidden states of many chunks in padded batches.
 
     Source: arXiv 2602.15902.
+
+    >>> from t2l_engine import DocumentEncoder, DocumentEncoderConfig
+    >>> encoder = DocumentEncoder.from_config(DocumentEncoderConfig("smollm2-135m", "last", 4, prefix="", suffix=""))
+    >>> contexts = encoder.chunks(["It rains.", "The bakery opens at seven."], max_chunk_tokens=4)
+    >>> [[len(chunk) for chunk in chunks] for chunks in contexts]
+    [[3], [3, 3]]
+    >>> [(indices, states.shape) for indices, states, mask in encoder.read(contexts)]
+    [([0, 1, 2], torch.Size([3, 3, 576]))]
     """
 
     max_examples = 0  # of a text, as of a TextEncoder

@@ -1,9 +1,12 @@
 """Commands with a checkpoint that reads documents; test_chat.py has those of a chat."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 import t2l_engine as t2l
 from tests.hypernetwork.test_doc_to_lora import GOLDEN, NAMES, TEMPLATE
@@ -25,6 +28,23 @@ def test_a_document_becomes_an_adapter(tmp_path, run, left_tokenizer):
     assert written["description"] == str(document) and written["rank"] == config.total_rank(2)
     stack = t2l.AdapterStack.from_peft(tmp_path / "out")
     assert stack.scaling.tolist() == [16.0] and stack.ranks["down_proj"].unique().tolist() == [config.total_rank(2)]
+
+
+def test_the_program_of_the_page(tmp_path, monkeypatch, left_tokenizer):
+    """The program of docs/generate.md on a golden checkpoint, with a document of one chunk and one of several."""
+    page = (Path(__file__).parents[2] / "docs" / "generate.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"<!-- documents -->\n```python\n(.*?)```", page, re.S)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(GOLDEN / NAMES[0] / "base", "gemma-2-2b-it")
+    shutil.copytree(GOLDEN / NAMES[0], "gemma_demo/checkpoint-80000")
+    left_tokenizer.chat_template = TEMPLATE
+    left_tokenizer.save_pretrained("gemma-2-2b-it")
+    model = AutoModelForCausalLM.from_pretrained("gemma-2-2b-it")
+    names = {"t2l": t2l, "document": "c d e f g", "another": "d", "model": model}
+    exec(compile(code.replace("512", "4"), "docs/generate.md documents", "exec"), names)
+    assert [names["engine"].hypernetwork.config.total_rank(count) for count in (2, 1)] == [
+        ranks[0].item() for ranks in names["stack"].ranks["down_proj"]
+    ]
 
 
 @pytest.mark.parametrize(
