@@ -7,6 +7,8 @@ copies, hashes and allocates as much as the file asks.
 
 from __future__ import annotations
 
+import copyreg
+import functools
 import io
 import math
 import mmap
@@ -14,7 +16,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -84,28 +86,22 @@ class _Claim(NamedTuple):
 
 
 class Record:
-    """What stands for an object of a class of the file, with its attributes."""
+    """What stands for an object of a class of the file: ``content``, its fields, or of an enumeration the value."""
 
-    def __init__(self, fields: Mapping[str, Any] | None = None):
-        vars(self).update(fields or {})
-
-
-class Member(str):
-    """What stands for a member of a string enumeration of the file: its value."""
-
-    def __new__(cls, value: object):
-        if type(value) is not str:
-            raise Refused("its pickle has a member of an enumeration that is no text")
-        return super().__new__(cls, value)
+    def __init__(self, content: Any = None):
+        self.content = {} if content is None else content
 
     def __reduce__(self):
-        return type(self), (str(self),)
+        if isinstance(self.content, dict):
+            return copyreg.__newobj__, (type(self),), self.content  # pyright: ignore[reportAttributeAccessIssue]
+        return type(self), (self.content,)
 
 
-def stand_in(kind: str, base: type) -> type:
-    """A class, derived from Record or Member, that is read and written in place of the class ``kind`` of a file."""
+@functools.cache
+def stand_in(kind: str) -> type[Record]:
+    """The class that is read and written in place of the class ``kind`` of a file."""
     module, _, name = kind.rpartition(".")
-    return type(name, (base,), {"__module__": module})
+    return type(name, (Record,), {"__module__": module})
 
 
 def _texts(items: object) -> set[str]:
@@ -141,16 +137,16 @@ class _Dispatch(dict):
 class _Unpickler(pickle._Unpickler):
     """Gives dicts of :class:`_Claim` and of records, in time linear in the length of the pickle; all else is refused.
 
-    ``kinds``: classes of records, and what stands for them.
+    ``kinds``: classes of records.
     """
 
     dispatch = _Dispatch({code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, name)[0] for name in OPCODES)})
     stack: list
     append: Callable[[object], None]
 
-    def __init__(self, file: io.BytesIO, kinds: dict[str, type]):
+    def __init__(self, file: io.BytesIO, kinds: Collection[str]):
         super().__init__(file)
-        self.known = GLOBALS | kinds
+        self.known = GLOBALS | {kind: stand_in(kind) for kind in kinds}
         self.fields: dict[int, _Dict] = {}  # of records, by id: many may have the same
 
     def find_class(self, module: str, name: str) -> object:
@@ -179,7 +175,7 @@ class _Unpickler(pickle._Unpickler):
         if isinstance(self.stack[-1], Record):
             if not isinstance(state, _Dict):
                 raise Refused("its pickle has an object whose fields are no dict")
-            self.stack[-1].__dict__ = self.fields.setdefault(id(state), state)
+            self.stack[-1].content = self.fields[id(state)] = state
 
     dispatch |= {
         pickle.EMPTY_DICT[0]: load_empty_dict, pickle.NEWOBJ[0]: load_newobj, pickle.BUILD[0]: load_build,
@@ -187,12 +183,12 @@ class _Unpickler(pickle._Unpickler):
 
 
 def read_torch_file(
-    path: Path, error: type[ValueError], kinds: dict[str, type] | None = None
+    path: Path, error: type[ValueError], kinds: Collection[str] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Contiguous CPU tensors that share no memory, and no other entries; raises ``error`` naming the file and the fault.
 
-    ``kinds``: name of a class -> its :func:`stand_in`: other entries are plain values and records of these classes, and
-    entries that are the same tensor in the file are one tensor.
+    ``kinds``: names of classes: other entries are plain values and :class:`Record` of these classes, and entries that are
+    the same tensor in the file are one tensor.
     """
     try:
         entries = _read(path, kinds)
@@ -205,7 +201,7 @@ def read_torch_file(
     return state, {key: value for key, value in entries.items() if key not in state}
 
 
-def _read(path: Path, kinds: dict[str, type] | None) -> _Dict:
+def _read(path: Path, kinds: Collection[str] | None) -> _Dict:
     with _SmallReads(path) as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch warns of buffers that cannot be written
         if data[:2] != b"PK":
@@ -221,7 +217,7 @@ def _read(path: Path, kinds: dict[str, type] | None) -> _Dict:
     order = named.get(f"{folder}byteorder")
     if order is not None and bytes(_bytes(data, order)[:7].numpy()) != b"little":
         raise Refused("expected tensors in little-endian byte order")
-    unpickler = _Unpickler(io.BytesIO(_bytes(data, pickles[0]).numpy().tobytes()), kinds or {})
+    unpickler = _Unpickler(io.BytesIO(_bytes(data, pickles[0]).numpy().tobytes()), kinds or ())
     top = unpickler.load()
     if not isinstance(top, _Dict):
         raise Refused("expected a state_dict of tensors")
@@ -261,7 +257,7 @@ class _Pickler(pickle._Pickler):
     write: Callable[[bytes], None]
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
-        if isinstance(obj, type) and issubclass(obj, (Record, Member)):
+        if isinstance(obj, type) and issubclass(obj, Record):
             self.write(pickle.GLOBAL + f"{obj.__module__}\n{obj.__name__}\n".encode())
             self.memoize(obj)
         else:

@@ -16,30 +16,29 @@ from torch import Tensor
 
 from t2l_engine.files.errors import MAX_LAYERS, ConfigError, boolean, non_empty_text, one_of, positive_int, short_repr
 from t2l_engine.files.text import from_json, to_json
-from t2l_engine.files.torch_file import Member, Record, read_torch_file, stand_in, write_torch_file
+from t2l_engine.files.torch_file import Record, read_torch_file, stand_in, write_torch_file
 from t2l_engine.files.weights import replacing
 from t2l_engine.hypernetwork.config import PERCEIVERS, PerceiverConfig
 from t2l_engine.hypernetwork.folder import D2L_NAME, CheckpointError, Contents, expect_keys, expect_shape
 from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
 from t2l_engine.text.config import DocumentEncoderConfig
 
-#: All classes whose objects a checkpoint has, and what stands for them.
-KINDS = {
-    kind: stand_in(kind, base)
-    for kind, base in {
-        "ctx_to_lora.modeling.hypernet.HypernetConfig": Record,
-        "ctx_to_lora.modeling.aggregator.AggregatorConfig": Record,
-        "ctx_to_lora.modeling.aggregator.AGGREGATOR_TYPE": Member,
-        "ctx_to_lora.pooling.POOL_FN": Member,
-        "ctx_to_lora.configs.CtxEncoderArguments": Record,
-        "ctx_to_lora.modeling.ctx_encoder.CTX_ENCODER_TYPE": Member,
-        "peft.tuners.lora.config.LoraConfig": Record,
-        "peft.tuners.lora.config.LoraRuntimeConfig": Record,
-        "peft.utils.peft_types.PeftType": Member,
-        "peft.utils.peft_types.TaskType": Member,
-    }.items()
-}
-_MAKERS = {"builtins.list": list, "builtins.tuple": tuple, "builtins.set": set, "torch.tensor": torch.tensor, **KINDS}
+#: All classes whose objects a checkpoint has.
+KINDS = (
+    "ctx_to_lora.modeling.hypernet.HypernetConfig",
+    "ctx_to_lora.modeling.aggregator.AggregatorConfig",
+    "ctx_to_lora.modeling.aggregator.AGGREGATOR_TYPE",
+    "ctx_to_lora.pooling.POOL_FN",
+    "ctx_to_lora.configs.CtxEncoderArguments",
+    "ctx_to_lora.modeling.ctx_encoder.CTX_ENCODER_TYPE",
+    "peft.tuners.lora.config.LoraConfig",
+    "peft.tuners.lora.config.LoraRuntimeConfig",
+    "peft.utils.peft_types.PeftType",
+    "peft.utils.peft_types.TaskType",
+)
+#: Class in JSON -> what makes an object of its content.
+MAKERS = {"builtins.list": list, "builtins.tuple": tuple, "builtins.set": set, "torch.tensor": torch.tensor}
+MAKERS |= {kind: stand_in(kind) for kind in KINDS}
 BASE, CONFIG, ENCODER = "base_model_name_or_path", "hypernet_config", "ctx_encoder_args"
 LORA, READS = f"{CONFIG}.lora_config", f"{CONFIG}.aggregator_config"
 MODULES, SIZES, LAYERS = f"{LORA}.target_modules", f"{CONFIG}.feature_sizes", f"{CONFIG}.layer_indices"
@@ -59,24 +58,18 @@ FIELDS = {
     "per_layer_mlps": f"{CONFIG}.per_layer_processing",
     "bias": f"{CONFIG}.use_bias",
 }
-#: Fields of which these values are supported.
-SUPPORTED = {
-    f"{CONFIG}.use_light_weight_lora": (False,),
-    f"{CONFIG}.use_per_rank_bias": (False,),
-    f"{CONFIG}.per_rank_gen": (True,),
-    f"{CONFIG}.use_token_mixing": (False,),
-    f"{CONFIG}.extra_modules": (None, [], {}),
-    f"{LORA}.use_dora": (False,),
-    f"{LORA}.rank_pattern": ({},),
-    f"{LORA}.alpha_pattern": ({},),
-    f"{LORA}.layers_to_transform": (None,),
-    f"{LORA}.lora_bias": (False,),
-    f"{READS}.aggregator_type": ("perceiver",),
-    f"{READS}.num_extra_modules": (0,),
-}
+#: Fields of what is not supported: False, None, 0 or empty, or not there.
+OFF = [
+    f"{record}.{name}"
+    for record, names in {
+        CONFIG: "use_light_weight_lora use_per_rank_bias use_token_mixing extra_modules",
+        LORA: "use_dora rank_pattern alpha_pattern layers_to_transform lora_bias",
+        READS: "num_extra_modules",
+    }.items()
+    for name in names.split()
+]
 #: Fields that checkpoints before them lack.
 DEFAULTS = {f"{CONFIG}.num_pre_head_layers": 4, f"{CONFIG}.use_bias": True, f"{ENCODER}.ctx_encoder_last_layer": None}
-DEFAULTS |= {path: allowed[0] for path, allowed in SUPPORTED.items()}
 STATES = {"per_layer_activations": "all", "early_exit": "last", "embed_only": "embeddings"}
 #: Prefix and suffix of a text in the templates that doc-to-lora has for its reading models.
 AFFIXES = {
@@ -125,7 +118,7 @@ def write(folder: Path, contents: Contents) -> None:
         raise CheckpointError(f"{contents.path}: expected a checkpoint that was converted from Doc-to-LoRA's format")
     try:
         base, stated, encoder = _configs(kept)
-        records = _decoded(kept, lambda kind, content: _MAKERS[kind](content))
+        records = _decoded(kept, lambda kind, content: MAKERS[kind](content))
     except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{where}: reference.doc_to_lora: {type(error).__name__}: {error}") from None
     theirs, ours = (base, stated, to_json(encoder)), (blocks.get("base_model"), config, blocks.get("encoder"))
@@ -152,9 +145,7 @@ def _encoded(value: Any, left: Iterator[int]) -> Any:
     kind = f"{type(value).__module__}.{type(value).__name__}"
     match value:
         case Record():
-            return [kind, _encoded(vars(value), left)]
-        case Member():
-            return [kind, str(value)]
+            return [kind, _encoded(value.content, left)]
         case dict():
             return {key: _encoded(item, left) for key, item in value.items()}
         case Tensor():
@@ -193,14 +184,17 @@ def _configs(kept: Any) -> tuple[str, PerceiverConfig, DocumentEncoderConfig]:
         for name in path.split("."):
             if isinstance(value, dict) and name in value:
                 value = value[name]
-            elif path in DEFAULTS:
-                return DEFAULTS[path]
+            elif path in DEFAULTS or path in OFF:
+                return DEFAULTS.get(path)
             else:
                 raise ConfigError(f"{path}: missing")
         return value
 
-    for path, allowed in SUPPORTED.items():
-        one_of(path, field(path), allowed)
+    for path in OFF:
+        if field(path):
+            raise ConfigError(f"{path}: expected none, as others are not supported, got {short_repr(field(path))}")
+    for path, supported in ((f"{CONFIG}.per_rank_gen", True), (f"{READS}.aggregator_type", "perceiver")):
+        one_of(path, field(path), (supported,))
     modules, sizes, layers = map(field, (MODULES, SIZES, LAYERS))
     if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
         raise ConfigError(f"{MODULES}: expected names, got {short_repr(modules)}")
