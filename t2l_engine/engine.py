@@ -118,33 +118,30 @@ class TextToLoRA:
         folder = resolve_checkpoint(checkpoint)
         contents = read(folder, module_order)
         hypernetwork = load(contents, scaling=scaling, dtype=dtype, device=device)
-        if isinstance(hypernetwork, PerceiverHyperNetwork):
-            if encoder is None or isinstance(encoder, (str, Path)):
-                config = _encoder_config(contents, folder, encoder)
-                if not isinstance(config, DocumentEncoderConfig):
-                    raise CheckpointError(f"{folder}: encoder: expected one that reads documents, got {short_repr(config)}")
-                encoder = DocumentEncoder.from_config(config, device=device, trust_remote_code=trust_remote_code)
-            if not isinstance(encoder, DocumentEncoder):
-                raise ValueError(f"encoder: expected a DocumentEncoder for {folder}, got {type(encoder).__name__}")
-            return DocToLoRA(encoder, hypernetwork, contents.prompt_form)
-        if isinstance(encoder, DocumentEncoder):
-            raise ValueError(f"encoder: expected none that reads documents, since {folder} reads descriptions")
+        reads = "documents" if isinstance(hypernetwork, PerceiverHyperNetwork) else "descriptions"
         if encoder is None or isinstance(encoder, (str, Path)):
             config = _encoder_config(contents, folder, encoder)
-            if isinstance(config, DocumentEncoderConfig):
-                raise CheckpointError(f"{folder}: encoder: expected one of descriptions, got {short_repr(config)}")
+            if isinstance(config, DocumentEncoderConfig) != (reads == "documents"):
+                raise CheckpointError(f"{folder}: encoder: expected one that reads {reads}, got {short_repr(config)}")
             if isinstance(config, OneHotConfig):
                 encoder = OneHotEncoder(config, device=device)
             elif isinstance(config, LLMEncoderConfig):
                 pooling = build_pooling(contents, config)
                 encoder = LLMEncoder.from_config(config, pooling, device=device, trust_remote_code=trust_remote_code)
+            elif isinstance(config, DocumentEncoderConfig):
+                encoder = DocumentEncoder.from_config(config, device=device, trust_remote_code=trust_remote_code)
             else:
                 encoder = TextEncoder.from_pretrained(config or MINILM, device=device, trust_remote_code=trust_remote_code)
-            if config is None and encoder.embed_dim != hypernetwork.config.embed_dim:
+            width = 0 if isinstance(hypernetwork, PerceiverHyperNetwork) else hypernetwork.config.embed_dim
+            if config is None and isinstance(encoder, TextEncoder) and encoder.embed_dim != width:
                 raise ValueError(
-                    f"{folder}: names no text encoder and needs embeddings of width {hypernetwork.config.embed_dim}, "
+                    f"{folder}: names no text encoder and needs embeddings of width {width}, "
                     f"which the default, {MINILM.name!r} of width {encoder.embed_dim}, does not give; pass encoder=..."
                 )
+        if isinstance(encoder, DocumentEncoder) and isinstance(hypernetwork, PerceiverHyperNetwork):
+            return DocToLoRA(encoder, hypernetwork, contents.prompt_form)
+        if isinstance(encoder, DocumentEncoder) or isinstance(hypernetwork, PerceiverHyperNetwork):
+            raise ValueError(f"encoder: expected one that reads {reads}, as {folder}, got {type(encoder).__name__}")
         described = has_described_prompts(contents.blocks)
         return cls(encoder, hypernetwork, contents.prompt_form, description_in_prompt=described)
 
@@ -299,6 +296,8 @@ class DocToLoRA(TextToLoRA):
         Raises as :meth:`TextToLoRA.generate` and :meth:`DocumentEncoder.chunks`.
         """
         if library is not None or top_k != 1 or min_similarity != -1.0:
+            if max_chunk_tokens is not None or (chunk_scale, bias_scale) != (1.0, 1.0):
+                raise ValueError("max_chunk_tokens, chunk_scale, bias_scale: expected none with a library")
             return super().generate(texts, examples, library=library, top_k=top_k, min_similarity=min_similarity)
         latents = self.embed(texts, examples, max_chunk_tokens=max_chunk_tokens, progress=progress)
         return self.hypernetwork.generate(latents, chunk_scale=chunk_scale, bias_scale=bias_scale)

@@ -24,7 +24,7 @@ from t2l_engine.files.weights import expect_none, replacing, save_torch
 from t2l_engine.files.yaml import read_yaml
 from t2l_engine.hypernetwork import d2l, sakana
 from t2l_engine.hypernetwork.checkpoint import read, write_native
-from t2l_engine.hypernetwork.config import PERCEIVERS, HyperNetworkConfig, resolve_scaling
+from t2l_engine.hypernetwork.config import HyperNetworkConfig, PerceiverConfig
 from t2l_engine.hypernetwork.folder import (
     BLOCKS,
     CONFIG_NAME,
@@ -33,7 +33,6 @@ from t2l_engine.hypernetwork.folder import (
     CheckpointError,
     Contents,
     format_of,
-    native_blocks,
 )
 from t2l_engine.hypernetwork.network import build, check_encoder
 
@@ -66,8 +65,10 @@ def convert(source: Path, target: Path, to: str | None = None, module_order: lis
     source, target = Path(source), Path(target)
     if to is not None and to not in FORMATS:
         raise ValueError(f"to: expected one of {FORMATS}, got {to!r}")
+    contents = read(source, module_order)
     if to is None:
-        to = "native" if format_of(source) != "native" else "doc-to-lora" if _reads_documents(source) else "sakana"
+        back = "doc-to-lora" if isinstance(contents.config, PerceiverConfig) else "sakana"
+        to = back if format_of(source) == "native" else "native"
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target}: expected a folder, got a file")
     # A folder with files of both formats would be ambiguous.
@@ -76,7 +77,6 @@ def convert(source: Path, target: Path, to: str | None = None, module_order: lis
     expect_none(target, others, f"of another format than {to}")
     if to == "sakana":  # it would replace the adapter's configuration and leave its weights
         expect_none(target, ADAPTER_WEIGHTS, "whose adapter_config.json would be replaced")
-    contents = read(source, module_order)
     build(contents)  # checks every key and shape
     check_encoder(contents)
     if to == "native":
@@ -87,11 +87,6 @@ def convert(source: Path, target: Path, to: str | None = None, module_order: lis
     else:
         _write_sakana(target, *to_sakana(contents))
     return to
-
-
-def _reads_documents(folder: Path) -> bool:
-    block = native_blocks(folder)["hypernetwork"]
-    return isinstance(block, dict) and block.get("variant") in PERCEIVERS
 
 
 def _stored(contents: Contents, name: str) -> dict[str, Any]:
@@ -232,7 +227,7 @@ def _sakana_configs(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": c.rank,
-        "lora_alpha": c.lora_alpha if rslora else resolve_scaling(c.scaling, c.lora_alpha, c.rank) * c.rank,
+        "lora_alpha": c.lora_alpha if rslora else c.scaling_value * c.rank,
         "use_rslora": rslora,
         "target_modules": list(c.modules),
         "bias": "none",

@@ -20,7 +20,7 @@ from torch import Tensor
 from t2l_engine.files.errors import ConfigError, boolean, positive_number, short_repr
 from t2l_engine.files.text import from_json, read_json, to_json
 from t2l_engine.files.torch_file import read_torch_file
-from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
+from t2l_engine.hypernetwork.config import HyperNetworkConfig
 from t2l_engine.hypernetwork.folder import (
     BLOCKS,
     SAKANA_NAMES,
@@ -327,7 +327,7 @@ class SakanaFiles:
         where = f"{self.args_path}: {OWN_BLOCK}"
         exact = from_json(HyperNetworkConfig, to_json(config) | own, where)
         for name, a, b in (
-            ("scaling", *(resolve_scaling(c.scaling, c.lora_alpha, c.rank) for c in (exact, config))),
+            ("scaling", exact.scaling_value, config.scaling_value),
             ("output_scale", exact.output_scale, config.output_scale),
         ):
             if abs(a - b) > 1e-9 * b:

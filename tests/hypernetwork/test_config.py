@@ -149,7 +149,7 @@ def test_read_json(tmp_path):
     with pytest.raises(ConfigError, match=r"some\.json: not UTF-8 text: .* at byte 7"):
         read_json(path)
     path.write_bytes(b" " * (MAX_CONFIG_BYTES + 1))
-    with pytest.raises(ConfigError, match=rf"some\.json: expected .* at most {MAX_CONFIG_BYTES} bytes"):
+    with pytest.raises(ConfigError, match=rf"some\.json: expected at most {MAX_CONFIG_BYTES} bytes"):
         read_json(path)
     path.write_text('{"a": [1]}')
     assert read_json(path) == {"a": [1]}
