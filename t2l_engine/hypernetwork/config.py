@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import Any
 
+from torch import nn
+
 from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, path_error
 from t2l_engine.files.errors import (
     MAX_LAYERS,
@@ -68,6 +70,8 @@ class TargetConfig:
                 raise ConfigError(f"modules: expected plain module names such as 'q_proj', got {short_repr(name)}")
         if len(set(self.modules)) != len(self.modules):
             raise ConfigError(f"modules: expected distinct names, got {short_repr(list(self.modules))}")
+        if taken := [name for name in self.modules if hasattr(nn.ParameterDict(), name)]:
+            raise ConfigError(f"modules: expected names of linears, got {taken}, which torch's ParameterDict does not allow")
         self._check_paths()
         for name in ("in_features", "out_features"):
             if len(getattr(self, name)) != len(self.modules):

@@ -17,7 +17,6 @@ from t2l_engine import ops
 from t2l_engine.adapters.paths import module_names
 from t2l_engine.adapters.shard import Shard
 from t2l_engine.adapters.stack import AdapterStack
-from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.weights import cast_matrices
 from t2l_engine.hypernetwork.checkpoint import read, write_native
 from t2l_engine.hypernetwork.config import HyperNetworkConfig, PerceiverConfig
@@ -48,7 +47,7 @@ class HyperNetwork(nn.Module):
     that do not depend on the task are folded once, and again after a parameter changes (an optimiser step, ``copy_``,
     ``to``; changes through ``.data`` are not detected).
 
-    Source: paper section 3 and its appendix.  The constructor raises ConfigError for module names that ModuleDict refuses.
+    Source: paper section 3 and its appendix.
 
     >>> import torch
     >>> import t2l_engine as t2l
@@ -62,9 +61,6 @@ class HyperNetwork(nn.Module):
         super().__init__()
         self.config = config
         c, m = config, config.width
-        taken = [name for name in c.modules if hasattr(nn.ModuleDict(), name)]
-        if taken:
-            raise ConfigError(f"modules: expected names of linears, got {taken}, which torch's ModuleDict does not allow")
         self.task_encoder = TASK_ENCODERS[c.task_encoder](c)
         one_hot = c.task_encoder == "discrete"
         self.depth_emb = None if one_hot else NormedEmbedding(c.num_layers, c.depth_width)
@@ -369,11 +365,8 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
 def build(contents: Contents) -> HyperNetwork | PerceiverHyperNetwork:
     """A hypernetwork with exactly the tensors ``contents.state``; CheckpointError names missing, extra and misfit keys."""
     config, state, path, key_in_file = contents.config, contents.state, contents.path, contents.key_in_file
-    try:
-        with torch.device("meta"):
-            net = PerceiverHyperNetwork(config) if isinstance(config, PerceiverConfig) else HyperNetwork(config)
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    with torch.device("meta"):
+        net = PerceiverHyperNetwork(config) if isinstance(config, PerceiverConfig) else HyperNetwork(config)
     if isinstance(net, HyperNetwork):
         _add_offsets(net, contents)
     _assign(net, state, path, key_in_file)

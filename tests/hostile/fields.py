@@ -23,6 +23,7 @@ STRUCTURED = [
     *(("native", "config.json", loader) for loader in ("hypernetwork", "describe", "encoder")),
     *((base, file, None) for base in ("L-sft", "M-recon-z") for file in ("args.yaml", "adapter_config.json")),
     ("adapter", "adapter_config.json", None),
+    ("perceiver", "config.json", "documents"),
     *((base, file, None) for base, files in FILES.items() for file in files),
 ]  # fmt: skip
 #: Fields of a hypernetwork that fit the file and not the tensors beside it.

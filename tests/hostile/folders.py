@@ -21,6 +21,7 @@ import torch
 
 from t2l_engine import AdapterStack, HyperNetwork
 from t2l_engine.hypernetwork.checkpoint import describe, read
+from t2l_engine.hypernetwork.convert import convert
 from t2l_engine.hypernetwork.network import build
 from t2l_engine.research.tasks import manifest
 from t2l_engine.research.tasks.benchmarks import import_benchmarks
@@ -116,10 +117,11 @@ class Workshop:
         self.directory, self._numbers = directory, itertools.count()
         (directory / "good").mkdir()
         self.good = {path.name: path for path in GOLDEN.iterdir()} | {"documents": DOCUMENTS}
-        for name in ("native", "adapter", *FILES):
+        for name in ("native", "adapter", "perceiver", *FILES):
             self.good[name] = directory / "good" / name
         net = HyperNetwork.from_pretrained(GOLDEN / "M-recon-z")  # it has offsets too
         net.save_pretrained(self.good["native"], {"encoder": {"name": "minilm", "pooling": "mean"}, "base_model": "tiny"})
+        convert(DOCUMENTS, self.good["perceiver"])
         draw = torch.Generator().manual_seed(0)
         a = {name: torch.randn(1, 3, 4, 64, generator=draw) for name in ("q_proj", "v_proj")}
         b = {name: torch.randn(1, 3, n, 4, generator=draw) for name, n in (("q_proj", 64), ("v_proj", 32))}

@@ -78,7 +78,7 @@ def test_modules_without_a_known_place_need_paths():
 
 WRONG = {
     "variant": ["S", ["L"]],
-    "modules": [[], "q_proj", ["q_proj", "q_proj"], ["q_proj", "self_attn.v_proj"], ["q_proj", 3], None,
+    "modules": [[], "q_proj", ["q_proj", "q_proj"], ["q_proj", "self_attn.v_proj"], ["q_proj", 3], None, ["q_proj", "keys"],
                 [f"m{i}" for i in range(257)], ["q_proj", "v" * 65]],
     "in_features": [[64], [64, 0], [64, 1 << 31]],
     "out_features": [[64, 32.0], [64, True]],
