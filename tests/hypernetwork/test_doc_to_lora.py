@@ -1,5 +1,6 @@
 """Checkpoints of SakanaAI/doc-to-lora, against the adapters and logits that its own code makes of them."""
 
+import copy
 import functools
 import json
 import pickle
@@ -80,6 +81,21 @@ def test_a_context_alone_makes_the_adapter_that_it_makes_among_others(golden):
     for i, context in enumerate(golden.contexts):
         for name, alone in deltas(golden.engine.generate_from_ids([context])).items():
             torch.testing.assert_close(alone[0], together[name][i], atol=1e-6, rtol=0)
+
+
+def test_a_chunk_makes_the_same_bits_beside_longer_ones(golden):
+    """From hidden states in bfloat16; float32 products of a few rows, as these ranks are, round by the number of rows."""
+    net, lengths = copy.deepcopy(golden.engine.hypernetwork).set_dtype(torch.bfloat16), (9, 150, 37)
+    layers = (net.config.num_layers,) * net.config.per_layer
+    states = torch.randn(len(lengths), *layers, max(lengths), net.config.feature_size)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    with torch.no_grad():
+        together = net.generate(net.latents(states, mask).split(1))
+        for i, n in enumerate(lengths):
+            alone = net.generate([net.latents(states[i : i + 1, ..., :n, :], mask[i : i + 1, :n])])
+            for name, lora_A in alone.lora_A.items():
+                assert torch.equal(lora_A[0], together.lora_A[name][i]), (name, n)
+                assert torch.equal(alone.lora_B[name][0], together.lora_B[name][i]), (name, n)
 
 
 def test_scales_of_chunks_and_bias():
