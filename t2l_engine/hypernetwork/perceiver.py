@@ -165,8 +165,8 @@ class PerceiverHyperNetwork(nn.Module):
         self.projection = SwiGLU(c.feature_size, 4 * c.feature_size, d)
         self.encoder = Resampler(c.num_latents, d, c.num_blocks, c.num_self_attention, c.shared_blocks)
         self.decoder = Resampler(queries, d)
-        for norm in (self.decoder.layers[0].post_attention_layernorm, self.decoder.layers[0].post_ff_layernorm):
-            nn.init.constant_(norm.weight, INITIAL_READ)
+        for name in ("post_attention_layernorm", "post_ff_layernorm"):
+            nn.init.constant_(self.decoder.get_parameter(f"layers.0.{name}.weight"), INITIAL_READ)
         self.mlps = nn.ModuleList(ResidualMLP(layers if c.per_layer_mlps else 1, d) for _ in range(c.num_mlps))
         widest = max(map(sum, zip(c.in_features, c.out_features, strict=True)))
         sizes = list(zip(c.modules, c.in_features, c.out_features, strict=True))
