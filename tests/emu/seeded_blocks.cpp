@@ -7,227 +7,186 @@ namespace seeded {
 namespace {
 
 const Case kCases[] = {
-    {"missing_barrier",
-     [](bool fixed, const float* x, float* y) {
-       return launch(kRowBytes, [=] {
-         SharedMemory shared;
-         float* row = shared.take<float>(kThreads);
-         row[thread_index()] = load_one(x + element());
-         if (fixed) block_barrier();
-         store_one(y + element(), row[kThreads - 1 - thread_index()]);
-       });
-     },
-     reversed},
+    kernel("missing_barrier", kRowBytes, reversed,
+           [](bool fixed, const float* x, float* y) {
+             float* row = take_row();
+             row[thread_index()] = load_one(x + element());
+             if (fixed) block_barrier();
+             store_one(y + element(), row[kThreads - 1 - thread_index()]);
+           }),
 
-    {"missing_barrier_after",  // before the row is written again
-     [](bool fixed, const float* x, float* y) {
-       return launch(kRowBytes, [=] {
-         SharedMemory shared;
-         float* row = shared.take<float>(kThreads);
-         float sum = 0;
-         for (int i = 0; i < 2; ++i) {
-           row[thread_index()] = static_cast<float>(i + 1) * load_one(x + element());
-           block_barrier();
-           sum += row[kThreads - 1 - thread_index()];
-           if (fixed) block_barrier();
-         }
-         store_one(y + element(), sum);
-       });
-     },
-     [](int block, int thread) { return 3 * reversed(block, thread); }},
+    // Before the row is written again.
+    kernel(
+        "missing_barrier_after", kRowBytes, [](int block, int thread) { return 3 * reversed(block, thread); },
+        [](bool fixed, const float* x, float* y) {
+          float* row = take_row();
+          float sum = 0;
+          for (int i = 0; i < 2; ++i) {
+            row[thread_index()] = static_cast<float>(i + 1) * load_one(x + element());
+            block_barrier();
+            sum += row[kThreads - 1 - thread_index()];
+            if (fixed) block_barrier();
+          }
+          store_one(y + element(), sum);
+        }),
 
-    {"missing_wait",  // waits for all groups but one
-     [](bool fixed, const float* x, float* y) {
-       return launch(kRowBytes, [=] {
-         SharedMemory shared;
-         float* row = shared.take<float>(kThreads);
-         copy_row(row, x + block_index() * kThreads);
-         if (fixed)
-           wait_for_copies<0>();
-         else
-           wait_for_copies<1>();
-         block_barrier();
-         store_one(y + element(), row[kThreads - 1 - thread_index()]);
-         block_barrier();
-         wait_for_copies<0>();
-       });
-     },
-     reversed},
+    // Waits for all groups but one.
+    kernel("missing_wait", kRowBytes, reversed,
+           [](bool fixed, const float* x, float* y) {
+             float* row = take_row();
+             copy_row(row, x + block_index() * kThreads);
+             if (fixed)
+               wait_for_copies<0>();
+             else
+               wait_for_copies<1>();
+             block_barrier();
+             store_one(y + element(), row[kThreads - 1 - thread_index()]);
+             block_barrier();
+             wait_for_copies<0>();
+           }),
 
-    {"abandoned_copies",
-     [](bool fixed, const float* x, float* y) {
-       return launch(kRowBytes, [=] {
-         SharedMemory shared;
-         copy_row(shared.take<float>(kThreads), x + block_index() * kThreads);
-         store_one(y + element(), load_one(x + element()));
-         if (fixed) wait_for_copies<0>();
-       });
-     },
-     input},
+    kernel("abandoned_copies", kRowBytes, input,
+           [](bool fixed, const float* x, float* y) {
+             copy_row(take_row(), x + block_index() * kThreads);
+             store_one(y + element(), load_one(x + element()));
+             if (fixed) wait_for_copies<0>();
+           }),
 
-    {"early_overwrite",  // of a slot that others still read
-     [](bool fixed, const float* x, float* y) {
-       return launch(2 * kRowBytes, [=] {
-         SharedMemory shared;
-         float* slots = shared.take<float>(2 * kThreads);
-         float sum = 0;
-         copy_row(slots, x);
-         for (int i = 0; i < kSteps; ++i) {
-           if (i + 1 < kSteps)
-             copy_row(slots + (i + 1) % 2 * kThreads, x + (i + 1) * kStep);
-           else
-             commit_copies();
-           wait_for_copies<1>();
-           block_barrier();
-           sum += slots[i % 2 * kThreads + kThreads - 1 - thread_index()];
-           if (fixed) block_barrier();
-         }
-         store_one(y + element(), sum);
-       });
-     },
-     [](int, int thread) {
-       float sum = 0;
-       for (int i = 0; i < kSteps; ++i) sum += reversed(0, thread) + static_cast<float>(i * kStep);
-       return sum;
-     }},
+    // Of a slot that others still read.
+    kernel(
+        "early_overwrite", 2 * kRowBytes,
+        [](int, int thread) {
+          float sum = 0;
+          for (int i = 0; i < kSteps; ++i) sum += reversed(0, thread) + static_cast<float>(i * kStep);
+          return sum;
+        },
+        [](bool fixed, const float* x, float* y) {
+          SharedMemory shared;
+          float* slots = shared.take<float>(2 * kThreads);
+          float sum = 0;
+          copy_row(slots, x);
+          for (int i = 0; i < kSteps; ++i) {
+            if (i + 1 < kSteps)
+              copy_row(slots + (i + 1) % 2 * kThreads, x + (i + 1) * kStep);
+            else
+              commit_copies();
+            wait_for_copies<1>();
+            block_barrier();
+            sum += slots[i % 2 * kThreads + kThreads - 1 - thread_index()];
+            if (fixed) block_barrier();
+          }
+          store_one(y + element(), sum);
+        }),
 
-    {"shared_overrun",
-     [](bool fixed, const float* x, float* y) {
-       return launch(2 * kRowBytes, [=] {
-         SharedMemory shared;
-         shared.take<float>(kThreads);
-         float* row = shared.take<float>(kThreads);
-         row[thread_index() + (fixed ? 0 : 1)] = load_one(x + element());
-         store_one(y + element(), load_one(x + element()));
-       });
-     },
-     input},
+    kernel("shared_overrun", 2 * kRowBytes, input,
+           [](bool fixed, const float* x, float* y) {
+             SharedMemory shared;
+             shared.take<float>(kThreads);
+             float* row = shared.take<float>(kThreads);
+             row[thread_index() + (fixed ? 0 : 1)] = load_one(x + element());
+             store_one(y + element(), load_one(x + element()));
+           }),
 
-    {"global_overrun",
-     [](bool fixed, const float* x, float* y) {
-       return launch(0, [=] { store_one(y + element(), load_one(x + element() + (fixed ? 0 : 1))); });
-     },
-     input},
+    kernel(
+        "global_overrun", 0, input,
+        [](bool fixed, const float* x, float* y) { store_one(y + element(), load_one(x + element() + (fixed ? 0 : 1))); }),
 
-    {"misaligned_load",
-     [](bool fixed, const float* x, float* y) {
-       return launch(0, [=] {
-         const int first = element() / 4 * 4;
-         const Vec16 quad = load_vec16(x + (fixed || first < 4 ? first : first - 1));
-         store_one(y + element(), bits_to_float(quad.word[element() % 4]));
-       });
-     },
-     input},
+    kernel("misaligned_load", 0, input,
+           [](bool fixed, const float* x, float* y) {
+             const int first = element() / 4 * 4;
+             const Vec16 quad = load_vec16(x + (fixed || first < 4 ? first : first - 1));
+             store_one(y + element(), bits_to_float(quad.word[element() % 4]));
+           }),
 
-    {"misaligned_copy",
-     [](bool fixed, const float* x, float* y) {
-       return launch(kRowBytes, [=] {
-         SharedMemory shared;
-         float* row = shared.take<float>(kThreads);
-         copy_row(row, x + block_index() * (kThreads - (fixed ? 0 : 1)));
-         wait_for_copies<0>();
-         block_barrier();
-         store_one(y + element(), row[thread_index()]);
-       });
-     },
-     input},
+    kernel("misaligned_copy", kRowBytes, input,
+           [](bool fixed, const float* x, float* y) {
+             float* row = take_row();
+             copy_row(row, x + block_index() * (kThreads - (fixed ? 0 : 1)));
+             wait_for_copies<0>();
+             block_barrier();
+             store_one(y + element(), row[thread_index()]);
+           }),
 
-    {"copy_to_global",
-     [](bool fixed, const float* x, float* y) {
-       return launch(kRowBytes, [=] {
-         SharedMemory shared;
-         float* row = shared.take<float>(kThreads);
-         copy_row(fixed ? row : y, x + block_index() * kThreads);
-         wait_for_copies<0>();
-         block_barrier();
-         store_one(y + element(), row[thread_index()]);
-       });
-     },
-     input},
+    kernel("copy_to_global", kRowBytes, input,
+           [](bool fixed, const float* x, float* y) {
+             float* row = take_row();
+             copy_row(fixed ? row : y, x + block_index() * kThreads);
+             wait_for_copies<0>();
+             block_barrier();
+             store_one(y + element(), row[thread_index()]);
+           }),
 
-    {"divergent_exchange",  // half a warp at one, half at another
-     [](bool fixed, const float* x, float* y) {
-       return launch(0, [=] {
-         const float value = load_one(x + element());
-         if (fixed || lane_index() < 16)
-           store_one(y + element(), shuffle_xor(value, 1));
-         else
-           store_one(y + element(), static_cast<float>(shuffle_xor(static_cast<double>(value), 1)));
-       });
-     },
-     [](int block, int thread) { return input(block, thread ^ 1); }},
+    // Half a warp at one, half at another.
+    kernel(
+        "divergent_exchange", 0, [](int block, int thread) { return input(block, thread ^ 1); },
+        [](bool fixed, const float* x, float* y) {
+          const float value = load_one(x + element());
+          if (fixed || lane_index() < 16)
+            store_one(y + element(), shuffle_xor(value, 1));
+          else
+            store_one(y + element(), static_cast<float>(shuffle_xor(static_cast<double>(value), 1)));
+        }),
 
-    {"divergent_barrier",  // half of the last warp is elsewhere
-     [](bool fixed, const float* x, float* y) {
-       return launch(0, [=] {
-         if (fixed || thread_index() < kThreads - 16) block_barrier();
-         store_one(y + element(), sum_over_warp(load_one(x + element())));
-       });
-     },
-     warp_sum},
+    // Half of the last warp is elsewhere.
+    kernel("divergent_barrier", 0, warp_sum,
+           [](bool fixed, const float* x, float* y) {
+             if (fixed || thread_index() < kThreads - 16) block_barrier();
+             store_one(y + element(), sum_over_warp(load_one(x + element())));
+           }),
 
-    {"missing_turn",  // of the second warp, which reads what the first has written
-     [](bool fixed, const float* x, float* y) {
-       return launch(kRowBytes, [=] {
-         SharedMemory shared;
-         float* row = shared.take<float>(kThreads);
-         const int warp = warp_index(), first = lane_index();
-         if (warp == 0) {
-           row[first] = load_one(x + element());
-           if (fixed) named_arrive<kThreads>(3);
-         } else if (fixed) {
-           named_barrier<kThreads>(3);
-         }
-         store_one(y + element(), warp == 0 ? load_one(x + element()) : row[31 - first]);
-       });
-     },
-     [](int block, int thread) { return input(block, thread < 32 ? thread : 63 - thread); }},
+    // Of the second warp, which reads what the first has written.
+    kernel(
+        "missing_turn", kRowBytes, [](int block, int thread) { return input(block, thread < 32 ? thread : 63 - thread); },
+        [](bool fixed, const float* x, float* y) {
+          float* row = take_row();
+          const int warp = warp_index(), first = lane_index();
+          if (warp == 0) {
+            row[first] = load_one(x + element());
+            if (fixed) named_arrive<kThreads>(3);
+          } else if (fixed) {
+            named_barrier<kThreads>(3);
+          }
+          store_one(y + element(), warp == 0 ? load_one(x + element()) : row[31 - first]);
+        }),
 
-    {"barrier_of_others",  // one warp calls it with as many threads as it has, one with all
-     [](bool fixed, const float* x, float* y) {
-       return launch(0, [=] {
-         if (fixed || warp_index() == 1)
-           named_barrier<kThreads>(3);
-         else
-           named_barrier<kThreads / 2>(3);
-         store_one(y + element(), load_one(x + element()));
-       });
-     },
-     input},
+    // One warp calls it with as many threads as it has, one with all.
+    kernel("barrier_of_others", 0, input,
+           [](bool fixed, const float* x, float* y) {
+             if (fixed || warp_index() == 1)
+               named_barrier<kThreads>(3);
+             else
+               named_barrier<kThreads / 2>(3);
+             store_one(y + element(), load_one(x + element()));
+           }),
 
-    {"part_of_a_warp",  // a device counts whole warps
-     [](bool fixed, const float* x, float* y) {
-       return launch(0, [=] {
-         if (fixed)
-           named_barrier<kThreads>(3);
-         else if (lane_index() < 16)
-           named_barrier<32>(3);
-         store_one(y + element(), load_one(x + element()));
-       });
-     },
-     input},
+    // A device counts whole warps.
+    kernel("part_of_a_warp", 0, input,
+           [](bool fixed, const float* x, float* y) {
+             if (fixed)
+               named_barrier<kThreads>(3);
+             else if (lane_index() < 16)
+               named_barrier<32>(3);
+             store_one(y + element(), load_one(x + element()));
+           }),
 
-    {"arrives_once_more",  // the next kernel's barrier would count it
-     [](bool fixed, const float* x, float* y) {
-       return launch(0, [=] {
-         named_barrier<kThreads>(3);
-         if (!fixed && warp_index() == 1) named_arrive<kThreads>(3);
-         store_one(y + element(), load_one(x + element()));
-       });
-     },
-     input},
+    // The next kernel's barrier would count it.
+    kernel("arrives_once_more", 0, input,
+           [](bool fixed, const float* x, float* y) {
+             named_barrier<kThreads>(3);
+             if (!fixed && warp_index() == 1) named_arrive<kThreads>(3);
+             store_one(y + element(), load_one(x + element()));
+           }),
 
-    {"exited_lane",  // a whole warp may exit, and counts as arrived at barriers
-     [](bool fixed, const float* x, float* y) {
-       return launch(0, [=] {
-         const float value = load_one(x + element());
-         store_one(y + element(), value);
-         if (fixed ? warp_index() == 1 : lane_index() == 0) return;
-         store_one(y + element(), sum_over_warp(value));
-         block_barrier();
-       });
-     },
-     [](int block, int thread) { return thread < 32 ? warp_sum(block, thread) : input(block, thread); }},
+    // A whole warp may exit, and counts as arrived at barriers.
+    kernel(
+        "exited_lane", 0, [](int block, int thread) { return thread < 32 ? warp_sum(block, thread) : input(block, thread); },
+        [](bool fixed, const float* x, float* y) {
+          const float value = load_one(x + element());
+          store_one(y + element(), value);
+          if (fixed ? warp_index() == 1 : lane_index() == 0) return;
+          store_one(y + element(), sum_over_warp(value));
+          block_barrier();
+        }),
 
     {"wrong_stream",
      [](bool fixed, const float* x, float* y) {
@@ -269,15 +228,12 @@ const Case kCases[] = {
      },
      input},
 
-    {"different_allocations",
-     [](bool fixed, const float* x, float* y) {
-       return launch(kRowBytes, [=] {
-         SharedMemory shared;
-         shared.take<float>(fixed || thread_index() % 2 ? kThreads : kThreads / 2);
-         store_one(y + element(), load_one(x + element()));
-       });
-     },
-     input},
+    kernel("different_allocations", kRowBytes, input,
+           [](bool fixed, const float* x, float* y) {
+             SharedMemory shared;
+             shared.take<float>(fixed || thread_index() % 2 ? kThreads : kThreads / 2);
+             store_one(y + element(), load_one(x + element()));
+           }),
 
     {"int32_offset",
      [](bool fixed, const float* x, float* y) {
@@ -296,14 +252,11 @@ const Case kCases[] = {
      },
      input},
 
-    {"failed_requirement",
-     [](bool fixed, const float* x, float* y) {
-       return launch(0, [=] {
-         require(fixed || element() != 70, "an id out of range");
-         store_one(y + element(), load_one(x + element()));
-       });
-     },
-     input},
+    kernel("failed_requirement", 0, input,
+           [](bool fixed, const float* x, float* y) {
+             require(fixed || element() != 70, "an id out of range");
+             store_one(y + element(), load_one(x + element()));
+           }),
 };
 
 }  // namespace

@@ -1,6 +1,7 @@
 // What seeded bugs share: small launches, and the case of a bug and its twin.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <iterator>
 #include <vector>
 
@@ -15,21 +16,15 @@ constexpr int kThreads = 64, kBlocks = 2;
 constexpr int64_t kRowBytes = kThreads * sizeof(float);
 
 template <class Body>
-const char* launch(int64_t shared_bytes, Body body, int cluster = 1) {
-  return emu::launch(emu::Launch{kBlocks, 1, kThreads, shared_bytes, emu::current_stream(), cluster}, body);
+const char* launch(int64_t shared_bytes, Body body, int cluster = 1, bool early = false) {
+  return emu::launch(emu::Launch{kBlocks, 1, kThreads, shared_bytes, emu::current_stream(), cluster, early}, body);
 }
-// Both blocks as one cluster, with a row of shared memory each.
-template <class Body>
-const char* launch_cluster(Body body) {
-  return launch(kRowBytes, body, kBlocks);
-}
-
-template <class Body>
-const char* launch_early(Body body) {
-  return emu::launch(emu::Launch{kBlocks, 1, kThreads, 0, emu::current_stream(), 1, true}, body);
-}
-
 inline int element() { return static_cast<int>(block_index()) * kThreads + thread_index(); }
+
+inline float* take_row() {
+  SharedMemory shared;
+  return shared.take<float>(kThreads);
+}
 
 // A quarter of the threads copy 16 bytes each.
 inline void copy_row(float* target, const float* row) {
@@ -47,9 +42,29 @@ inline void send_row(float* row, const float* x) {
 // A case reads x[i] = i + 1 and writes y, both of kBlocks * kThreads floats.
 struct Case {
   const char* name;
-  const char* (*run)(bool fixed, const float* x, float* y);
+  std::function<const char*(bool fixed, const float* x, float* y)> run;
   float (*expected)(int block, int thread);
 };
+
+using Expected = decltype(Case::expected);
+
+// The case of one launch of `body(fixed, x, y)`.
+template <class Body>
+Case kernel(const char* name, int64_t shared_bytes, Expected expected, Body body, int cluster = 1, bool early = false) {
+  const auto run = [=](bool fixed, const float* x, float* y) {
+    return launch(shared_bytes, [=] { body(fixed, x, y); }, cluster, early);
+  };
+  return {name, run, expected};
+}
+// Both blocks as one cluster, with a row of shared memory each.
+template <class Body>
+Case cluster_kernel(const char* name, Expected expected, Body body) {
+  return kernel(name, kRowBytes, expected, body, kBlocks);
+}
+template <class Body>
+Case early_kernel(const char* name, Expected expected, Body body) {
+  return kernel(name, 0, expected, body, 1, true);
+}
 
 inline float input(int block, int thread) { return static_cast<float>(block * kThreads + thread + 1); }
 inline float reversed(int block, int thread) { return input(block, kThreads - 1 - thread); }

@@ -142,11 +142,8 @@ def run(programs):
 
 
 def bug_names():
-    return [
-        name
-        for source in sorted(SOURCES.glob("seeded_*.cpp"))
-        for name in re.findall(r'^    \{"(\w+)",', source.read_text(), re.MULTILINE)
-    ]
+    found = r'^    (?:\{|\w*kernel\(\s*)"(\w+)",'
+    return [name for path in sorted(SOURCES.glob("seeded_*.cpp")) for name in re.findall(found, path.read_text(), re.M)]
 
 
 def test_every_seeded_bug_is_expected_somewhere():
