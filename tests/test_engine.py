@@ -111,14 +111,11 @@ def sentence_transformer(base_folder):
     return base_folder
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("owner/gte", {"pooling": "cls"}),
-        ("owner/SFR", {"pooling": "last", "template": SFR_TEMPLATE, "dtype": "bfloat16"}),
-        ("", {"pooling": "last", "dtype": "bfloat16"}),
-    ],
-)
+@pytest.mark.parametrize(("name", "expected"), [
+    ("owner/gte", {"pooling": "cls"}),
+    ("owner/SFR", {"pooling": "last", "template": SFR_TEMPLATE, "dtype": "bfloat16"}),
+    ("", {"pooling": "last", "dtype": "bfloat16"}),
+])  # fmt: skip
 def test_encoder_of_the_checkpoint_from_another_folder(edit, sentence_transformer, name, expected):
     """The folder holds the weights; how they are used is what the checkpoint was trained with."""
     folder = edit("L-sft", args={"emb_model": name, "model_dir": "owner/base"})

@@ -181,24 +181,21 @@ def broken(name, content):
     return lambda folder: (folder / name).write_text(content, encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "change, error, message",
-    [
-        (lambda folder: (folder / DESCRIPTIONS).unlink(), FileNotFoundError, "a library has it beside its adapters"),
-        (lambda folder: shutil.rmtree(folder / "past"), FileNotFoundError, "but descriptions.json names past"),
-        (broken(DESCRIPTIONS, "[]"), ConfigError, "expected an object of names and descriptions"),
-        (broken(DESCRIPTIONS, '{"../last": ["x"]}'), ConfigError, "expected names of folders"),
-        (broken(DESCRIPTIONS, r'{"x\u001b]0;y\u0007": ["x"]}'), ConfigError, r"expected names of folders, got 'x\\x1b"),
-        (broken(DESCRIPTIONS, '{"last": []}'), ConfigError, "last: expected a list of descriptions"),
-        (broken(DESCRIPTIONS, r'{"last": ["\ud800"]}'), ConfigError, "last: expected a list of descriptions"),
-        (broken(DESCRIPTIONS, '{"' + 256 * "a" + '": ["x"]}'), ConfigError, "expected names of folders"),
-        (broken(DESCRIPTIONS, '{"embeddings.json": ["x"]}'), ConfigError, "expected names of folders"),
-        (broken(EMBEDDINGS, "no weights"), ConfigError, EMBEDDINGS),
-        (lambda folder: save_file({"means": torch.zeros(3, 5)}, folder / EMBEDDINGS), ConfigError, r"shape \(3, 384\), got"),
-        (broken(DIGESTS, "{"), ConfigError, DIGESTS),
-        (broken("last/adapter_config.json", "{}"), ValueError, "last"),
-    ],
-)
+@pytest.mark.parametrize("change, error, message", [
+    (lambda folder: (folder / DESCRIPTIONS).unlink(), FileNotFoundError, "a library has it beside its adapters"),
+    (lambda folder: shutil.rmtree(folder / "past"), FileNotFoundError, "but descriptions.json names past"),
+    (broken(DESCRIPTIONS, "[]"), ConfigError, "expected an object of names and descriptions"),
+    (broken(DESCRIPTIONS, '{"../last": ["x"]}'), ConfigError, "expected names of folders"),
+    (broken(DESCRIPTIONS, r'{"x\u001b]0;y\u0007": ["x"]}'), ConfigError, r"expected names of folders, got 'x\\x1b"),
+    (broken(DESCRIPTIONS, '{"last": []}'), ConfigError, "last: expected a list of descriptions"),
+    (broken(DESCRIPTIONS, r'{"last": ["\ud800"]}'), ConfigError, "last: expected a list of descriptions"),
+    (broken(DESCRIPTIONS, '{"' + 256 * "a" + '": ["x"]}'), ConfigError, "expected names of folders"),
+    (broken(DESCRIPTIONS, '{"embeddings.json": ["x"]}'), ConfigError, "expected names of folders"),
+    (broken(EMBEDDINGS, "no weights"), ConfigError, EMBEDDINGS),
+    (lambda folder: save_file({"means": torch.zeros(3, 5)}, folder / EMBEDDINGS), ConfigError, r"shape \(3, 384\), got"),
+    (broken(DIGESTS, "{"), ConfigError, DIGESTS),
+    (broken("last/adapter_config.json", "{}"), ValueError, "last"),
+])  # fmt: skip
 def test_broken_folders(engine, library, tmp_path, change, error, message):
     library.save(tmp_path)
     change(tmp_path)

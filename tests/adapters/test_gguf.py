@@ -111,19 +111,13 @@ def test_16_bits(stack, tmp_path, dtype, file_type):
     assert torch.equal(tensors["blk.0.ffn_down.weight.lora_b"], stack.lora_B["down_proj"][0, 0].to(dtype).float())
 
 
-@pytest.mark.parametrize(
-    "changes, match",
-    [
-        ({"config": config(model_type="gpt2")}, "config: expected a base model of type llama, .*, got 'gpt2'"),
-        ({"config": types.SimpleNamespace()}, "config: expected a base model of type llama"),
-        ({"config": config(head_dim=4)}, "q_proj': expected 4 heads of 4 rows, got 32 rows"),
-        (
-            {"config": config(num_hidden_layers=1)},
-            "'model.layers.1.self_attn.q_proj': no tensor of GGUF files of architecture",
-        ),
-        ({"dtype": torch.float64}, "dtype: expected one of .*, got torch.float64"),
-    ],
-)
+@pytest.mark.parametrize("changes, match", [
+    ({"config": config(model_type="gpt2")}, "config: expected a base model of type llama, .*, got 'gpt2'"),
+    ({"config": types.SimpleNamespace()}, "config: expected a base model of type llama"),
+    ({"config": config(head_dim=4)}, "q_proj': expected 4 heads of 4 rows, got 32 rows"),
+    ({"config": config(num_hidden_layers=1)}, "'model.layers.1.self_attn.q_proj': no tensor of GGUF files of architecture"),
+    ({"dtype": torch.float64}, "dtype: expected one of .*, got torch.float64"),
+])  # fmt: skip
 def test_what_is_refused(stack, tmp_path, changes, match):
     file = tmp_path / "a.gguf"
     file.write_bytes(b"mine")

@@ -102,17 +102,14 @@ def test_values_beyond_the_dtype(folder):
     refused(folder, f"{V1}: values exceed the range of torch.float32", alpha_pattern={V1: 8})
 
 
-@pytest.mark.parametrize(
-    ("config", "path"),
-    [
-        ({"target_modules": ["q_proj"]}, "model.layers.0.self_attn.v_proj"),
-        ({"target_modules": ["proj", "layers.0.self_attn.q_proj"]}, "model.layers.0.self_attn.v_proj"),
-        ({"target_modules": []}, Q0),
-        ({"exclude_modules": ["self_attn.v_proj"]}, "model.layers.0.self_attn.v_proj"),
-        ({"layers_to_transform": [0]}, "model.layers.1.self_attn.q_proj"),
-        ({"layers_to_transform": 1}, Q0),
-    ],
-)
+@pytest.mark.parametrize(("config", "path"), [
+    ({"target_modules": ["q_proj"]}, "model.layers.0.self_attn.v_proj"),
+    ({"target_modules": ["proj", "layers.0.self_attn.q_proj"]}, "model.layers.0.self_attn.v_proj"),
+    ({"target_modules": []}, Q0),
+    ({"exclude_modules": ["self_attn.v_proj"]}, "model.layers.0.self_attn.v_proj"),
+    ({"layers_to_transform": [0]}, "model.layers.1.self_attn.q_proj"),
+    ({"layers_to_transform": 1}, Q0),
+])  # fmt: skip
 def test_matrices_that_peft_would_not_apply(folder, config, path):
     (field,) = config
     refused(folder, f"{path}': expected no matrices for it, since {field} in adapter_config.json leaves it out", **config)
@@ -159,25 +156,22 @@ def test_names_are_those_of_all_folders_together(folder, tmp_path, make_stack):
     assert config["target_modules"] == ["attn.c_proj"]  # "c_proj" would be the other one too
 
 
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        ("model.layers.0.mlp.experts.3.w1", "one layer index"),
-        ("model.layers.00.self_attn.q_proj", "layer index below"),
-        ("model.layers.4096.self_attn.q_proj", "layer index below 4096"),
-        ("model.layers.1000000000.self_attn.q_proj", "layer index below 4096"),
-        ("model.layers." + "9" * 5000 + ".self_attn.q_proj", "layer index below 4096"),
-        ("model.layers.\u0663.self_attn.q_proj", "layer index below 4096"),
-        ("model.layers.0.self_attn.\u00b2", "names of letters"),
-        ("model.layers.{layer}.self_attn.q_proj", "no braces"),
-        ("model.layers.{layer.__class__}.0.q_proj", "no braces"),
-        ("model.layers.0..q_proj", "names of letters"),
-        ("../../etc.0.passwd", "names of letters"),
-        ("model.layers.0.self attn\n.q_proj", "names of letters"),
-        ("model.blocks.0", "below the layer index"),
-        ("model." + "x" * 300 + ".0.q_proj", "256"),
-    ],
-)
+@pytest.mark.parametrize(("path", "message"), [
+    ("model.layers.0.mlp.experts.3.w1", "one layer index"),
+    ("model.layers.00.self_attn.q_proj", "layer index below"),
+    ("model.layers.4096.self_attn.q_proj", "layer index below 4096"),
+    ("model.layers.1000000000.self_attn.q_proj", "layer index below 4096"),
+    ("model.layers." + "9" * 5000 + ".self_attn.q_proj", "layer index below 4096"),
+    ("model.layers.\u0663.self_attn.q_proj", "layer index below 4096"),
+    ("model.layers.0.self_attn.\u00b2", "names of letters"),
+    ("model.layers.{layer}.self_attn.q_proj", "no braces"),
+    ("model.layers.{layer.__class__}.0.q_proj", "no braces"),
+    ("model.layers.0..q_proj", "names of letters"),
+    ("../../etc.0.passwd", "names of letters"),
+    ("model.layers.0.self attn\n.q_proj", "names of letters"),
+    ("model.blocks.0", "below the layer index"),
+    ("model." + "x" * 300 + ".0.q_proj", "256"),
+])  # fmt: skip
 def test_refused_paths(folder, path, message):
     edit_state(folder, lambda state: rename(state, Q0, path))
     refused(folder, rf"adapter_model\.safetensors.*{message}")
@@ -226,24 +220,21 @@ def test_refused_fields_are_named(folder, field, value):
     refused(folder, rf"adapter_config\.json.*{field}", **{field: value})
 
 
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("(a+)+$", "none on a group"),
-        ("(?:a|a)*b", "none on a group"),
-        ("(q_proj){2}", "none on a group"),
-        (".*a.*b.*c.*", "at most 3 quantifiers"),
-        ("a?b?c?d?", "at most 3 quantifiers"),
-        ("(?=.*a)b", "no look-around"),
-        ("(?P<x>a)", "no look-around"),
-        (r"(a)\1", "no look-around or back-reference"),
-        ("(a|a)" * 40 + "b", "too much work"),
-        ("[z-a]", "not a regular expression"),
-        ("a{99999999999999}", "not a regular expression"),
-        ("a)", "at 1"),
-        ("a" * 257, "256 characters"),
-    ],
-)
+@pytest.mark.parametrize(("pattern", "message"), [
+    ("(a+)+$", "none on a group"),
+    ("(?:a|a)*b", "none on a group"),
+    ("(q_proj){2}", "none on a group"),
+    (".*a.*b.*c.*", "at most 3 quantifiers"),
+    ("a?b?c?d?", "at most 3 quantifiers"),
+    ("(?=.*a)b", "no look-around"),
+    ("(?P<x>a)", "no look-around"),
+    (r"(a)\1", "no look-around or back-reference"),
+    ("(a|a)" * 40 + "b", "too much work"),
+    ("[z-a]", "not a regular expression"),
+    ("a{99999999999999}", "not a regular expression"),
+    ("a)", "at 1"),
+    ("a" * 257, "256 characters"),
+])  # fmt: skip
 def test_patterns_that_could_keep_the_matcher_busy(folder, pattern, message):
     for field in ("alpha_pattern", "rank_pattern"):
         edit_config(folder, alpha_pattern={}, rank_pattern={})
@@ -281,31 +272,28 @@ def test_absent_fields_are_named(folder, field):
         AdapterStack.from_peft(folder)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda s: {}, "no LoRA matrices"),
-        (lambda s: {k: v for k, v in s.items() if k != KEY}, Q0),
-        (lambda s: s | {KEY: s[KEY][:3].clone()}, Q0),
-        (lambda s: s | {KEY: torch.zeros(4, 9)}, "q_proj"),
-        (lambda s: s | {KEY: torch.zeros(4, 8, 1)}, "lora_A"),
-        (lambda s: s | {"base_model.model.lm_head.weight": torch.zeros(3, 8)}, "lm_head.*save_embedding_layers"),
-        (lambda s: s | {"base_model.model.lm_head.base_layer.weight": torch.zeros(3, 8)}, "lm_head.*save_embedding_layers"),
-        (lambda s: s | {f"base_model.model.{Q0}.lora_magnitude_vector": torch.zeros(3)}, "lora_magnitude_vector.*DoRA"),
-        (lambda s: s | {"base_model.model.wte.lora_embedding_A": torch.zeros(4, 9)}, "lora_embedding_A.*embedding"),
-        (lambda s: s | {f"base_model.model.{Q0}.lora_B.bias": torch.zeros(12)}, "lora_B.bias.*biases"),
-        (lambda s: s | {f"base_model.model.{Q0}.bias": torch.zeros(12)}, "q_proj.bias.*biases"),
-        (lambda s: rename(s, "lora_A.weight", "lora_A.default.weight"), "lora_A.default.weight.*name"),
-        (lambda s: rename(s, "base_model.model.", ""), "lora_A.weight.*'base_model.model"),
-        (lambda s: s | {KEY: torch.zeros(0, 8)}, "lora_A"),
-        (lambda s: s | {KEY: torch.zeros(8)}, "lora_A"),
-        (lambda s: s | {KEY: torch.zeros(4, 8, dtype=torch.int32)}, "lora_A"),
-        (lambda s: s | {KEY: torch.full((4, 8), float("nan"))}, "lora_A"),
-        (lambda s: s | {KEY: torch.full((4, 8), float("-inf"))}, "lora_A"),
-        (lambda s: s | {KEY: torch.full((4, 8), -1e39, dtype=torch.float64)}, f"{Q0}: values exceed"),
-        (lambda s: s | {"x" * 100_000: torch.zeros(4, 8)}, "x"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda s: {}, "no LoRA matrices"),
+    (lambda s: {k: v for k, v in s.items() if k != KEY}, Q0),
+    (lambda s: s | {KEY: s[KEY][:3].clone()}, Q0),
+    (lambda s: s | {KEY: torch.zeros(4, 9)}, "q_proj"),
+    (lambda s: s | {KEY: torch.zeros(4, 8, 1)}, "lora_A"),
+    (lambda s: s | {"base_model.model.lm_head.weight": torch.zeros(3, 8)}, "lm_head.*save_embedding_layers"),
+    (lambda s: s | {"base_model.model.lm_head.base_layer.weight": torch.zeros(3, 8)}, "lm_head.*save_embedding_layers"),
+    (lambda s: s | {f"base_model.model.{Q0}.lora_magnitude_vector": torch.zeros(3)}, "lora_magnitude_vector.*DoRA"),
+    (lambda s: s | {"base_model.model.wte.lora_embedding_A": torch.zeros(4, 9)}, "lora_embedding_A.*embedding"),
+    (lambda s: s | {f"base_model.model.{Q0}.lora_B.bias": torch.zeros(12)}, "lora_B.bias.*biases"),
+    (lambda s: s | {f"base_model.model.{Q0}.bias": torch.zeros(12)}, "q_proj.bias.*biases"),
+    (lambda s: rename(s, "lora_A.weight", "lora_A.default.weight"), "lora_A.default.weight.*name"),
+    (lambda s: rename(s, "base_model.model.", ""), "lora_A.weight.*'base_model.model"),
+    (lambda s: s | {KEY: torch.zeros(0, 8)}, "lora_A"),
+    (lambda s: s | {KEY: torch.zeros(8)}, "lora_A"),
+    (lambda s: s | {KEY: torch.zeros(4, 8, dtype=torch.int32)}, "lora_A"),
+    (lambda s: s | {KEY: torch.full((4, 8), float("nan"))}, "lora_A"),
+    (lambda s: s | {KEY: torch.full((4, 8), float("-inf"))}, "lora_A"),
+    (lambda s: s | {KEY: torch.full((4, 8), -1e39, dtype=torch.float64)}, f"{Q0}: values exceed"),
+    (lambda s: s | {"x" * 100_000: torch.zeros(4, 8)}, "x"),
+])  # fmt: skip
 def test_refused_tensors_are_named(folder, change, message):
     edit_state(folder, change)
     refused(folder, rf"adapter_model\.safetensors.*{message}")

@@ -119,20 +119,16 @@ def test_tensors_are_new_and_contiguous(stack, fold):
     assert held.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in state.values())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"dtype": torch.int8}, "dtype: expected a floating-point dtype.*torch.int8"),
-        ({"dtype": "bfloat16"}, "dtype: expected a floating-point dtype.*'bfloat16'"),
-        ({"adapter_name": ""}, "adapter_name: expected a non-empty string without '.', or None, got ''"),
-        ({"adapter_name": "a.b"}, "adapter_name: .*got 'a.b'"),
-        ({"adapter_name": 3}, "adapter_name: .*got 3"),
-        ({"prefix": "model"}, "prefix: expected '' or a path that ends in '.', such as 'base_model.model.', got 'model'"),
-        ({"prefix": "."}, "prefix: .*got '.'"),
-        ({"prefix": None}, "prefix: .*got None"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"dtype": torch.int8}, "dtype: expected a floating-point dtype.*torch.int8"),
+    ({"dtype": "bfloat16"}, "dtype: expected a floating-point dtype.*'bfloat16'"),
+    ({"adapter_name": ""}, "adapter_name: expected a non-empty string without '.', or None, got ''"),
+    ({"adapter_name": "a.b"}, "adapter_name: .*got 'a.b'"),
+    ({"adapter_name": 3}, "adapter_name: .*got 3"),
+    ({"prefix": "model"}, "prefix: expected '' or a path that ends in '.', such as 'base_model.model.', got 'model'"),
+    ({"prefix": "."}, "prefix: .*got '.'"),
+    ({"prefix": None}, "prefix: .*got None"),
+], ids=str)  # fmt: skip
 def test_arguments_are_checked(stack, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         stack.state_dict_peft(0, **arguments)

@@ -37,33 +37,30 @@ def arguments(**changes):
     return good | changes
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"lora_A": {}, "lora_B": {}}, "lora_A, lora_B"),
-        ({"lora_B": {"v_proj": torch.ones(3, 2, 12, 4)}}, r"lora_A, lora_B.*q_proj.*v_proj"),
-        ({"lora_A": {"q_proj": torch.ones(3, 4, 8)}}, "q_proj: expected lora_A"),
-        ({"lora_B": {"q_proj": torch.ones(3, 2, 4, 12)}}, "q_proj: expected lora_A"),
-        ({"lora_B": {"q_proj": torch.ones(3, 1, 12, 4)}}, "q_proj: expected lora_A"),
-        ({"scaling": torch.ones(2)}, "q_proj: expected 2 adapters"),
-        ({"scaling": torch.ones(3, 1)}, "scaling"),
-        ({"scaling": torch.ones(3, dtype=torch.float64)}, "scaling"),
-        ({"lora_B": {"q_proj": torch.ones(3, 2, 12, 4).bfloat16()}}, "q_proj: expected one floating-point dtype"),
-        ({"lora_B": {"q_proj": torch.ones(3, 2, 12, 4, device="meta")}}, "q_proj: .* one device"),
-        ({"ranks": {}}, "ranks.*q_proj"),
-        ({"ranks": {"q_proj": torch.full((3, 2), 4)}}, "ranks.*q_proj"),
-        ({"ranks": {"q_proj": torch.ones(3, 1, dtype=torch.int32)}}, "ranks.*q_proj"),
-        ({"ranks": {"q_proj": torch.full((3, 2), 5, dtype=torch.int32)}}, "ranks.*q_proj"),
-        ({"ranks": {"q_proj": torch.full((3, 2), -1, dtype=torch.int32)}}, "ranks.*q_proj"),
-        ({"paths": {"q_proj": "layers.q_proj"}}, r"paths.*\{layer\}.*q_proj"),
-        ({"paths": {"q_proj": "layers.0.{layer}.q_proj"}}, "paths.*names of letters"),
-        ({"paths": {"q_proj": "{layer}.{layer}.q_proj"}}, "paths.*one layer index"),
-        ({"paths": {"q_proj": "layers.{layer}"}}, "paths.*below the layer index"),
-        ({"paths": {"q_proj": "layers.{layer.__class__}.q_proj"}}, "paths.*q_proj"),
-        ({"paths": {"q_proj": "layers..{layer}.q_proj"}}, "paths.*names of letters"),
-        ({"paths": {"q_proj": "x" * 300 + ".{layer}.q_proj"}}, "paths.*256"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"lora_A": {}, "lora_B": {}}, "lora_A, lora_B"),
+    ({"lora_B": {"v_proj": torch.ones(3, 2, 12, 4)}}, r"lora_A, lora_B.*q_proj.*v_proj"),
+    ({"lora_A": {"q_proj": torch.ones(3, 4, 8)}}, "q_proj: expected lora_A"),
+    ({"lora_B": {"q_proj": torch.ones(3, 2, 4, 12)}}, "q_proj: expected lora_A"),
+    ({"lora_B": {"q_proj": torch.ones(3, 1, 12, 4)}}, "q_proj: expected lora_A"),
+    ({"scaling": torch.ones(2)}, "q_proj: expected 2 adapters"),
+    ({"scaling": torch.ones(3, 1)}, "scaling"),
+    ({"scaling": torch.ones(3, dtype=torch.float64)}, "scaling"),
+    ({"lora_B": {"q_proj": torch.ones(3, 2, 12, 4).bfloat16()}}, "q_proj: expected one floating-point dtype"),
+    ({"lora_B": {"q_proj": torch.ones(3, 2, 12, 4, device="meta")}}, "q_proj: .* one device"),
+    ({"ranks": {}}, "ranks.*q_proj"),
+    ({"ranks": {"q_proj": torch.full((3, 2), 4)}}, "ranks.*q_proj"),
+    ({"ranks": {"q_proj": torch.ones(3, 1, dtype=torch.int32)}}, "ranks.*q_proj"),
+    ({"ranks": {"q_proj": torch.full((3, 2), 5, dtype=torch.int32)}}, "ranks.*q_proj"),
+    ({"ranks": {"q_proj": torch.full((3, 2), -1, dtype=torch.int32)}}, "ranks.*q_proj"),
+    ({"paths": {"q_proj": "layers.q_proj"}}, r"paths.*\{layer\}.*q_proj"),
+    ({"paths": {"q_proj": "layers.0.{layer}.q_proj"}}, "paths.*names of letters"),
+    ({"paths": {"q_proj": "{layer}.{layer}.q_proj"}}, "paths.*one layer index"),
+    ({"paths": {"q_proj": "layers.{layer}"}}, "paths.*below the layer index"),
+    ({"paths": {"q_proj": "layers.{layer.__class__}.q_proj"}}, "paths.*q_proj"),
+    ({"paths": {"q_proj": "layers..{layer}.q_proj"}}, "paths.*names of letters"),
+    ({"paths": {"q_proj": "x" * 300 + ".{layer}.q_proj"}}, "paths.*256"),
+])  # fmt: skip
 def test_construction_errors(changes, message):
     AdapterStack(**arguments())
     with pytest.raises(ValueError, match=message):
@@ -212,17 +209,14 @@ def test_allclose_knows_modules_by_their_paths(make_stack):
         assert not both.allclose(make_stack(shapes)) and not make_stack(shapes).allclose(both)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda s: s.scaling.mul_(1.001),
-        lambda s: s.lora_A["q_proj"][1, 1, 3, 7].add_(0.001),
-        lambda s: s.lora_B["v_proj"][2, 0, 3, 3].add_(0.001),
-        lambda s: s.ranks["q_proj"][0, 1].fill_(3),
-        lambda s: s.ranks["v_proj"].fill_(0),
-        lambda s: s.paths.update(q_proj="layers.{layer}.q_proj"),
-    ],
-)
+@pytest.mark.parametrize("change", [
+    lambda s: s.scaling.mul_(1.001),
+    lambda s: s.lora_A["q_proj"][1, 1, 3, 7].add_(0.001),
+    lambda s: s.lora_B["v_proj"][2, 0, 3, 3].add_(0.001),
+    lambda s: s.ranks["q_proj"][0, 1].fill_(3),
+    lambda s: s.ranks["v_proj"].fill_(0),
+    lambda s: s.paths.update(q_proj="layers.{layer}.q_proj"),
+])  # fmt: skip
 def test_allclose_sees_every_difference(make_stack, change):
     stack, other = make_stack(SHAPES), make_stack(SHAPES)
     assert stack.allclose(other)
@@ -265,17 +259,14 @@ def set_ranks(stack):
         ranks[1] = 0
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (set_ranks, "adapter 1: expected one that adapts a module"),
-        (lambda s: s.scaling.fill_(0.0), "scaling: expected a positive number"),
-        (lambda s: s.scaling.fill_(float("nan")), "scaling: expected a positive number|NaN or infinite"),
-        (lambda s: s.scaling.fill_(float("inf")), "scaling: expected a positive number|NaN or infinite"),
-        (lambda s: s.lora_B["v_proj"][1, 0, 0, 0].fill_(float("nan")), r"layers\.0\.self_attn\.v_proj.*NaN"),
-        (lambda s: s.lora_B["v_proj"][1, 1].fill_(2e5), r"layers\.1\.self_attn\.v_proj\.lora_B.*range of torch.float16"),
-    ],
-)
+@pytest.mark.parametrize("change, message", [
+    (set_ranks, "adapter 1: expected one that adapts a module"),
+    (lambda s: s.scaling.fill_(0.0), "scaling: expected a positive number"),
+    (lambda s: s.scaling.fill_(float("nan")), "scaling: expected a positive number|NaN or infinite"),
+    (lambda s: s.scaling.fill_(float("inf")), "scaling: expected a positive number|NaN or infinite"),
+    (lambda s: s.lora_B["v_proj"][1, 0, 0, 0].fill_(float("nan")), r"layers\.0\.self_attn\.v_proj.*NaN"),
+    (lambda s: s.lora_B["v_proj"][1, 1].fill_(2e5), r"layers\.1\.self_attn\.v_proj\.lora_B.*range of torch.float16"),
+])  # fmt: skip
 def test_what_no_reader_understands_is_not_written(make_stack, tmp_path, change, message):
     stack = make_stack(SHAPES)
     stack.save_pretrained(tmp_path / "good", adapter=1, dtype=torch.float16)

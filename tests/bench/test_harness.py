@@ -19,13 +19,10 @@ from bench.suites import apply, generate
 from bench.timing import Dry, Timing
 
 
-@pytest.mark.parametrize(
-    "words, text",
-    [
-        ("specs --work w --runs first --out o", "specs --work WORK --runs first"),
-        ("generate --size full --only 'a b' --resume", "generate --only 'a b'"),
-    ],
-)
+@pytest.mark.parametrize("words, text", [
+    ("specs --work w --runs first --out o", "specs --work WORK --runs first"),
+    ("generate --size full --only 'a b' --resume", "generate --only 'a b'"),
+])  # fmt: skip
 def test_the_command_of_a_result_is_one_that_runs(words, text):
     name, *arguments = shlex.split(words)
     command = typer.main.get_command(app).commands[name]
@@ -169,17 +166,14 @@ def test_a_device_that_is_not_here_is_refused(device, says, monkeypatch):
     assert isinstance(ended.exception, BenchError) and says in str(ended.exception)
 
 
-@pytest.mark.parametrize(
-    "layer, tokens, adapters, weights, activations, least_us, mflop",
-    [
-        ("7b", 1, 1, "0.21", "0.03", "0.07", "0.2"),
-        ("7b", 64, 64, "13.6", "1.8", "4.6", "13.6"),
-        ("7b", 2048, 4, "0.85", "58.7", "17.8", "436"),
-        ("7b-all", 8192, 8, "10.5", "1845", "554", "10737"),
-        ("2b", 64, 64, "7.9", "1.1", "2.7", "7.9"),
-        ("1b", 64, 64, "6.8", "0.9", "2.3", "6.8"),
-    ],
-)
+@pytest.mark.parametrize("layer, tokens, adapters, weights, activations, least_us, mflop", [
+    ("7b", 1, 1, "0.21", "0.03", "0.07", "0.2"),
+    ("7b", 64, 64, "13.6", "1.8", "4.6", "13.6"),
+    ("7b", 2048, 4, "0.85", "58.7", "17.8", "436"),
+    ("7b-all", 8192, 8, "10.5", "1845", "554", "10737"),
+    ("2b", 64, 64, "7.9", "1.1", "2.7", "7.9"),
+    ("1b", 64, 64, "6.8", "0.9", "2.3", "6.8"),
+])  # fmt: skip
 def test_bytes_and_flops(layer, tokens, adapters, weights, activations, least_us, mflop):
     """Closed forms as they were worked out by hand, at 3.35 TB/s."""
     case = Case(LAYERS[layer], rows(*range(tokens)) if tokens < 100 else even(tokens, adapters))

@@ -67,35 +67,29 @@ def test_a_kernel_that_only_one_tool_names_is_an_error():
         kernels.usages(PTXAS, SASS[: SASS.index("\t\t....")])
 
 
-@pytest.mark.parametrize(
-    "mangled, name",
-    [
-        ("_ZN3t2l6device12trunk_kernelIfEEvNS0_11TrunkLaunchE", "trunk_kernel<float>"),
-        ("_ZN3t2l6device11head_kernelINS0_3f16ELi8ELb1EEEvNS0_10HeadLaunchE", "head_kernel<f16, 8, 1>"),
-    ],
-)
+@pytest.mark.parametrize("mangled, name", [
+    ("_ZN3t2l6device12trunk_kernelIfEEvNS0_11TrunkLaunchE", "trunk_kernel<float>"),
+    ("_ZN3t2l6device11head_kernelINS0_3f16ELi8ELb1EEEvNS0_10HeadLaunchE", "head_kernel<f16, 8, 1>"),
+])  # fmt: skip
 def test_kernels_are_named_as_in_the_sources(mangled, name):
     said = "ptxas error   : Registers are spilled to local memory in function '{}', 8 bytes spill stores"
     assert kernels.demangled(said.format(mangled)) == said.format(name)
 
 
-@pytest.mark.parametrize(
-    "kernel, change, fault",
-    [
-        ("trunk_kernel<float>", {"spills": 16, "stack": 8}, "16 bytes of spills"),
-        ("trunk_kernel<f16>", {"local": 3}, "3 LDL and STL"),
-        ("lora_kernel<f16, 1, 1, 0>", {"global_atomics": 2}, "2 atomic operations"),
-        ("head_kernel<bf16, 8, 0>", {"async_copies": 0}, "no LDGSTS"),
-        ("lora_kernel<bf16, 1, 2, 0>", {"products": {"HMMA.16816.F32": 8, "HMMA.1688.F32.TF32": 16}}, "HMMA.16816.F32 and"),
-        ("head_kernel<f16, 2, 0>", {"registers": 130, "blocks": 1}, "130 registers"),
-        ("lora_kernel<bf16, 1, 1, 1>", {"instructions": 1700}, "1700 instructions, expected 1200 at most"),
-        ("lora_grad_kernel<bf16>", {"products": {"HMMA.16816.F32.BF16": 8}}, "expected HMMA.1688.F32.TF32"),
-        ("head_kernel<bf16, 2, 0>", {"cluster_barriers": 2}, "2 cluster barriers, expected none"),
-        ("head_kernel<bf16, 2, 0>", {"pdl_waits": 0}, "0 pdl waits, expected some"),
-        ("lora_kernel<f16, 2, 1, 0>", {"pdl_releases": 1}, "1 pdl releases, expected none"),
-        ("lora_kernel<bf16, 1, 1, 1>", {"pdl_accesses": 2}, "2 accesses of memory before it waits for earlier launches"),
-    ],
-)
+@pytest.mark.parametrize("kernel, change, fault", [
+    ("trunk_kernel<float>", {"spills": 16, "stack": 8}, "16 bytes of spills"),
+    ("trunk_kernel<f16>", {"local": 3}, "3 LDL and STL"),
+    ("lora_kernel<f16, 1, 1, 0>", {"global_atomics": 2}, "2 atomic operations"),
+    ("head_kernel<bf16, 8, 0>", {"async_copies": 0}, "no LDGSTS"),
+    ("lora_kernel<bf16, 1, 2, 0>", {"products": {"HMMA.16816.F32": 8, "HMMA.1688.F32.TF32": 16}}, "HMMA.16816.F32 and"),
+    ("head_kernel<f16, 2, 0>", {"registers": 130, "blocks": 1}, "130 registers"),
+    ("lora_kernel<bf16, 1, 1, 1>", {"instructions": 1700}, "1700 instructions, expected 1200 at most"),
+    ("lora_grad_kernel<bf16>", {"products": {"HMMA.16816.F32.BF16": 8}}, "expected HMMA.1688.F32.TF32"),
+    ("head_kernel<bf16, 2, 0>", {"cluster_barriers": 2}, "2 cluster barriers, expected none"),
+    ("head_kernel<bf16, 2, 0>", {"pdl_waits": 0}, "0 pdl waits, expected some"),
+    ("lora_kernel<f16, 2, 1, 0>", {"pdl_releases": 1}, "1 pdl releases, expected none"),
+    ("lora_kernel<bf16, 1, 1, 1>", {"pdl_accesses": 2}, "2 accesses of memory before it waits for earlier launches"),
+])  # fmt: skip
 def test_a_broken_rule_is_named(table, kernel, change, fault):
     table.kernels["sm_90a", kernel] |= change
     (said,) = kernels.broken_rules(table)
@@ -108,15 +102,11 @@ def test_a_kernel_without_rules_is_an_error(table):
         kernels.broken_rules(table)
 
 
-@pytest.mark.parametrize(
-    "version, key, most",
-    [
-        (None, "registers", lambda was: was + kernels.SLACK),
-        ("13.9.1", "registers", lambda was: was + kernels.SLACK_OF_OTHERS),
-        (None, "instructions", lambda was: int(was * kernels.GROWTH)),
-    ],
-    ids=["registers", "registers of another compiler", "instructions"],
-)
+@pytest.mark.parametrize("version, key, most", [
+    (None, "registers", lambda was: was + kernels.SLACK),
+    ("13.9.1", "registers", lambda was: was + kernels.SLACK_OF_OTHERS),
+    (None, "instructions", lambda was: int(was * kernels.GROWTH)),
+], ids=["registers", "registers of another compiler", "instructions"])  # fmt: skip
 def test_growth_is_named(table, version, key, most):
     made = copy.deepcopy(table)._replace(nvcc=version or table.nvcc)
     usage = made.kernels["sm_80", "trunk_kernel<bf16>"]

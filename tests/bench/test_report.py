@@ -102,17 +102,14 @@ def test_figures_are_deterministic():
     assert first == second and figures.stamp("serving", found) in first
 
 
-@pytest.mark.parametrize(
-    "ask, says",
-    [
-        (lambda d: d.rows("none"), "bench/results/none.jsonl: missing"),
-        (lambda d: d.rows("apply", "arm"), "bench/results/apply.arm.jsonl: missing"),
-        (lambda d: d.row("apply", "intel-amx", tokens=64), "expected one row with {'tokens': 64}"),
-        (lambda d: d.records("kernels", "kernel", arch="x"), "no record 'kernel' with {'arch': 'x'}"),
-        (lambda d: cells.row_grid(d.rows("apply", "intel-amx"), ["case"]), "at most 8 columns and 12 lines"),
-        (lambda d: tables.lines(d, "none"), "got 'none'"),
-    ],
-)
+@pytest.mark.parametrize("ask, says", [
+    (lambda d: d.rows("none"), "bench/results/none.jsonl: missing"),
+    (lambda d: d.rows("apply", "arm"), "bench/results/apply.arm.jsonl: missing"),
+    (lambda d: d.row("apply", "intel-amx", tokens=64), "expected one row with {'tokens': 64}"),
+    (lambda d: d.records("kernels", "kernel", arch="x"), "no record 'kernel' with {'arch': 'x'}"),
+    (lambda d: cells.row_grid(d.rows("apply", "intel-amx"), ["case"]), "at most 8 columns and 12 lines"),
+    (lambda d: tables.lines(d, "none"), "got 'none'"),
+])  # fmt: skip
 def test_what_is_not_there_is_refused_by_name(ask, says):
     with pytest.raises(ResultError, match=re.escape(says)):
         ask(data.Data())
@@ -209,23 +206,19 @@ def _after(found):
     return next(r for r in found if r["record"] == "ceiling" and r["when"] == "after")
 
 
-@pytest.mark.parametrize(
-    "how, says",
-    [
-        (lambda r: row(r)["error"].update(value=0.1), f"{LORA}: error 0.1 is beyond its bound"),
-        (lambda r: row(r)["error"].update(value=float("nan")), "error nan is beyond its bound"),
-        (lambda r: r.append(row(r)), f"{LORA}: two rows"),
-        (lambda r: r[0].update(size="tiny"), "got suite 'apply' of size 'tiny'"),
-        (lambda r: r[0].update(dirty=True), "uncommitted changes"),
-        (lambda r: r[0].update(command="python -m bench apply --only 8x8"), "expected a whole suite"),
-        (lambda r: r[0].update(tasks=["lora", "model"]), "without: lora, model"),
-        (lambda r: r[0]["machine"].update(flags=["avx2"]), "expected a run on intel-amx, got one on intel-avx2"),
-        (lambda r: row(r).pop("times"), "TypeError: Row.__init__() missing 1 required positional argument: 'times'"),
-        (lambda r: r.remove(_after(r)), "was not measured again"),
-        (lambda r: r.pop(0), "KeyError: 'suite'"),
-    ],
-    ids="error nan doubled tiny dirty part unended machine broken ceiling headless".split(),
-)
+@pytest.mark.parametrize("how, says", [
+    (lambda r: row(r)["error"].update(value=0.1), f"{LORA}: error 0.1 is beyond its bound"),
+    (lambda r: row(r)["error"].update(value=float("nan")), "error nan is beyond its bound"),
+    (lambda r: r.append(row(r)), f"{LORA}: two rows"),
+    (lambda r: r[0].update(size="tiny"), "got suite 'apply' of size 'tiny'"),
+    (lambda r: r[0].update(dirty=True), "uncommitted changes"),
+    (lambda r: r[0].update(command="python -m bench apply --only 8x8"), "expected a whole suite"),
+    (lambda r: r[0].update(tasks=["lora", "model"]), "without: lora, model"),
+    (lambda r: r[0]["machine"].update(flags=["avx2"]), "expected a run on intel-amx, got one on intel-avx2"),
+    (lambda r: row(r).pop("times"), "TypeError: Row.__init__() missing 1 required positional argument: 'times'"),
+    (lambda r: r.remove(_after(r)), "was not measured again"),
+    (lambda r: r.pop(0), "KeyError: 'suite'"),
+], ids="error nan doubled tiny dirty part unended machine broken ceiling headless".split())  # fmt: skip
 def test_broken_results_are_refused(once_written, tmp_path, how, says):
     shutil.copytree(once_written / data.FOLDER, tmp_path / data.FOLDER)
     path = change(tmp_path, APPLY, how)
@@ -244,14 +237,11 @@ def test_results_of_another_checkpoint_or_of_no_machine_are_refused(once_written
     assert refused == ["bench/results/apply.jsonl", "bench/results/study.jsonl"]
 
 
-@pytest.mark.parametrize(
-    "vendor, flags, name",
-    [
-        ("GenuineIntel", ["amx_bf16", "avx512_bf16", "avx512f", "avx2"], "intel-amx"),
-        ("AuthenticAMD", ["avx2"], "amd-avx2"),
-        ("Other", [], "other-generic"),
-    ],
-)
+@pytest.mark.parametrize("vendor, flags, name", [
+    ("GenuineIntel", ["amx_bf16", "avx512_bf16", "avx512f", "avx2"], "intel-amx"),
+    ("AuthenticAMD", ["avx2"], "amd-avx2"),
+    ("Other", [], "other-generic"),
+])  # fmt: skip
 def test_a_class_of_cpus_is_vendor_and_widest_instruction_set(vendor, flags, name):
     machine = {"vendor": vendor, "flags": flags}
     assert cpu_class(machine) == name

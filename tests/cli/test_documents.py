@@ -47,17 +47,11 @@ def test_the_program_of_the_page(tmp_path, monkeypatch, left_tokenizer):
     ]
 
 
-@pytest.mark.parametrize(
-    "command, message",
-    [
-        (("export", "{}", "-o", "{}/x.t2l"), "it reads documents"),
-        (("cost", "-c", "{}"), "reads documents, whose cost is not counted"),
-        (
-            ("adapt", "A text.", "--examples", "{}/shots", "-o", "{}/out", "-c", "{}"),
-            "--checkpoint: expected one that reads d",
-        ),
-    ],
-)
+@pytest.mark.parametrize("command, message", [
+    (("export", "{}", "-o", "{}/x.t2l"), "it reads documents"),
+    (("cost", "-c", "{}"), "reads documents, whose cost is not counted"),
+    (("adapt", "A text.", "--examples", "{}/shots", "-o", "{}/out", "-c", "{}"), "--checkpoint: expected one that reads d"),
+])  # fmt: skip
 def test_what_is_not_done_for_documents_is_said(expect_error, document_checkpoint, command, message):
     (document_checkpoint / "shots").write_text("".join(f'{{"input": "{i}", "output": "{i}"}}\n' for i in range(4)))
     expect_error(message, *(part.format(document_checkpoint) for part in command))

@@ -72,16 +72,13 @@ def test_the_least_recently_used_makes_room(desk):
     assert again.texts == (*first[1], *first[0])
 
 
-@pytest.mark.parametrize(
-    "rows, text, options, message",
-    [
-        ([], TEXT, {}, "rows: expected at least one"),
-        (adapted(*TASKS[:3]), TEXT, {}, "descriptions: expected at most 2, as many as there are slots, got 3"),
-        (adapted(""), TEXT, {}, "text"),
-        ([Row()], "word " * 130, {}, "input: expected at most 122 tokens"),
-        ([Row()], TEXT, {"max_new_tokens": 500}, "max_new_tokens: expected fewer than the model's 128 positions, got 500"),
-    ],
-)
+@pytest.mark.parametrize("rows, text, options, message", [
+    ([], TEXT, {}, "rows: expected at least one"),
+    (adapted(*TASKS[:3]), TEXT, {}, "descriptions: expected at most 2, as many as there are slots, got 3"),
+    (adapted(""), TEXT, {}, "text"),
+    ([Row()], "word " * 130, {}, "input: expected at most 122 tokens"),
+    ([Row()], TEXT, {"max_new_tokens": 500}, "max_new_tokens: expected fewer than the model's 128 positions, got 500"),
+])  # fmt: skip
 def test_errors_leave_it_usable(desk, rows, text, options, message):
     desk = desk(slots=2)
     before = last(desk, adapted(TASKS[0])).texts

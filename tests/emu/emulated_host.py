@@ -41,23 +41,20 @@ def heads(name: str, modules: int) -> dict:
     return dataclasses.replace(hyper(name), modules=modules).make_heads()
 
 
-@pytest.mark.parametrize(
-    "call, launches",
-    [
-        (lambda: ops.lora_add_(**ROWS.make()), 1),
-        (lambda: ops.lora_add_(**SMALL.make()), 1),
-        (lambda: ops.lora_add_group_(**group("qkv")), 1),
-        (lambda: ops.lora_add_group_(**group("nine_problems")), 2),  # eight problems a launch
-        (lambda: backward(SMALL), 2),
-        (lambda: backward(dataclasses.replace(SMALL, x_dtype=F64, w_dtype=F64)), 0),
-        (lambda: ops.hypernet_trunk(**hyper("S_rotary").make_trunk()), 1),
-        (lambda: ops.hypernet_heads(**heads("L", 7)), 1),
-        (lambda: ops.hypernet_heads(**heads("L", 9)), 2),  # eight modules a launch
-        (lambda: ops.lora_add_(**LoraCase("", ()).make()), 0),
-        (lambda: ops.lora_add_(**LoraCase("", ((1, 0),), x_dtype=F64, w_dtype=F64).make()), 0),
-        (lambda: ops.hypernet_trunk(**hyper("S_learnable_fp64_by_reference").make_trunk()), 0),
-    ],
-)
+@pytest.mark.parametrize("call, launches", [
+    (lambda: ops.lora_add_(**ROWS.make()), 1),
+    (lambda: ops.lora_add_(**SMALL.make()), 1),
+    (lambda: ops.lora_add_group_(**group("qkv")), 1),
+    (lambda: ops.lora_add_group_(**group("nine_problems")), 2),  # eight problems a launch
+    (lambda: backward(SMALL), 2),
+    (lambda: backward(dataclasses.replace(SMALL, x_dtype=F64, w_dtype=F64)), 0),
+    (lambda: ops.hypernet_trunk(**hyper("S_rotary").make_trunk()), 1),
+    (lambda: ops.hypernet_heads(**heads("L", 7)), 1),
+    (lambda: ops.hypernet_heads(**heads("L", 9)), 2),  # eight modules a launch
+    (lambda: ops.lora_add_(**LoraCase("", ()).make()), 0),
+    (lambda: ops.lora_add_(**LoraCase("", ((1, 0),), x_dtype=F64, w_dtype=F64).make()), 0),
+    (lambda: ops.hypernet_trunk(**hyper("S_learnable_fp64_by_reference").make_trunk()), 0),
+])  # fmt: skip
 def test_number_of_launches(emulator, call, launches):
     call()
     assert emulator.t2l_emu_counter(b"launches") == launches

@@ -110,17 +110,14 @@ def test_rotation_needs_an_even_width():
         from_json(HyperNetworkConfig, NETWORK | sizes, "here")
 
 
-@pytest.mark.parametrize(
-    ("variant", "rows", "latents"),
-    [
-        ("L", [512, 384], (1, 1)),
-        ("M", [256, 256], (2, 1)),
-        ("S-learnable", [64, 64], (2, 4)),
-        ("S-rotary", [64, 64], (2, 4)),
-        ("autoregressive-learnable", [128, 96], (1, 4)),
-        ("autoregressive-rotary", [128, 96], (1, 4)),
-    ],
-)
+@pytest.mark.parametrize(("variant", "rows", "latents"), [
+    ("L", [512, 384], (1, 1)),
+    ("M", [256, 256], (2, 1)),
+    ("S-learnable", [64, 64], (2, 4)),
+    ("S-rotary", [64, 64], (2, 4)),
+    ("autoregressive-learnable", [128, 96], (1, 4)),
+    ("autoregressive-rotary", [128, 96], (1, 4)),
+])  # fmt: skip
 def test_rows_of_heads(variant, rows, latents):
     config = from_json(HyperNetworkConfig, NETWORK | {"variant": variant}, "here")
     assert [config.head_rows(i) for i in range(2)] == rows

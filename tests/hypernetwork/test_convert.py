@@ -313,17 +313,14 @@ def offsets(*names, lacking=None):
     return prepare
 
 
-@pytest.mark.parametrize(
-    "prepare, changes, message",
-    [
-        (offsets("std", "mean"), {"head_bias": True}, "heads.q_proj.bias"),
-        (offsets("std", "mean", lacking="std_B"), {"head_bias": False}, "offsets.v_proj.std_B"),
-        (offsets("add"), {"head_bias": True, "output_scale": 0.01}, "offsets.q_proj.add_A"),
-        (offsets("mean"), {"head_bias": True, "output_scale": 0.01}, "offsets.q_proj.mean_A"),
-        (offsets("std", "mean"), {"head_bias": False, "output_scale": 0.01}, "output_scale 0.01"),
-        (None, {"head_bias": False, "output_scale": 0.01}, "heads.q_proj.bias"),
-    ],
-)
+@pytest.mark.parametrize("prepare, changes, message", [
+    (offsets("std", "mean"), {"head_bias": True}, "heads.q_proj.bias"),
+    (offsets("std", "mean", lacking="std_B"), {"head_bias": False}, "offsets.v_proj.std_B"),
+    (offsets("add"), {"head_bias": True, "output_scale": 0.01}, "offsets.q_proj.add_A"),
+    (offsets("mean"), {"head_bias": True, "output_scale": 0.01}, "offsets.q_proj.mean_A"),
+    (offsets("std", "mean"), {"head_bias": False, "output_scale": 0.01}, "output_scale 0.01"),
+    (None, {"head_bias": False, "output_scale": 0.01}, "heads.q_proj.bias"),
+])  # fmt: skip
 def test_what_the_sakana_format_cannot_express(native, tmp_path, prepare, changes, message):
     folder = native(prepare, **changes)
     HyperNetwork.from_pretrained(folder)
@@ -332,14 +329,11 @@ def test_what_the_sakana_format_cannot_express(native, tmp_path, prepare, change
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "prepare, changes, multi_task_lora",
-    [
-        (offsets("std", "mean", "add"), {"head_bias": False}, False),
-        (offsets("add", lacking="add_A"), {"head_bias": False}, True),
-        (None, {"head_bias": True, "output_scale": 0.3}, False),
-    ],
-)
+@pytest.mark.parametrize("prepare, changes, multi_task_lora", [
+    (offsets("std", "mean", "add"), {"head_bias": False}, False),
+    (offsets("add", lacking="add_A"), {"head_bias": False}, True),
+    (None, {"head_bias": True, "output_scale": 0.3}, False),
+])  # fmt: skip
 def test_what_the_sakana_format_can_express(native, tmp_path, prepare, changes, multi_task_lora):
     first = assert_round_trip(native(prepare, **changes), tmp_path)
     assert bool(sakana_files(first)[1].get("mt_lora_path")) is multi_task_lora

@@ -62,19 +62,15 @@ def test_the_plain_network_agrees_with_sakana(golden):
 RECON = ("M", "linear", "recon-delta")
 
 
-@pytest.mark.parametrize(
-    "settings, sizes",
-    [
-        *(((variant, encoder), {}) for variant in VARIANTS for encoder in ENCODERS),
-        *(((variant, "linear", training), {}) for variant in VARIANTS for training in TRAININGS),
-        *(((variant,), {"rank": 1, "layers": 1, "modules": {"o_proj": (9, 7)}}) for variant in VARIANTS),
-        # Odd widths, and with latent sizes that are no multiple of 4 some narrower than those.
-        *(((variant, "discrete"), {"layers": 4}) for variant in VARIANTS if not variant.endswith("rotary")),
-        *((("M",), {"latent": latent}) for latent in (21, 22, 23)),
-        *((RECON, {"args": {"delta_w_scaling": scaling}}) for scaling in (10000, 3, 0.25)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("settings, sizes", [
+    *(((variant, encoder), {}) for variant in VARIANTS for encoder in ENCODERS),
+    *(((variant, "linear", training), {}) for variant in VARIANTS for training in TRAININGS),
+    *(((variant,), {"rank": 1, "layers": 1, "modules": {"o_proj": (9, 7)}}) for variant in VARIANTS),
+    # Odd widths, and with latent sizes that are no multiple of 4 some narrower than those.
+    *(((variant, "discrete"), {"layers": 4}) for variant in VARIANTS if not variant.endswith("rotary")),
+    *((("M",), {"latent": latent}) for latent in (21, 22, 23)),
+    *((RECON, {"args": {"delta_w_scaling": scaling}}) for scaling in (10000, 3, 0.25)),
+], ids=str)  # fmt: skip
 def test_adapters(load, settings, sizes):
     net, state, args = load(*settings, **sizes)
     assert net.config.variant == settings[0] and net.config.task_encoder == (*settings, "linear")[1]
@@ -143,14 +139,10 @@ def assert_within_bound(net, state, args, dtype):
             assert relative_frobenius(got, exact[name][i]) <= trunk_bound(exact[name][i], rounded[name][i], dtype)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        *((variant, encoder) for variant in VARIANTS for encoder in ENCODERS),
-        *(("autoregressive-rotary", "linear", training) for training in TRAININGS),
-    ],
-    ids="-".join,
-)
+@pytest.mark.parametrize("settings", [
+    *((variant, encoder) for variant in VARIANTS for encoder in ENCODERS),
+    *(("autoregressive-rotary", "linear", training) for training in TRAININGS),
+], ids="-".join)  # fmt: skip
 def test_bfloat16_and_float64(load, settings):
     assert_within_bound(*load(*settings, dtype=torch.bfloat16), torch.bfloat16)
     net, state, args = load(*settings, dtype=torch.float64)

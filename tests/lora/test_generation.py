@@ -9,18 +9,14 @@ from tests.lora.tiny_llama import generate, logits
 ORDER = [2, 0, -1, 3]
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {},
-        {"cache_implementation": "static", "disable_compile": True},
-        {"do_sample": True},
-        {"do_sample": True, "num_return_sequences": 3},
-        {"do_sample": True, "num_beams": 2},
-        {"num_beams": 4, "num_return_sequences": 2},
-    ],
-    ids=["greedy", "static cache", "sampling", "several", "sampled beams", "beams"],
-)
+@pytest.mark.parametrize("kwargs", [
+    {},
+    {"cache_implementation": "static", "disable_compile": True},
+    {"do_sample": True},
+    {"do_sample": True, "num_return_sequences": 3},
+    {"do_sample": True, "num_beams": 2},
+    {"num_beams": 4, "num_return_sequences": 2},
+], ids=["greedy", "static cache", "sampling", "several", "sampled beams", "beams"])  # fmt: skip
 def test_rows(model, handle, tokens, kwargs):
     copies = kwargs.get("num_return_sequences", 1)
 

@@ -146,19 +146,16 @@ def test_shared_modules(make_stack, x):
     assert torch.equal(first.weight, before)
 
 
-@pytest.mark.parametrize(
-    ("family", "kwargs", "message"),
-    [
-        ("Llama", {"hidden_size": 32, "head_dim": 8}, "q_proj: layer 0: .* 64/64, the model has 32/32"),
-        ("Llama", {"num_hidden_layers": 3}, "q_proj: the adapter has 2 layers, the model has 3"),
-        ("Llama", {"num_hidden_layers": 1}, "q_proj: the adapter has 2 layers, the model has 1"),
-        ("Phi3", {"num_key_value_heads": 4}, "v_proj: layer 0: .* 64/32, the model has 64/64"),
-        ("GPT2", {}, "q_proj: the adapter adapts .*, but GPT2LMHeadModel has no such module"),
-        ("GPTNeoX", {}, "q_proj: the adapter adapts .*, but GPTNeoXForCausalLM has no such module"),
-        # A qkv_proj of Phi-3's sizes with the columns in another order.
-        ("CodeGen", {"rotary_dim": 8}, "q_proj: the adapter adapts .*, but CodeGenForCausalLM has no such module"),
-    ],
-)
+@pytest.mark.parametrize(("family", "kwargs", "message"), [
+    ("Llama", {"hidden_size": 32, "head_dim": 8}, "q_proj: layer 0: .* 64/64, the model has 32/32"),
+    ("Llama", {"num_hidden_layers": 3}, "q_proj: the adapter has 2 layers, the model has 3"),
+    ("Llama", {"num_hidden_layers": 1}, "q_proj: the adapter has 2 layers, the model has 1"),
+    ("Phi3", {"num_key_value_heads": 4}, "v_proj: layer 0: .* 64/32, the model has 64/64"),
+    ("GPT2", {}, "q_proj: the adapter adapts .*, but GPT2LMHeadModel has no such module"),
+    ("GPTNeoX", {}, "q_proj: the adapter adapts .*, but GPTNeoXForCausalLM has no such module"),
+    # A qkv_proj of Phi-3's sizes with the columns in another order.
+    ("CodeGen", {"rotary_dim": 8}, "q_proj: the adapter adapts .*, but CodeGenForCausalLM has no such module"),
+])  # fmt: skip
 def test_another_base_model(tiny_model, make_stack, family, kwargs, message):
     model = tiny_model(family, **kwargs)
     stack = make_stack({"q_proj": (64, 64), "v_proj": (64, 32)})

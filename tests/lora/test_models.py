@@ -290,18 +290,15 @@ def test_gradients_inside_packed_projections(build, sliced, tokens):
         assert b.abs().max() > 0 and (a - b).abs().max() <= GRADIENT_RTOL * b.abs().max()
 
 
-@pytest.mark.parametrize(
-    ("packed", "message"),
-    [
-        ({"qkv_proj": {"q_proj": 64, "k_proj": 32}}, "packed: qkv_proj: expected 96 columns .*qkv_proj has 128"),
-        ({"qkv_proj": {"q_proj": 64, "k_proj": 64, "v_proj": 64}}, "packed: qkv_proj: expected 192 columns .* has 128"),
-        ({"qkv_proj": {"q_proj": 32, "k_proj": 64, "v_proj": 32}}, "q_proj: layer 0: .* 64/64, the model has 64/32"),
-        ({"qkv_proj": {"q_proj": 0}}, "packed: qkv_proj: q_proj: expected a positive number of columns, got 0"),
-        ({"qkv_proj": ["q_proj"]}, "packed: expected linear -> module -> number of columns, got"),
-        (["qkv_proj"], "packed: expected linear -> module -> number of columns, got"),
-        ({"other": {"q_proj": 64}}, "q_proj: the adapter adapts .*, but Phi3ForCausalLM has no such module"),
-    ],
-)
+@pytest.mark.parametrize(("packed", "message"), [
+    ({"qkv_proj": {"q_proj": 64, "k_proj": 32}}, "packed: qkv_proj: expected 96 columns .*qkv_proj has 128"),
+    ({"qkv_proj": {"q_proj": 64, "k_proj": 64, "v_proj": 64}}, "packed: qkv_proj: expected 192 columns .* has 128"),
+    ({"qkv_proj": {"q_proj": 32, "k_proj": 64, "v_proj": 32}}, "q_proj: layer 0: .* 64/64, the model has 64/32"),
+    ({"qkv_proj": {"q_proj": 0}}, "packed: qkv_proj: q_proj: expected a positive number of columns, got 0"),
+    ({"qkv_proj": ["q_proj"]}, "packed: expected linear -> module -> number of columns, got"),
+    (["qkv_proj"], "packed: expected linear -> module -> number of columns, got"),
+    ({"other": {"q_proj": 64}}, "q_proj: the adapter adapts .*, but Phi3ForCausalLM has no such module"),
+])  # fmt: skip
 def test_wrong_columns(build, make_stack, packed, message):
     model = build("Phi3")
     modules = dict(model.named_modules())

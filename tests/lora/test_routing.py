@@ -84,15 +84,11 @@ NO_IDS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("ids", "error"),
-    [
-        *((ids, IndexError) for ids in OUT_OF_RANGE),
-        *((ids, ValueError) for ids in NO_IDS),
-        (2**70, (IndexError, ValueError)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("ids", "error"), [
+    *((ids, IndexError) for ids in OUT_OF_RANGE),
+    *((ids, ValueError) for ids in NO_IDS),
+    (2**70, (IndexError, ValueError)),
+], ids=str)  # fmt: skip
 def test_bad_ids_change_nothing(model, handle, prompts, ids, error):
     handle.set(3)
     before = logits(model, prompts)

@@ -296,14 +296,11 @@ def test_parts(out, world, expected):
     assert expected is None or found == [Shard((0, 8), ends) for ends in expected]
 
 
-@pytest.mark.parametrize(
-    ("shard", "message"),
-    [
-        ({"q_proj": Shard((0, 8), (0, 4))}, "shards: q_proj: expected one of the modules"),
-        ({"up_proj": Shard((0, 32), (24, 24))}, r"shards: up_proj: expected ranges of the in/out features \(32, 48\), got"),
-        ({"up_proj": Shard((0, 33), (0, 24))}, r"shards: up_proj: expected ranges of the in/out features \(32, 48\), got"),
-    ],
-)
+@pytest.mark.parametrize(("shard", "message"), [
+    ({"q_proj": Shard((0, 8), (0, 4))}, "shards: q_proj: expected one of the modules"),
+    ({"up_proj": Shard((0, 32), (24, 24))}, r"shards: up_proj: expected ranges of the in/out features \(32, 48\), got"),
+    ({"up_proj": Shard((0, 33), (0, 24))}, r"shards: up_proj: expected ranges of the in/out features \(32, 48\), got"),
+])  # fmt: skip
 def test_shards_that_do_not_fit(shard, message):
     for owner in (worker.stack("torch"), worker.hypernetwork("torch")):
         with pytest.raises(ValueError, match=message):

@@ -38,32 +38,28 @@ WRONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("config", "field", "value", "message"),
-    [
-        *((EncoderConfig("minilm", "mean"), field, value, "expected") for field in WRONG for value in WRONG[field]),
-        *(
-            (OneHotConfig(("a", "b")), "tasks", value, message)
-            for value, message in (
-                ([], "expected a non-empty list"),
-                ("ab", "expected a non-empty list"),
-                (["a", ""], "expected non-empty strings, got ''"),
-                (["a", 3], "expected non-empty strings, got 3"),
-                (["b", "a", "b"], "expected distinct names, got 'b' 2 times"),
-                (["x" * 10_000] * 2, "expected distinct names"),
-            )
-        ),
-        (OneHotConfig(("a", "b")), "name", "minilm", "expected 'one-hot', got 'minilm'"),
-        (LLM, "name", "", "expected a non-empty string"),
-        *((LLM, "layers", value, "expected 1 to 16 increasing numbers from 0") for value in ((), (2, 1), 3)),
-        (LLM, "queries", 0, "expected a positive integer"),
-        (LLM, "width", 1 << 17, "expected a positive integer of at most 65536"),
-        (LLM, "width", 9, "expected a multiple of the 2 heads, got 9"),
-        (LLM, "max_examples", -1, "expected 0 or more"),
-        (LLM, "dtype", "int8", "expected one of"),
-    ],
-    ids=lambda v: str(v)[:30],
-)
+@pytest.mark.parametrize(("config", "field", "value", "message"), [
+    *((EncoderConfig("minilm", "mean"), field, value, "expected") for field in WRONG for value in WRONG[field]),
+    *(
+        (OneHotConfig(("a", "b")), "tasks", value, message)
+        for value, message in (
+            ([], "expected a non-empty list"),
+            ("ab", "expected a non-empty list"),
+            (["a", ""], "expected non-empty strings, got ''"),
+            (["a", 3], "expected non-empty strings, got 3"),
+            (["b", "a", "b"], "expected distinct names, got 'b' 2 times"),
+            (["x" * 10_000] * 2, "expected distinct names"),
+        )
+    ),
+    (OneHotConfig(("a", "b")), "name", "minilm", "expected 'one-hot', got 'minilm'"),
+    (LLM, "name", "", "expected a non-empty string"),
+    *((LLM, "layers", value, "expected 1 to 16 increasing numbers from 0") for value in ((), (2, 1), 3)),
+    (LLM, "queries", 0, "expected a positive integer"),
+    (LLM, "width", 1 << 17, "expected a positive integer of at most 65536"),
+    (LLM, "width", 9, "expected a multiple of the 2 heads, got 9"),
+    (LLM, "max_examples", -1, "expected 0 or more"),
+    (LLM, "dtype", "int8", "expected one of"),
+], ids=lambda v: str(v)[:30])  # fmt: skip
 def test_values(config, field, value, message):
     with pytest.raises(ConfigError, match=f"here: encoder.{field}: {message}") as caught:
         from_json(type(config), to_json(config) | {field: value}, "here")
@@ -76,39 +72,31 @@ SFR = "Instruct: Retrieve semantically similar text.\nQuery: {text}"
 BASE = {"model_dir": "owner/base-model/", "train_ds_names": ["a", "b"]}
 
 
-@pytest.mark.parametrize(
-    ("args", "expected"),
-    [
-        ({"emb_model": "Alibaba-NLP/gte-large-en-v1.5"}, EncoderConfig("Alibaba-NLP/gte-large-en-v1.5", "cls", 8192)),
-        (
-            {"emb_model": "Salesforce/SFR-Embedding-2_R", "use_one_hot_task_emb": None},
-            EncoderConfig("Salesforce/SFR-Embedding-2_R", "last", 8192, template=SFR, dtype="bfloat16"),
-        ),
-        ({"emb_model": ""}, EncoderConfig("owner/base-model", "last", 8192, dtype="bfloat16")),
-        ({}, EncoderConfig("owner/base-model", "last", 8192, dtype="bfloat16")),
-        ({"emb_model": "x/gte", "use_one_hot_task_emb": False}, EncoderConfig("x/gte", "cls", 8192)),
-        ({"emb_model": "x/gte", "use_one_hot_task_emb": True}, OneHotConfig(("a", "b"))),
-    ],
-    ids=lambda v: str(v)[:40],
-)
+@pytest.mark.parametrize(("args", "expected"), [
+    ({"emb_model": "Alibaba-NLP/gte-large-en-v1.5"}, EncoderConfig("Alibaba-NLP/gte-large-en-v1.5", "cls", 8192)),
+    (
+        {"emb_model": "Salesforce/SFR-Embedding-2_R", "use_one_hot_task_emb": None},
+        EncoderConfig("Salesforce/SFR-Embedding-2_R", "last", 8192, template=SFR, dtype="bfloat16"),
+    ),
+    ({"emb_model": ""}, EncoderConfig("owner/base-model", "last", 8192, dtype="bfloat16")),
+    ({}, EncoderConfig("owner/base-model", "last", 8192, dtype="bfloat16")),
+    ({"emb_model": "x/gte", "use_one_hot_task_emb": False}, EncoderConfig("x/gte", "cls", 8192)),
+    ({"emb_model": "x/gte", "use_one_hot_task_emb": True}, OneHotConfig(("a", "b"))),
+], ids=lambda v: str(v)[:40])  # fmt: skip
 def test_rules_of_sakana(args, expected):
     assert sakana_encoder_config(BASE | args, "args.yaml") == expected
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ({"emb_model": "some/other"}, "emb_model: expected a 'gte' or 'SFR' model or none, .* got 'some/other'"),
-        ({"emb_model": "o" * 100_000}, "emb_model: expected a 'gte'"),
-        ({"emb_model": ["gte"]}, r"emb_model: expected a string, got \['gte'\]"),
-        ({"emb_model": "", "model_dir": None}, "model_dir: expected the base model.*got None"),
-        ({"emb_model": "", "model_dir": "/"}, "model_dir: expected the base model.*got '/'"),
-        ({"use_one_hot_task_emb": "yes"}, "use_one_hot_task_emb: expected true or false, got 'yes'"),
-        ({"use_one_hot_task_emb": True, "train_ds_names": None}, "train_ds_names: encoder.tasks: expected a non-empty list"),
-        ({"use_one_hot_task_emb": True, "train_ds_names": ["a", {}]}, "train_ds_names: encoder.tasks: expected non-empty"),
-    ],
-    ids=lambda v: str(v)[:40],
-)
+@pytest.mark.parametrize(("args", "message"), [
+    ({"emb_model": "some/other"}, "emb_model: expected a 'gte' or 'SFR' model or none, .* got 'some/other'"),
+    ({"emb_model": "o" * 100_000}, "emb_model: expected a 'gte'"),
+    ({"emb_model": ["gte"]}, r"emb_model: expected a string, got \['gte'\]"),
+    ({"emb_model": "", "model_dir": None}, "model_dir: expected the base model.*got None"),
+    ({"emb_model": "", "model_dir": "/"}, "model_dir: expected the base model.*got '/'"),
+    ({"use_one_hot_task_emb": "yes"}, "use_one_hot_task_emb: expected true or false, got 'yes'"),
+    ({"use_one_hot_task_emb": True, "train_ds_names": None}, "train_ds_names: encoder.tasks: expected a non-empty list"),
+    ({"use_one_hot_task_emb": True, "train_ds_names": ["a", {}]}, "train_ds_names: encoder.tasks: expected non-empty"),
+], ids=lambda v: str(v)[:40])  # fmt: skip
 def test_arguments_that_say_no_encoder(args, message):
     with pytest.raises(ConfigError, match=f"^args.yaml: {message}") as caught:
         sakana_encoder_config(BASE | args, "args.yaml")
@@ -155,17 +143,13 @@ def write(tmp_path):
     return make
 
 
-@pytest.mark.parametrize(
-    ("pooling", "expected"),
-    [
-        (FLAGS | {"pooling_mode_mean_tokens": True}, "mean"),
-        (FLAGS | {"pooling_mode_cls_token": True}, "cls"),
-        (FLAGS | {"pooling_mode_lasttoken": True}, "last"),
-        ({"embedding_dimension": 32, "pooling_mode": "lasttoken", "include_prompt": True}, "last"),
-        ({"pooling_mode": ["cls"]}, "cls"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("pooling", "expected"), [
+    (FLAGS | {"pooling_mode_mean_tokens": True}, "mean"),
+    (FLAGS | {"pooling_mode_cls_token": True}, "cls"),
+    (FLAGS | {"pooling_mode_lasttoken": True}, "last"),
+    ({"embedding_dimension": 32, "pooling_mode": "lasttoken", "include_prompt": True}, "last"),
+    ({"pooling_mode": ["cls"]}, "cls"),
+], ids=str)  # fmt: skip
 @torch.no_grad()
 def test_folder(write, pooling, expected):
     modules = [module("Transformer", ""), module("Pooling", "1_Pooling"), module("Normalize", "2_Normalize")]
@@ -209,40 +193,33 @@ def test_default_prompt(write):
         assert EncoderConfig.from_sentence_transformers(folder).template is None
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"modules.json": {}}, "modules.json: expected a JSON list, got dict"),
-        ({"modules.json": ["Transformer"]}, "modules.json: expected objects with .* got 'Transformer'"),
-        (
-            {"modules.json": [module("Transformer", "")]},
-            "expected Transformer, Pooling and perhaps Normalize",
-        ),
-        ({"modules.json": [module("Dense", "")]}, "module 'sentence_transformers.models.Dense': expected Transformer"),
-        ({"modules.json": [{"path": "", "type": "own_code.Transformer"}]}, "module 'own_code.Transformer': expected"),
-        ({"modules.json": [module("Transformer", "..")]}, "path '..': expected a folder inside"),
-        ({"modules.json": [module("Transformer", "/")]}, "path '/': expected a folder inside"),
-        ({"modules.json": [module("Transformer", "a/../../b")]}, "path 'a/../../b': expected a folder inside"),
-        ({"modules.json": [module("Transformer", "\0")]}, "expected objects with strings"),
-        ({"modules.json": [module("Transformer", "x" * 300)]}, "path 'x*.*x': expected a folder inside"),
-        ({"1_Pooling/config.json": FLAGS}, r"1_Pooling.config.json: expected one pooling mode, got \[\]"),
-        ({"1_Pooling/config.json": {"pooling_mode": ["cls", "mean"]}}, r"expected one pooling mode, got \['cls', 'mean'\]"),
-        ({"1_Pooling/config.json": FLAGS | {"pooling_mode_max_tokens": True}}, "pooling 'max' is not supported"),
-        ({"1_Pooling/config.json": {"pooling_mode": "weightedmean"}}, "pooling 'weightedmean' is not supported"),
-        ({"1_Pooling/config.json": {"pooling_mode": {}}}, "expected one pooling mode, got {}"),
-        ({"sentence_bert_config.json": {"max_seq_length": "9" * 1000}}, "max_length: expected a positive integer"),
-        ({"sentence_bert_config.json": {"max_seq_length": 32, "do_lower_case": True}}, "do_lower_case: expected false"),
-        ({"config_sentence_transformers.json": {"default_prompt_name": "x"}}, "default_prompt_name: .* got 'x': None"),
-        (
-            {
-                "1_Pooling/config.json": {"pooling_mode": "mean", "include_prompt": False},
-                "config_sentence_transformers.json": {"default_prompt_name": "x", "prompts": {"x": "a"}},
-            },
-            "include_prompt: .* not supported",
-        ),
-    ],
-    ids=lambda v: str(v)[:50],
-)
+@pytest.mark.parametrize(("files", "message"), [
+    ({"modules.json": {}}, "modules.json: expected a JSON list, got dict"),
+    ({"modules.json": ["Transformer"]}, "modules.json: expected objects with .* got 'Transformer'"),
+    ({"modules.json": [module("Transformer", "")]}, "expected Transformer, Pooling and perhaps Normalize"),
+    ({"modules.json": [module("Dense", "")]}, "module 'sentence_transformers.models.Dense': expected Transformer"),
+    ({"modules.json": [{"path": "", "type": "own_code.Transformer"}]}, "module 'own_code.Transformer': expected"),
+    ({"modules.json": [module("Transformer", "..")]}, "path '..': expected a folder inside"),
+    ({"modules.json": [module("Transformer", "/")]}, "path '/': expected a folder inside"),
+    ({"modules.json": [module("Transformer", "a/../../b")]}, "path 'a/../../b': expected a folder inside"),
+    ({"modules.json": [module("Transformer", "\0")]}, "expected objects with strings"),
+    ({"modules.json": [module("Transformer", "x" * 300)]}, "path 'x*.*x': expected a folder inside"),
+    ({"1_Pooling/config.json": FLAGS}, r"1_Pooling.config.json: expected one pooling mode, got \[\]"),
+    ({"1_Pooling/config.json": {"pooling_mode": ["cls", "mean"]}}, r"expected one pooling mode, got \['cls', 'mean'\]"),
+    ({"1_Pooling/config.json": FLAGS | {"pooling_mode_max_tokens": True}}, "pooling 'max' is not supported"),
+    ({"1_Pooling/config.json": {"pooling_mode": "weightedmean"}}, "pooling 'weightedmean' is not supported"),
+    ({"1_Pooling/config.json": {"pooling_mode": {}}}, "expected one pooling mode, got {}"),
+    ({"sentence_bert_config.json": {"max_seq_length": "9" * 1000}}, "max_length: expected a positive integer"),
+    ({"sentence_bert_config.json": {"max_seq_length": 32, "do_lower_case": True}}, "do_lower_case: expected false"),
+    ({"config_sentence_transformers.json": {"default_prompt_name": "x"}}, "default_prompt_name: .* got 'x': None"),
+    (
+        {
+            "1_Pooling/config.json": {"pooling_mode": "mean", "include_prompt": False},
+            "config_sentence_transformers.json": {"default_prompt_name": "x", "prompts": {"x": "a"}},
+        },
+        "include_prompt: .* not supported",
+    ),
+], ids=lambda v: str(v)[:50])  # fmt: skip
 def test_folders_that_say_something_else(write, files, message):
     with pytest.raises(ConfigError, match=message) as caught:
         TextEncoder.from_pretrained(str(write(files)))

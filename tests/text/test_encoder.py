@@ -162,18 +162,15 @@ def test_a_full_stop_ends_what_ends_in_a_letter(encoder):
     assert encoder().prepare(("name", "3")) == ["name.", "3"]
 
 
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        ([], "texts: expected at least one"),
-        ("name", "texts: expected a list of strings, got str"),
-        (None, "texts: expected a list of strings, got NoneType"),
-        (["name", ""], r"texts\[1\]"),
-        (["name", "a", " \n\t"], r"texts\[2\]"),
-        (["name", "caf\udce9"], r"texts\[1\]: expected Unicode text, got .*'caf"),
-        (["name", ["a"]], r"texts\[1\]"),
-    ],
-)
+@pytest.mark.parametrize(("texts", "message"), [
+    ([], "texts: expected at least one"),
+    ("name", "texts: expected a list of strings, got str"),
+    (None, "texts: expected a list of strings, got NoneType"),
+    (["name", ""], r"texts\[1\]"),
+    (["name", "a", " \n\t"], r"texts\[2\]"),
+    (["name", "caf\udce9"], r"texts\[1\]: expected Unicode text, got .*'caf"),
+    (["name", ["a"]], r"texts\[1\]"),
+])  # fmt: skip
 def test_what_is_no_list_of_texts(encoder, texts, message):
     with pytest.raises(ValueError, match=message):
         encoder().encode(texts)
@@ -443,16 +440,13 @@ def test_one_hot():
     assert got.tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 1]]
 
 
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        ([], "texts: expected at least one"),
-        ("a", "texts: expected a list of strings, got str"),
-        (["a", "Name a capital"], r"texts\[1\]: .* only the names of its 9 training tasks, such as .*'t0'.*; got 'Name a"),
-        (["a", ["a"]], r"texts\[1\]"),
-        ([0], r"texts\[0\]"),
-    ],
-)
+@pytest.mark.parametrize(("texts", "message"), [
+    ([], "texts: expected at least one"),
+    ("a", "texts: expected a list of strings, got str"),
+    (["a", "Name a capital"], r"texts\[1\]: .* only the names of its 9 training tasks, such as .*'t0'.*; got 'Name a"),
+    (["a", ["a"]], r"texts\[1\]"),
+    ([0], r"texts\[0\]"),
+])  # fmt: skip
 def test_one_hot_knows_training_tasks_only(texts, message):
     enc = OneHotEncoder(OneHotConfig((*(f"t{i}" for i in range(8)), "a")))
     with pytest.raises(ValueError, match=message) as caught:

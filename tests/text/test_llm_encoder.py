@@ -147,19 +147,16 @@ def test_refuses_adapters_in_use(tiny_model, left_tokenizer, stack_for):
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "examples, match",
-    [
-        ([None, None], r"examples: expected a list of 1, one entry a text, got 2"),
-        ("x", r"examples: expected a list of 1"),
-        (["x"], r"examples\[0\]: expected a list of \(input, answer\), got 'x'"),
-        ([[("a",)]], r"examples\[0\]\[0\]: expected \(input, answer\), got \('a',\)"),
-        ([[("a", " ")]], r"examples\[0\]\[0\]\[1\]: expected a non-empty answer, got ' '"),
-        ([[("a", 3)]], r"examples\[0\]\[0\]\[1\]: expected a non-empty answer, got 3"),
-        ([[("\ud800", "a")]], r"examples\[0\]\[0\]\[0\]: expected Unicode text"),
-        ([SHOTS * 2], r"examples\[0\]: expected at most 2, with which this encoder was trained, got 4"),
-    ],
-)
+@pytest.mark.parametrize("examples, match", [
+    ([None, None], r"examples: expected a list of 1, one entry a text, got 2"),
+    ("x", r"examples: expected a list of 1"),
+    (["x"], r"examples\[0\]: expected a list of \(input, answer\), got 'x'"),
+    ([[("a",)]], r"examples\[0\]\[0\]: expected \(input, answer\), got \('a',\)"),
+    ([[("a", " ")]], r"examples\[0\]\[0\]\[1\]: expected a non-empty answer, got ' '"),
+    ([[("a", 3)]], r"examples\[0\]\[0\]\[1\]: expected a non-empty answer, got 3"),
+    ([[("\ud800", "a")]], r"examples\[0\]\[0\]\[0\]: expected Unicode text"),
+    ([SHOTS * 2], r"examples\[0\]: expected at most 2, with which this encoder was trained, got 4"),
+])  # fmt: skip
 def test_errors_name_the_example(llm_encoder, examples, match):
     with pytest.raises(ValueError, match=match):
         llm_encoder().encode(["the drugs"], examples=examples)
@@ -243,17 +240,14 @@ def _edit(folder, change):
     (folder / "config.json").write_text(json.dumps(values))
 
 
-@pytest.mark.parametrize(
-    "change, match",
-    [
-        (lambda e: e.pop("layers"), r"hypernet.safetensors: expected no pooling, as the encoder has no layers"),
-        (lambda e: e.update(blocks=1), r"unexpected keys \['pooling.blocks.1"),
-        (lambda e: e.update(blocks=3), r"missing keys \['pooling.blocks.2"),
-        (lambda e: e.update(queries=4), r"pooling.queries: expected shape \(4, 8\), got \(3, 8\)"),
-        (lambda e: e.update(layers=[0, 1, 2]), r"pooling.project.weight: expected a matrix with columns for 3 layers"),
-        (lambda e: e.update(layers=[0, 5]), r"encoder.layers: expected at most the 2 layers"),
-    ],
-)
+@pytest.mark.parametrize("change, match", [
+    (lambda e: e.pop("layers"), r"hypernet.safetensors: expected no pooling, as the encoder has no layers"),
+    (lambda e: e.update(blocks=1), r"unexpected keys \['pooling.blocks.1"),
+    (lambda e: e.update(blocks=3), r"missing keys \['pooling.blocks.2"),
+    (lambda e: e.update(queries=4), r"pooling.queries: expected shape \(4, 8\), got \(3, 8\)"),
+    (lambda e: e.update(layers=[0, 1, 2]), r"pooling.project.weight: expected a matrix with columns for 3 layers"),
+    (lambda e: e.update(layers=[0, 5]), r"encoder.layers: expected at most the 2 layers"),
+])  # fmt: skip
 def test_checkpoint_errors_name_the_key(checkpoint, change, match):
     _edit(checkpoint, change)
     with pytest.raises(ConfigError, match=match):

@@ -96,15 +96,12 @@ def test_a_generated_answer_is_read_as_it_was_meant(prepends, answer):
 DATED = "{% if not date_string is defined %}{% set date_string = strftime_now('%H:%M:%S.%f') %}{% endif %}{{ date_string }}"
 
 
-@pytest.mark.parametrize(
-    "template, expected",
-    [
-        (DATED + " {{ messages[0]['content'] }}", "26 Jul 2024 one"),  # as of Llama 3
-        ("{{ strftime_now('%Y-%m-%d') }} {{ messages[0]['content'] }}", "26 Jul 2024 one"),
-        # Those of Qwen3 and SmolLM3 think unless told not to.
-        ("{{ messages[0]['content'] }}{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}", "one"),
-    ],
-)
+@pytest.mark.parametrize("template, expected", [
+    (DATED + " {{ messages[0]['content'] }}", "26 Jul 2024 one"),  # as of Llama 3
+    ("{{ strftime_now('%Y-%m-%d') }} {{ messages[0]['content'] }}", "26 Jul 2024 one"),
+    # Those of Qwen3 and SmolLM3 think unless told not to.
+    ("{{ messages[0]['content'] }}{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}", "one"),
+])  # fmt: skip
 def test_chat_prompts_are_the_same_every_day_and_answer_at_once(template, expected):
     assert chat_prompt(tokenizer(chat=template), "one") == expected
 

@@ -117,16 +117,13 @@ def test_map(window):
     one.locator("#map canvas, #map svg").first.wait_for()
 
 
-@pytest.mark.parametrize(
-    "descriptions, text, said",
-    [
-        ([], TEXT, "Task descriptions: expected at least one line, got none."),
-        ([WHO], " ", "Input: expected a text, got none."),
-        (["x" * 10_000], TEXT, "Task descriptions: expected at most 1,000 characters a line, got 10,000."),
-        ([WHO], "x " * 5_000, "Input: expected at most 4,000 characters, got 10,000."),
-        ([f"Write the number {i}." for i in range(5)], TEXT, "Task descriptions: expected at most 4 lines, got 5."),
-    ],
-)
+@pytest.mark.parametrize("descriptions, text, said", [
+    ([], TEXT, "Task descriptions: expected at least one line, got none."),
+    ([WHO], " ", "Input: expected a text, got none."),
+    (["x" * 10_000], TEXT, "Task descriptions: expected at most 1,000 characters a line, got 10,000."),
+    ([WHO], "x " * 5_000, "Input: expected at most 4,000 characters, got 10,000."),
+    ([f"Write the number {i}." for i in range(5)], TEXT, "Task descriptions: expected at most 4 lines, got 5."),
+])  # fmt: skip
 def test_mistakes(window, descriptions, text, said):
     """A readable message; the page goes on."""
     one = window()
