@@ -36,17 +36,10 @@ class HyperShape:
 
     def config(self) -> HyperNetworkConfig:
         return HyperNetworkConfig(
-            variant=self.variant,
-            modules=("q_proj", "v_proj"),
-            in_features=(self.hidden, self.hidden),
-            out_features=(self.query, self.value),
-            num_layers=self.num_layers,
-            rank=self.rank,
-            embed_dim=self.embed_dim,
-            latent_size=self.latent_size,
-            head_in_size=self.head_in_size,
-            lora_alpha=2.0 * self.rank,
-        )
+            variant=self.variant, modules=("q_proj", "v_proj"), in_features=(self.hidden, self.hidden),
+            out_features=(self.query, self.value), num_layers=self.num_layers, rank=self.rank, embed_dim=self.embed_dim,
+            latent_size=self.latent_size, head_in_size=self.head_in_size, lora_alpha=2.0 * self.rank,
+        )  # fmt: skip
 
     def make(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> HyperNetwork:
         """A hypernetwork with random weights, matrices in ``dtype``, initialised without a second copy in memory."""

@@ -116,14 +116,10 @@ def card(monkeypatch):
     monkeypatch.setattr(FakeGraph, "seen", [])
     stands_in = {
         "current_device": lambda: 0,
-        "get_device_properties": lambda device: type("Properties", (), {"L2_cache_size": 50 << 20}),
-        "Stream": FakeStream,
-        "Event": FakeEvent,
-        "CUDAGraph": FakeGraph,
-        "current_stream": FakeStream,
-        "stream": lambda stream: contextlib.nullcontext(),
-        "synchronize": lambda: None,
-    }
+        "get_device_properties": lambda device: type("Properties", (), {"L2_cache_size": 50 << 20}), "Stream": FakeStream,
+        "Event": FakeEvent, "CUDAGraph": FakeGraph, "current_stream": FakeStream,
+        "stream": lambda stream: contextlib.nullcontext(), "synchronize": lambda: None,
+    }  # fmt: skip
     for name, value in stands_in.items():
         monkeypatch.setattr(torch.cuda, name, value)
     return timing.Cuda()

@@ -200,16 +200,8 @@ def test_threads_give_the_same_bits(example):
 def test_ops_on_the_model_of_amx(library):
     """The op cases under ``T2L_ISA=amx_model``; those of real models' shapes would take minutes in plain C++."""
     command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "kernel_case",
-        "--library",
-        library / "_C.so",
-        ROOT / "tests" / "ops",
-    ]
+        sys.executable, "-m", "pytest", "-q", "-m", "kernel_case", "--library", library / "_C.so", ROOT / "tests" / "ops",
+    ]  # fmt: skip
     command += ["-k", " and ".join(f"not {word}" for word in LARGE)]
     output = run(*command, env=os.environ | {"T2L_DISABLE_NATIVE": "1", "T2L_ISA": "amx_model"}, cwd=ROOT)
     assert int(re.search(r"(\d+) passed", output)[1]) >= at_least(*LARGE), output[-2000:]

@@ -56,7 +56,7 @@ LOADERS: dict[str, Callable] = {
     "settings": lambda folder: settings.read(settings.SFTSettings, folder / "run.yaml"),
 }
 #: Good folder -> its loader, where that is not "hypernetwork".
-LOADER_OF = {name: name for name in ("tasks", "manifest", "sni", "settings", "benchmarks")} | {"adapter": "adapters"}
+LOADER_OF = {name: name for name in LOADERS} | {"adapter": "adapters"}
 
 _TASK = {"skill": "letters", "task_split": "train", "source": "made here", "licence": ["Apache-2.0"], "permissive": True,
          "splits": {"train": "MTIzNDVhYmNkZQ==", "test": "NTQzMjE="}}  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from t2l_engine.hypernetwork.d2l import D2L_NAME
 from tests.hostile.archive import Persistent, Stored, dumps, pack, parts, save
 from tests.hostile.folders import Case, Workshop
 from tests.hostile.payloads import CALLS, RAW, legacy, tar
@@ -62,6 +63,7 @@ def calls(shop: Workshop) -> Iterator[Case]:
     }
     for name, content in files.items():
         yield shop.case(f"call-{name}", "L-sft", PT, content)
+        yield shop.case(f"call-{name}", "documents", D2L_NAME, content)
 
 
 def _opcodes(state: State) -> Contents:

@@ -9,30 +9,15 @@ from t2l_engine.files.errors import MAX_CONFIG_BYTES, MAX_LAYERS, MAX_RANK, shor
 from t2l_engine.files.text import from_json, read_json, to_json
 
 NETWORK = {
-    "variant": "M",
-    "modules": ["q_proj", "v_proj"],
-    "in_features": [64, 64],
-    "out_features": [64, 32],
-    "num_layers": 3,
-    "rank": 4,
-    "embed_dim": 48,
-    "latent_size": 32,
-    "head_in_size": 40,
-    "lora_alpha": 8.0,
-    "scaling": "plain",
-    "head_bias": False,
-    "output_scale": 0.5,
-    "task_encoder": "softmax",
+    "variant": "M", "modules": ["q_proj", "v_proj"], "in_features": [64, 64], "out_features": [64, 32], "num_layers": 3,
+    "rank": 4, "embed_dim": 48, "latent_size": 32, "head_in_size": 40, "lora_alpha": 8.0, "scaling": "plain",
+    "head_bias": False, "output_scale": 0.5, "task_encoder": "softmax",
     "paths": ["model.layers.{layer}.self_attn.q_proj", "h.{layer}.v"],
-}
+}  # fmt: skip
 ENCODER = {
-    "name": "minilm",
-    "pooling": "mean",
-    "max_length": 256,
-    "full_stop": False,
-    "template": "Query: {text}",
+    "name": "minilm", "pooling": "mean", "max_length": 256, "full_stop": False, "template": "Query: {text}",
     "dtype": "bfloat16",
-}
+}  # fmt: skip
 RECORDS = pytest.mark.parametrize(("cls", "values"), [(HyperNetworkConfig, NETWORK), (EncoderConfig, ENCODER)])
 
 

@@ -118,17 +118,12 @@ def test_slots_of_a_model_receive_the_same_adapters(golden):
         torch.testing.assert_close(model(question).logits, golden.expected["logits"], atol=1e-4, rtol=0)
 
 
-def test_a_native_checkpoint_makes_the_same_bits(golden, tmp_path):
+def test_converting_there_and_back_loses_nothing(golden, tmp_path):
+    """The native form makes the same bits."""
     convert(golden.folder, tmp_path / "native")
     again = t2l.TextToLoRA.from_pretrained(tmp_path / "native", encoder=golden.folder / "base")
     first, second = (engine.generate_from_ids(golden.contexts) for engine in (golden.engine, again))
-    for name in first.lora_A:
-        assert torch.equal(first.lora_A[name], second.lora_A[name]), name
-        assert torch.equal(first.lora_B[name], second.lora_B[name]), name
-
-
-def test_converting_there_and_back_loses_nothing(golden, tmp_path):
-    convert(golden.folder, tmp_path / "native")
+    assert second.allclose(first, rtol=0, atol=0)
     convert(tmp_path / "native", tmp_path / "back", to="doc-to-lora")
     (tensors, records), (again, records_again) = (
         read_torch_file(folder / d2l.D2L_NAME, t2l.CheckpointError, d2l.KINDS)
@@ -210,14 +205,6 @@ def test_contradictions_are_errors_that_name_file_and_key(tmp_path, whole, chang
     assert str(tmp_path / d2l.D2L_NAME) in str(caught.value)
 
 
-class Touches:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 @pytest.mark.parametrize("change, message", [
     (lambda blocks: blocks["hypernetwork"].update(lora_alpha=2.0), "hypernetwork: expected .* as reference.doc_to_lora"),
     (lambda blocks: blocks["encoder"].update(name="other"), "encoder: expected .*'base'.* got .*'other'"),
@@ -257,20 +244,11 @@ def test_members_of_enumerations_and_bfloat16_are_read_and_written_as_they_are(t
     assert all(torch.equal(tensors[key], again[key]) for key in tensors) and encoded(records) == encoded(records_again)
 
 
-def test_code_in_a_pickle_is_not_run(tmp_path):
-    with zipfile.ZipFile(tmp_path / d2l.D2L_NAME, "w") as archive:
-        archive.writestr("pytorch_model/data.pkl", pickle.dumps({"x": Touches(tmp_path / "touched")}, protocol=2))
-    with pytest.raises(t2l.CheckpointError, match="its pickle names"):
-        d2l.read(tmp_path)
-    assert not (tmp_path / "touched").exists()
-
-
 def test_contexts_that_cannot_be_read_are_errors():
     engine = Golden("qwen3-early").engine
     for contexts, message in (
         ([[]], r"contexts\[0\]: expected one or more chunks"),
         ([[[1, 2]], [[]]], r"contexts\[1\]: expected one or more chunks"),
-        ([[1, 2]], r"contexts\[0\]: expected one or more chunks"),
         ([[torch.tensor([1, 2])]], r"contexts\[0\]: expected one or more chunks"),
         ([[[1] * 200]], "at most the 128 tokens.*got 200; cut it: max_chunk_tokens=64"),
         ([], "contexts: expected one or more"),

@@ -25,21 +25,12 @@ def networks(draw, task_encoders=TASK_ENCODERS):
         latent -= latent // 2 % 2 * 2
         assume(task_encoder != "discrete" or (num_layers + len(modules)) % 2 == 0)
     config = HyperNetworkConfig(
-        variant=variant,
-        modules=modules,
-        in_features=draw(sizes),
-        out_features=draw(sizes),
-        num_layers=num_layers,
-        rank=draw(st.integers(1, 5)),
-        embed_dim=draw(st.integers(1, 40)),
-        latent_size=latent,
-        head_in_size=draw(st.integers(1, 40)),
-        lora_alpha=draw(st.floats(0.5, 64)),
-        scaling=draw(st.sampled_from(["rslora", "plain", 1.5])),
-        head_bias=draw(st.booleans()),
-        output_scale=draw(st.sampled_from([1.0, 0.01])),
-        task_encoder=task_encoder,
-    )
+        variant=variant, modules=modules, in_features=draw(sizes), out_features=draw(sizes), num_layers=num_layers,
+        rank=draw(st.integers(1, 5)), embed_dim=draw(st.integers(1, 40)), latent_size=latent,
+        head_in_size=draw(st.integers(1, 40)), lora_alpha=draw(st.floats(0.5, 64)),
+        scaling=draw(st.sampled_from(["rslora", "plain", 1.5])), head_bias=draw(st.booleans()),
+        output_scale=draw(st.sampled_from([1.0, 0.01])), task_encoder=task_encoder,
+    )  # fmt: skip
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     net = HyperNetwork(config)
     with torch.no_grad():
@@ -63,9 +54,7 @@ def test_a_saved_hypernetwork_is_the_same_bit_for_bit(drawn, dtype):
     assert state.keys() == net.state_dict().keys()
     for key, tensor in net.state_dict().items():
         assert state[key].dtype == tensor.dtype and torch.equal(state[key], tensor), key
-    first, second = net.generate(task_emb), again.generate(task_emb)
-    for name in net.config.modules:
-        assert torch.equal(first.lora_A[name], second.lora_A[name]) and torch.equal(first.lora_B[name], second.lora_B[name])
+    assert net.generate(task_emb).allclose(again.generate(task_emb), rtol=0, atol=0)
 
 
 @EXAMPLES

@@ -28,3 +28,9 @@ def handle(model, stack_for):
 @pytest.fixture
 def tokens():
     return torch.randint(3, 97, (4, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def x():
+    """Inputs of models of one's own."""
+    return torch.randn(6, 16, generator=torch.Generator().manual_seed(1))

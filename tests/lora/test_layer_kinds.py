@@ -10,11 +10,6 @@ from t2l_engine.testing.numerics import ROW_ATOL
 from tests.lora.blocks import Blocks, by_hand
 
 
-@pytest.fixture
-def x():
-    return torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
-
-
 class Int8Linear(nn.Module):
     """Weight-only quantisation: no parameter, an int8 buffer and scales."""
 

@@ -13,11 +13,6 @@ def wrapped(model):
     return [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
 
 
-@pytest.fixture
-def x():
-    return torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
-
-
 def test_ragged_tokens_and_packed_columns(make_stack, x):
     """A stack of one's own whose q and v are one linear, over segments of tokens."""
     torch.manual_seed(0)

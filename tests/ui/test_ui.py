@@ -131,12 +131,7 @@ def test_the_command(run, port):
         process.kill()
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (("-c", "nothing"), "t2l: checkpoint"),
-    (("--host", "::1"), "t2l: --host, --port: expected a free IPv4 address, got ::1:"),
-    (("--base-model", "nowhere"), "t2l: --base-model: expected 'smollm2-135m' or a local transformers folder"),
-    (("--max-new-tokens", 9000), "t2l: --max-new-tokens: expected fewer than the model's 8192 positions, got 9000"),
-])  # fmt: skip
-def test_what_cannot_be_opened(run, arguments, said, port):
-    code, _, err = run("ui", "--port", port, *arguments)
-    assert code == 1 and err.startswith(said) and err.count("\n") == 1, err
+def test_an_address_that_cannot_be_opened(run, port):
+    code, _, err = run("ui", "--port", port, "--host", "::1")
+    assert code == 1 and err.startswith("t2l: --host, --port: expected a free IPv4 address, got ::1:"), err
+    assert err.count("\n") == 1

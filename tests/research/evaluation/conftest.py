@@ -11,6 +11,7 @@ from t2l_engine.research.tasks.folder import Example, Task, write_tasks
 from t2l_engine.text import base_model as loader
 from t2l_engine.text.config import EncoderConfig
 from tests.cli.conftest import run  # noqa: F401
+from tests.lora.conftest import model, tokens  # noqa: F401
 from tests.research.training import conftest as training
 
 base_model, one_thread = training.base_model, training.one_thread  # the folder of a tiny Llama, which no test changes

@@ -1,11 +1,16 @@
 """What training computes once more, in plain torch: no op, layer, loss or batching of the package."""
 
 import contextlib
+from functools import partial
 
 import torch
 from torch import nn
 
+from t2l_engine.research.training.context import TrainingContext
+from t2l_engine.testing.numerics import LOSS_ATOL
+from t2l_engine.text import base_model
 from tests.hypernetwork import plain_network
+from tests.research.training import small_runs
 
 #: Names of a hypernetwork's parts in the reference; what is missing here has a place in :func:`named` of its own.
 PARTS = {
@@ -82,3 +87,14 @@ def validation_loss(model, examples, task, stack_of, description_of=lambda turn:
         with applied(model, modules, stack.paths, stack.scaling, [0]):
             losses.append(answer_losses(model, examples.sample(task, i, description_of(turn))).mean())
     return torch.stack(losses).mean()
+
+
+def assert_validated(settings, tasks, out, stack_of, description_of=lambda turn: 0):
+    """The losses that the last validation logged are of ``stack_of(task, i)``: example i's adapter, as a stack of one."""
+    model, _ = base_model.load(settings.base_model, torch.float32)
+    fit = TrainingContext(settings, tasks, torch.device("cpu"))
+    found = [row["tasks"] for row in small_runs.rows(out) if "tasks" in row][-1]
+    assert list(found) == [task.name for task in fit.tasks]
+    for number, task in enumerate(fit.tasks):
+        expected = validation_loss(model, fit.validation, number, partial(stack_of, task), description_of)
+        assert abs(found[task.name] - expected) <= LOSS_ATOL, task.name

@@ -89,6 +89,12 @@ def losses(folder: Path) -> list[float]:
     return [row.get("loss", row.get("val_loss")) for row in rows(folder)]
 
 
+def assert_learns(folder: Path, factor: float = 0.9) -> None:
+    """The loss of the last four steps is below ``factor`` of that of the first."""
+    curve = [row["loss"] for row in rows(folder) if "loss" in row]
+    assert sum(curve[-4:]) < factor * sum(curve[:4])
+
+
 def left(folder: Path) -> dict[str, object]:
     """All that a run left, by path: tensors and numbers of states, tensors of weights, rows of logs, bytes of the rest."""
     found: dict[str, object] = {}

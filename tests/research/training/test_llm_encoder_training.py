@@ -12,7 +12,6 @@ from t2l_engine.research.tasks.folder import load_tasks
 from t2l_engine.research.training import hypernetwork, loop, lora, reconstruction, sft
 from t2l_engine.research.training.context import TrainingContext
 from t2l_engine.research.training.sampling import Shard
-from t2l_engine.testing.numerics import LOSS_ATOL
 from t2l_engine.text import base_model as base_model_loader
 from t2l_engine.text.llm_encoder import LLMEncoder, condition_text
 from tests.research.training import plain_torch, small_runs
@@ -49,19 +48,12 @@ def test_trains_and_the_checkpoint_reads_examples(base_model, tasks, tmp_path):
     """The loss falls, and validation is of what the checkpoint generates from the held-out descriptions."""
     settings = reading(base_model, steps=24, validate_every=24, held_out_descriptions=1)
     out = sft.train(settings, tasks, tmp_path / "out")
-    curve = [row["loss"] for row in small_runs.rows(out) if "loss" in row]
-    assert sum(curve[-4:]) < 0.9 * sum(curve[:4])
+    small_runs.assert_learns(out)
     assert all(row["examples"] == 4 for row in small_runs.rows(out) if "loss" in row)
 
     engine = t2l.TextToLoRA.from_pretrained(out)
     assert isinstance(engine.encoder, LLMEncoder) and engine.encoder.config.max_examples == 2
-    model, _ = base_model_loader.load(str(base_model), torch.float32)
-    fit = TrainingContext(settings, tasks, CPU)
-    stack = engine.generate([task.descriptions[-1] for task in fit.tasks])
-    (found,) = (row["tasks"] for row in small_runs.rows(out) if "tasks" in row)
-    for number, task in enumerate(fit.tasks):
-        expected = plain_torch.validation_loss(model, fit.validation, number, lambda i, of=stack[number]: of)
-        assert abs(found[task.name] - expected) <= LOSS_ATOL, task.name
+    plain_torch.assert_validated(settings, tasks, out, lambda task, i: engine.generate([task.descriptions[-1]]))
     both = engine.generate(["Say the first word."] * 2, [None, [("red cat", "red")]])
     assert not torch.equal(both.lora_B["q_proj"][0], both.lora_B["q_proj"][1])
     assert not (out / loop.STATES).exists()
@@ -247,8 +239,7 @@ def test_reconstruction_reads_and_is_a_start(base_model, tasks, library, tmp_pat
         **SMALL, **size, target="raw", steps=150, learning_rate=1e-2, save_every=150, validate_every=0
     )
     out = reconstruction.train(settings, library, tmp_path / "reconstruction")
-    losses = [row["loss"] for row in small_runs.rows(out) if "loss" in row]
-    assert sum(losses[-4:]) < 0.5 * sum(losses[:4])
+    small_runs.assert_learns(out, 0.5)
     assert not (out / loop.STATES).exists()
     engine = t2l.TextToLoRA.from_pretrained(out)
     assert isinstance(engine.encoder, LLMEncoder) and engine.encoder.config.max_examples == 0
