@@ -58,6 +58,33 @@ inline t2l_hypernet_info info_of(const Net& net) {
   return info;
 }
 
+inline std::vector<t2l_module_info> modules_of(const Net& net) {
+  std::vector<t2l_module_info> modules(static_cast<size_t>(info_of(net).num_modules));
+  for (size_t i = 0; i < modules.size(); ++i)
+    CHECK_OK(t2l_hypernet_get_module(net.get(), static_cast<int64_t>(i), &modules[i], &error));
+  return modules;
+}
+
+// Memory for adapters, NaN at first: A and B of every module, and the records that point into them.
+struct Adapters {
+  std::vector<std::vector<float>> A, B;
+  std::vector<t2l_adapter> outputs;
+};
+
+inline Adapters adapters_for(const Net& net, int64_t tasks) {
+  const t2l_hypernet_info info = info_of(net);
+  const int64_t rows = tasks * info.num_layers * info.rank;
+  Adapters made;
+  for (const t2l_module_info& module : modules_of(net)) {
+    made.A.emplace_back(static_cast<size_t>(rows * module.in_features), std::numeric_limits<float>::quiet_NaN());
+    made.B.emplace_back(static_cast<size_t>(rows * module.out_features), std::numeric_limits<float>::quiet_NaN());
+    made.outputs.emplace_back();
+    CHECK_OK(t2l_adapter_init(net.get(), static_cast<int64_t>(made.outputs.size()) - 1, made.A.back().data(),
+                              made.B.back().data(), T2L_F32, &made.outputs.back(), &error));
+  }
+  return made;
+}
+
 // Numbers in [-1, 1), the same on every machine.
 class Random {
  public:

@@ -14,48 +14,21 @@ namespace {
 
 using Floats = std::vector<float>;
 
-// A and B of every module, one after the other.
-struct Result {
-  std::vector<Floats> A, B;
-  bool operator==(const Result& other) const {
-    const auto same = [](const std::vector<Floats>& a, const std::vector<Floats>& b) {
-      return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const Floats& x, const Floats& y) {
-        return x.size() == y.size() && std::memcmp(x.data(), y.data(), x.size() * sizeof(float)) == 0;
-      });
-    };
-    return same(A, other.A) && same(B, other.B);
-  }
-};
-
-std::vector<t2l_module_info> modules_of(const Net& net) {
-  std::vector<t2l_module_info> modules(static_cast<size_t>(info_of(net).num_modules));
-  for (size_t i = 0; i < modules.size(); ++i)
-    CHECK_OK(t2l_hypernet_get_module(net.get(), static_cast<int64_t>(i), &modules[i], &error));
-  return modules;
+bool operator==(const Adapters& one, const Adapters& other) {
+  const auto same = [](const std::vector<Floats>& a, const std::vector<Floats>& b) {
+    return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const Floats& x, const Floats& y) {
+      return x.size() == y.size() && std::memcmp(x.data(), y.data(), x.size() * sizeof(float)) == 0;
+    });
+  };
+  return same(one.A, other.A) && same(one.B, other.B);
 }
 
-// Memory for `tasks` adapters, NaN at first, and the records that point into it.
-std::vector<t2l_adapter> outputs_for(const Net& net, int64_t tasks, Result& result) {
-  const t2l_hypernet_info info = info_of(net);
-  std::vector<t2l_adapter> outputs;
-  for (const t2l_module_info& module : modules_of(net)) {
-    const int64_t rows = tasks * info.num_layers * info.rank;
-    result.A.emplace_back(static_cast<size_t>(rows * module.in_features), std::numeric_limits<float>::quiet_NaN());
-    result.B.emplace_back(static_cast<size_t>(rows * module.out_features), std::numeric_limits<float>::quiet_NaN());
-    outputs.emplace_back();
-    CHECK_OK(t2l_adapter_init(net.get(), static_cast<int64_t>(outputs.size()) - 1, result.A.back().data(),
-                              result.B.back().data(), T2L_F32, &outputs.back(), &error));
-  }
-  return outputs;
-}
-
-Result generate(const Net& net, const Floats& task_emb, const t2l_parallel* parallel = nullptr) {
+Adapters generate(const Net& net, const Floats& task_emb, const t2l_parallel* parallel = nullptr) {
   const int64_t tasks = static_cast<int64_t>(task_emb.size()) / info_of(net).embed_dim;
-  Result result;
-  const std::vector<t2l_adapter> outputs = outputs_for(net, tasks, result);
-  CHECK_OK(t2l_hypernet_generate(net.get(), task_emb.data(), tasks, outputs.data(), static_cast<int64_t>(outputs.size()),
-                                 parallel, &error));
-  return result;
+  Adapters made = adapters_for(net, tasks);
+  CHECK_OK(t2l_hypernet_generate(net.get(), task_emb.data(), tasks, made.outputs.data(),
+                                 static_cast<int64_t>(made.outputs.size()), parallel, &error));
+  return made;
 }
 
 void test_names() {
@@ -137,7 +110,7 @@ bool near(const Floats& values, const Floats& expected) {
 
 // The same bits: again, on threads, in one call or in several; close: from another isa.
 void test_bits(const std::string& path, const Net& net, const Floats& task_emb) {
-  const Result expected = generate(net, task_emb);
+  const Adapters expected = generate(net, task_emb);
   for (const Floats& values : expected.A) CHECK(std::all_of(values.begin(), values.end(), [](float v) { return v == v; }));
   for (const Floats& values : expected.B) CHECK(std::all_of(values.begin(), values.end(), [](float v) { return v == v; }));
   Pool pool(3);
@@ -145,14 +118,14 @@ void test_bits(const std::string& path, const Net& net, const Floats& task_emb) 
   CHECK(generate(net, task_emb, &parallel) == expected);
 
   const size_t e = static_cast<size_t>(info_of(net).embed_dim);
-  const Result second = generate(net, Floats(task_emb.begin() + e, task_emb.begin() + 2 * e));
+  const Adapters second = generate(net, Floats(task_emb.begin() + e, task_emb.begin() + 2 * e));
   for (size_t m = 0; m < expected.A.size(); ++m)
     CHECK(std::equal(second.A[m].begin(), second.A[m].end(), expected.A[m].begin() + second.A[m].size()));
 
   for (const int32_t isa : isas()) {
     const Net other = open_net(path, isa);
     CHECK(info_of(other).isa == isa);
-    const Result result = generate(other, task_emb);
+    const Adapters result = generate(other, task_emb);
     for (size_t m = 0; m < expected.A.size(); ++m) {
       CHECK(near(result.A[m], expected.A[m]));
       CHECK(near(result.B[m], expected.B[m]));
@@ -164,7 +137,7 @@ void test_bits(const std::string& path, const Net& net, const Floats& task_emb) 
 void test_layouts(const Net& net, const Floats& task_emb) {
   const t2l_hypernet_info info = info_of(net);
   const int64_t tasks = static_cast<int64_t>(task_emb.size()) / info.embed_dim, n = info.num_layers, r = info.rank;
-  const Result plain = generate(net, task_emb);
+  const Adapters plain = generate(net, task_emb);
   std::vector<t2l_adapter> outputs;
   std::vector<std::vector<uint16_t>> A, B;
   for (const t2l_module_info& module : modules_of(net)) {
@@ -196,8 +169,8 @@ void test_layouts(const Net& net, const Floats& task_emb) {
 }
 
 void test_generate_errors(const Net& net, const Floats& task_emb) {
-  Result result;
-  std::vector<t2l_adapter> outputs = outputs_for(net, 1, result);
+  Adapters made = adapters_for(net, 1);
+  std::vector<t2l_adapter>& outputs = made.outputs;
   const auto refused = [&](const char* text, const auto& change) {
     const std::vector<t2l_adapter> sound = outputs;
     change(outputs[1]);
@@ -217,21 +190,20 @@ void test_generate_errors(const Net& net, const Floats& task_emb) {
           [](t2l_adapter& o) { o.B_stride[1] = int64_t{1} << 61; });
   const t2l_adapter* records = outputs.data();
   const float* emb = task_emb.data();
-  CHECK_FAILS(T2L_INVALID_ARGUMENT, "num_tasks: expected 0 or more, got -1",
-              t2l_hypernet_generate(net.get(), emb, -1, records, 2, nullptr, &error));
-  CHECK_FAILS(T2L_INVALID_ARGUMENT, "num_outputs: expected 2, one a module, got 1",
-              t2l_hypernet_generate(net.get(), emb, 1, records, 1, nullptr, &error));
-  CHECK_FAILS(T2L_INVALID_ARGUMENT, "task_emb: expected memory, got NULL",
-              t2l_hypernet_generate(net.get(), nullptr, 1, records, 2, nullptr, &error));
-  CHECK_FAILS(T2L_INVALID_ARGUMENT, "outputs: expected one record a module, got NULL",
-              t2l_hypernet_generate(net.get(), emb, 1, nullptr, 2, nullptr, &error));
+  const auto fails = [&](t2l_status status, const char* text, const float* emb, int64_t tasks, const t2l_adapter* records,
+                         int64_t count, const t2l_parallel* parallel = nullptr) {
+    CHECK_FAILS(status, text, t2l_hypernet_generate(net.get(), emb, tasks, records, count, parallel, &error));
+  };
+  fails(T2L_INVALID_ARGUMENT, "num_tasks: expected 0 or more, got -1", emb, -1, records, 2);
+  fails(T2L_INVALID_ARGUMENT, "num_outputs: expected 2, one a module, got 1", emb, 1, records, 1);
+  fails(T2L_INVALID_ARGUMENT, "task_emb: expected memory, got NULL", nullptr, 1, records, 2);
+  fails(T2L_INVALID_ARGUMENT, "outputs: expected one record a module, got NULL", emb, 1, nullptr, 2);
   CHECK_FAILS(T2L_INVALID_ARGUMENT, "net: expected an address",
               t2l_hypernet_generate(nullptr, emb, 1, records, 2, nullptr, &error));
   const t2l_parallel no_run{nullptr, nullptr};
-  CHECK_FAILS(T2L_INVALID_ARGUMENT, "parallel: expected a function in run, got NULL",
-              t2l_hypernet_generate(net.get(), emb, 1, records, 2, &no_run, &error));
+  fails(T2L_INVALID_ARGUMENT, "parallel: expected a function in run, got NULL", emb, 1, records, 2, &no_run);
   CHECK_OK(t2l_hypernet_generate(net.get(), nullptr, 0, records, 2, nullptr, &error));
-  for (const auto* all : {&result.A, &result.B})
+  for (const auto* all : {&made.A, &made.B})
     for (const Floats& values : *all)
       CHECK(std::all_of(values.begin(), values.end(), [](float v) { return v != v; }));  // all NaN: nothing was written
   t2l_adapter adapter;
@@ -243,39 +215,36 @@ void test_generate_errors(const Net& net, const Floats& task_emb) {
   // Pools that break their promise.
   const t2l_parallel lazy{
       [](void*, int64_t count, int64_t, t2l_range_body body, void* context) { body(0, count - 1, context); }, nullptr};
-  CHECK_FAILS(T2L_INTERNAL, "parallel: expected run to cover",
-              t2l_hypernet_generate(net.get(), emb, 1, records, 2, &lazy, &error));
+  fails(T2L_INTERNAL, "parallel: expected run to cover", emb, 1, records, 2, &lazy);
   const t2l_parallel twice{[](void*, int64_t count, int64_t, t2l_range_body body, void* context) {
                              if (count % 2) return body(0, count, context);
                              for (int i = 0; i < 2; ++i) body(0, count / 2, context);
                            },
                            nullptr};
-  CHECK_FAILS(T2L_INTERNAL, "parallel: expected run to cover",
-              t2l_hypernet_generate(net.get(), emb, 1, records, 2, &twice, &error));
+  fails(T2L_INTERNAL, "parallel: expected run to cover", emb, 1, records, 2, &twice);
   const t2l_parallel wild{
       [](void*, int64_t count, int64_t, t2l_range_body body, void* context) { body(-1, count + 9, context); }, nullptr};
-  CHECK_FAILS(T2L_INTERNAL, "got ranges of 0 in all", t2l_hypernet_generate(net.get(), emb, 1, records, 2, &wild, &error));
+  fails(T2L_INTERNAL, "got ranges of 0 in all", emb, 1, records, 2, &wild);
   const t2l_parallel throwing{[](void*, int64_t, int64_t, t2l_range_body, void*) { throw std::runtime_error("no threads"); },
                               nullptr};
-  CHECK_FAILS(T2L_INTERNAL, "no threads", t2l_hypernet_generate(net.get(), emb, 1, records, 2, &throwing, &error));
+  fails(T2L_INTERNAL, "no threads", emb, 1, records, 2, &throwing);
 }
 
 // Eight threads on one handle: half of them by themselves, half through one pool.
 void test_threads(const Net& net, const Floats& task_emb) {
   const Floats one(task_emb.begin(), task_emb.begin() + info_of(net).embed_dim);
-  const Result expected = generate(net, one);
+  const Adapters expected = generate(net, one);
   Pool pool(2);
   const t2l_parallel parallel = pool.parallel();
-  std::vector<Result> results(8);
-  std::vector<std::vector<t2l_adapter>> outputs;
-  for (Result& result : results) outputs.push_back(outputs_for(net, 1, result));
+  std::vector<Adapters> results;
+  for (int i = 0; i < 8; ++i) results.push_back(adapters_for(net, 1));
   std::vector<t2l_status> statuses(results.size(), T2L_INTERNAL);
   std::vector<std::thread> threads;
   for (size_t i = 0; i < results.size(); ++i)
     threads.emplace_back([&, i] {
       t2l_error error;
       statuses[i] =
-          t2l_hypernet_generate(net.get(), one.data(), 1, outputs[i].data(), 2, i % 2 ? &parallel : nullptr, &error);
+          t2l_hypernet_generate(net.get(), one.data(), 1, results[i].outputs.data(), 2, i % 2 ? &parallel : nullptr, &error);
     });
   for (std::thread& thread : threads) thread.join();
   for (size_t i = 0; i < results.size(); ++i) CHECK(statuses[i] == T2L_OK && results[i] == expected);

@@ -50,20 +50,12 @@ void check_refused_or_used(const Bytes& bytes) {
   std::ofstream("edited.t2l", std::ios::binary).write(reinterpret_cast<const char*>(bytes.data()), bytes.size());
   const Net net = open_net("edited.t2l");
   if (net == nullptr) return;
-  const t2l_hypernet_info info = info_of(net);
-  std::vector<std::vector<float>> memory;
-  std::vector<t2l_adapter> outputs(static_cast<size_t>(info.num_modules));
-  for (int64_t i = 0; i < info.num_modules; ++i) {
-    t2l_module_info module{};
-    CHECK_OK(t2l_hypernet_get_module(net.get(), i, &module, &error));
+  for (const t2l_module_info& module : modules_of(net))
     CHECK(std::strlen(module.name) < sizeof Module::name && std::strlen(module.path) < sizeof Module::path);
-    for (const int64_t width : {module.in_features, module.out_features})
-      memory.emplace_back(static_cast<size_t>(info.num_layers * info.rank * width));
-    CHECK_OK(t2l_adapter_init(net.get(), i, memory[memory.size() - 2].data(), memory.back().data(), T2L_F32,
-                              &outputs[static_cast<size_t>(i)], &error));
-  }
-  const std::vector<float> task_emb(static_cast<size_t>(info.embed_dim), 0.5f);
-  CHECK_OK(t2l_hypernet_generate(net.get(), task_emb.data(), 1, outputs.data(), info.num_modules, nullptr, &error));
+  const Adapters made = adapters_for(net, 1);
+  const std::vector<float> task_emb(static_cast<size_t>(info_of(net).embed_dim), 0.5f);
+  CHECK_OK(
+      t2l_hypernet_generate(net.get(), task_emb.data(), 1, made.outputs.data(), info_of(net).num_modules, nullptr, &error));
 }
 
 void test_sizes(const Bytes& sound, size_t records) {

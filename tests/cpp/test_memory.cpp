@@ -96,19 +96,10 @@ int main(int argc, char** argv) {
   Pool pool(3);
   const t2l_parallel parallel = pool.parallel();
   const std::vector<float> task_emb = Random(1).numbers(info.embed_dim);
-  std::vector<std::vector<float>> A, B;
-  std::vector<t2l_adapter> outputs(static_cast<size_t>(info.num_modules));
-  for (int64_t i = 0; i < info.num_modules; ++i) {
-    t2l_module_info module{};
-    CHECK_OK(t2l_hypernet_get_module(net.get(), i, &module, &error));
-    A.emplace_back(info.num_layers * info.rank * module.in_features);
-    B.emplace_back(info.num_layers * info.rank * module.out_features);
-    CHECK_OK(
-        t2l_adapter_init(net.get(), i, A.back().data(), B.back().data(), T2L_F32, &outputs[static_cast<size_t>(i)], &error));
-  }
+  const Adapters made = adapters_for(net, 1);
   for (const t2l_parallel* threads : {static_cast<const t2l_parallel*>(nullptr), &parallel})
     starve(threads ? "generate on a pool" : "generate", [&](t2l_error* error) {
-      return t2l_hypernet_generate(net.get(), task_emb.data(), 1, outputs.data(), info.num_modules, threads, error);
+      return t2l_hypernet_generate(net.get(), task_emb.data(), 1, made.outputs.data(), info.num_modules, threads, error);
     });
 
   // More tokens, and with [out, rank] storage a larger rank, than a kernel has on its stack: it allocates on the thread that
@@ -119,27 +110,14 @@ int main(int argc, char** argv) {
   std::vector<float> y(static_cast<size_t>(tokens * out));
   const float scaling = 2;
   const int32_t indptr[] = {0, static_cast<int32_t>(tokens)}, ids[] = {0};
-  const t2l_lora lora{y.data(),
-                      x.data(),
-                      lora_A.data(),
-                      lora_B.data(),
-                      &scaling,
-                      indptr,
-                      ids,
-                      nullptr,
-                      tokens,
-                      in,
-                      out,
-                      1,
-                      rank,
-                      1,
-                      in,
-                      out,
-                      {rank * in, in},
-                      {out * rank, rank, 1},
-                      T2L_F32,
-                      T2L_F32,
-                      T2L_ISA_BEST};
+  t2l_lora lora{};
+  lora.y = y.data(), lora.x = x.data(), lora.lora_A = lora_A.data(), lora.lora_B = lora_B.data();
+  lora.scaling = &scaling, lora.seg_indptr = indptr, lora.seg_adapters = ids;
+  lora.num_tokens = tokens, lora.in_features = in, lora.out_features = out, lora.rank = rank;
+  lora.num_adapters = lora.num_segments = 1, lora.x_stride = in, lora.y_stride = out;
+  lora.A_stride[0] = rank * in, lora.A_stride[1] = in;
+  lora.B_stride[0] = out * rank, lora.B_stride[1] = rank, lora.B_stride[2] = 1;
+  lora.x_dtype = lora.w_dtype = T2L_F32, lora.isa = T2L_ISA_BEST;
   for (const t2l_parallel* threads : {static_cast<const t2l_parallel*>(nullptr), &parallel})
     starve(threads ? "lora on a pool" : "lora", [&](t2l_error* error) { return t2l_lora_add(&lora, threads, error); });
   return result();
