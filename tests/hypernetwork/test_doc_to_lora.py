@@ -249,6 +249,7 @@ def test_contexts_that_cannot_be_read_are_errors():
     for contexts, message in (
         ([[]], r"contexts\[0\]: expected one or more chunks"),
         ([[[1, 2]], [[]]], r"contexts\[1\]: expected one or more chunks"),
+        ([[1, 2]], r"contexts\[0\]: expected one or more chunks"),
         ([[torch.tensor([1, 2])]], r"contexts\[0\]: expected one or more chunks"),
         ([[[1] * 200]], "at most the 128 tokens.*got 200; cut it: max_chunk_tokens=64"),
         ([], "contexts: expected one or more"),
