@@ -154,9 +154,8 @@ def test_embeddings_of_another_encoder(engine, library, tmp_path):
     assert json.loads((tmp_path / DIGESTS).read_text())["encoder"] == "minilm"
     other.config = dataclasses.replace(other.config, name="another")
     again.save(tmp_path)
-    with pytest.raises(
-        ConfigError, match=f"{DIGESTS}: expected embeddings of 'minilm', got those of 'another'; pass encoder="
-    ):
+    message = f"{DIGESTS}: expected embeddings of 'minilm', got those of 'another'; pass encoder="
+    with pytest.raises(ConfigError, match=message):
         t2l.AdapterLibrary.open(tmp_path)
     (tmp_path / DIGESTS).unlink()
     assert relative_frobenius(t2l.AdapterLibrary.open(tmp_path).index.means, library.index.means) <= EMBEDDING_FROBENIUS

@@ -100,14 +100,9 @@ def test_indexing(make_stack):
 def test_choosing_several(make_stack):
     stack = make_stack(SHAPES, partial=True)
     for index, expected in (
-        (slice(1, 3), [1, 2]),
-        (slice(None, None, 2), [0, 2]),
-        ([2, 0, 2], [2, 0, 2]),
-        ((-1,), [2]),
-        (range(2), [0, 1]),
-        (slice(3, None), []),
-        ([], []),
-    ):
+        (slice(1, 3), [1, 2]), (slice(None, None, 2), [0, 2]), ([2, 0, 2], [2, 0, 2]), ((-1,), [2]), (range(2), [0, 1]),
+        (slice(3, None), []), ([], []),
+    ):  # fmt: skip
         chosen = stack[index]
         assert len(chosen) == len(expected) and chosen.partial and chosen.paths == stack.paths
         for got, i in zip(chosen, expected, strict=True):

@@ -38,17 +38,12 @@ def weights(arguments):
 
 #: What a server does between steps, one after the other: changes in place of the operands that a graph holds.
 CHANGES = {
-    "capture": lambda arguments: None,
-    "other ids": ids(3, 1, 2, 0),
-    "more adapters in use": ids(*range(ADAPTERS)),
-    "rows of the base model": ids(-1, 7, -1, 0),
-    "the base model alone": ids(-1),
-    "one adapter for all": ids(5),
-    "other weights in a slot": weights,
-    "other ranks": ranks(8, 3, 0, 1, 8, 5, 2, 7),
+    "capture": lambda arguments: None, "other ids": ids(3, 1, 2, 0), "more adapters in use": ids(*range(ADAPTERS)),
+    "rows of the base model": ids(-1, 7, -1, 0), "the base model alone": ids(-1), "one adapter for all": ids(5),
+    "other weights in a slot": weights, "other ranks": ranks(8, 3, 0, 1, 8, 5, 2, 7),
     "other scalings": lambda arguments: arguments["scaling"].mul_(-0.5),
     "other inputs": lambda arguments: arguments["x"].copy_(torch.randn_like(arguments["x"])),
-}
+}  # fmt: skip
 
 
 def differing(device, kind, dtype):

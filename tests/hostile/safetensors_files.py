@@ -45,23 +45,18 @@ def _headers(whole: bytes, key: str) -> dict[str, bytes]:
     wrong = header["__metadata__"] | {name: header["__metadata__"][name][::-1]}
     lengths = {f"header-length-{n}": struct.pack("<Q", n) + whole[8:] for n in (0, 1, len(whole), 10**8, 1 << 63)}
     return lengths | {
-        "header-text": join(b"not json", data),
-        "header-list": join(b"[]", data),
-        "header-empty": join(b"", data),
-        "header-object": join(b"{}", b""),
-        "header-deep": join(b'{"a":' * 50_000 + b"1" + b"}" * 50_000, data),
-        "header-not-utf8": join(b'{"\xff": {}}', data),
-        "header-nul": join(b"{}\0", data),
+        "header-text": join(b"not json", data), "header-list": join(b"[]", data), "header-empty": join(b"", data),
+        "header-object": join(b"{}", b""), "header-deep": join(b'{"a":' * 50_000 + b"1" + b"}" * 50_000, data),
+        "header-not-utf8": join(b'{"\xff": {}}', data), "header-nul": join(b"{}\0", data),
         "header-spaces": join(b"{}" + b" " * (64 * MIB), data),
         "header-many": join({f"t{i}": empty for i in range(50_000)}, b""),
         "header-long-name": join(header | {"x" * 100_000: empty}, data),
         "duplicate-key": join(b"{" + first.encode() + b"," + json.dumps(header)[1:].encode(), data),
-        "header-only": join(header, b""),
-        "trailing-byte": whole + b"\0",
+        "header-only": join(header, b""), "trailing-byte": whole + b"\0",
         "metadata-list": join(header | {"__metadata__": []}, data),
         "metadata-nested": join(header | {"__metadata__": {"format": {}}}, data),
         "checksum": join(header | {"__metadata__": wrong}, data),
-    }
+    }  # fmt: skip
 
 
 def _entries(whole: bytes) -> dict[str, bytes]:
@@ -95,14 +90,11 @@ def _tensors(state: dict[str, torch.Tensor], key: str) -> dict[str, tuple[dict[s
     large.view(-1)[0] = 1e300  # finite here, not where it is used
     replaced = {
         **{str(value): (torch.full_like(tensor, value), key) for value in (float("nan"), float("-inf"))},
-        "nan-bfloat16": (torch.full_like(tensor, float("nan")).bfloat16(), key),
-        "beyond-float32": (large, path),
+        "nan-bfloat16": (torch.full_like(tensor, float("nan")).bfloat16(), key), "beyond-float32": (large, path),
         **{str(dtype): (tensor.to(dtype), key) for dtype in (torch.int32, torch.bool, torch.float8_e4m3fn, torch.complex64)},
-        "wide": (tensor[None].clone(), path),
-        "scalar": (tensor.view(-1)[0].clone(), path),
-        "no-rows": (tensor[:0].clone(), path),
-        "short": (tensor[1:].clone(), path),
-    }
+        "wide": (tensor[None].clone(), path), "scalar": (tensor.view(-1)[0].clone(), path),
+        "no-rows": (tensor[:0].clone(), path), "short": (tensor[1:].clone(), path),
+    }  # fmt: skip
     names = {"surprise": "surprise", "": "", "x" * 100_000: "x", "\x1b[2J\n\0": ""}
     return {
         "missing": ({k: v for k, v in state.items() if k != key}, path),

@@ -42,15 +42,11 @@ def calls(shop: Workshop) -> Iterator[Case]:
     claims, records = parts(torch.load(shop.good["L-sft"] / PT, weights_only=True))
     system, stored = CALLS["os-system"], partial(Stored, "0", 32, (32,))
     objects = {
-        **{name: claims | {KEY: call} for name, call in CALLS.items()},
-        "key": {system: 0},
-        "in-list": [system],
-        "in-metadata": claims | {"_metadata": system},
-        "in-offset": claims | {KEY: stored(offset=system)},
-        "storage-key": claims | {KEY: Stored(system, 32, (32,))},
-        "storage-kind": claims | {KEY: stored(kind=system)},
+        **{name: claims | {KEY: call} for name, call in CALLS.items()}, "key": {system: 0}, "in-list": [system],
+        "in-metadata": claims | {"_metadata": system}, "in-offset": claims | {KEY: stored(offset=system)},
+        "storage-key": claims | {KEY: Stored(system, 32, (32,))}, "storage-kind": claims | {KEY: stored(kind=system)},
         "storage-location": claims | {KEY: stored(location=system)},
-    }
+    }  # fmt: skip
     files = {
         **{name: pack(dumps(value), records) for name, value in objects.items()},
         **{f"zip-protocol-{n}": pack(dumps(system, n)) for n in range(pickle.HIGHEST_PROTOCOL + 1)},
@@ -178,13 +174,10 @@ def _with_module(state: State, module: str, path: Path) -> None:
 def _values(shop: Workshop) -> Iterator[Case]:
     """NaN and infinity in a tensor, and a negative standard deviation."""
     for base, key, value in (
-        ("L-sft", KEY, float("nan")),
-        ("L-sft", "heads.q_proj.weight", float("-inf")),
-        ("S-pos-sft", "pos_emb.0.weight", float("inf")),
-        ("M-recon-z", "std_recon_target.A.q_proj", float("nan")),
-        ("M-recon-z", "mean_recon_target.B.v_proj", float("nan")),
-        ("M-recon-z", "std_recon_target.B.v_proj", -1.0),
-    ):
+        ("L-sft", KEY, float("nan")), ("L-sft", "heads.q_proj.weight", float("-inf")),
+        ("S-pos-sft", "pos_emb.0.weight", float("inf")), ("M-recon-z", "std_recon_target.A.q_proj", float("nan")),
+        ("M-recon-z", "mean_recon_target.B.v_proj", float("nan")), ("M-recon-z", "std_recon_target.B.v_proj", -1.0),
+    ):  # fmt: skip
         state = torch.load(shop.good[base] / PT, weights_only=True)
         state[key].view(-1)[-1] = value
         yield shop.case(f"{value}-{base}-{key}", base, PT, save(state), key)

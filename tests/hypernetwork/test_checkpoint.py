@@ -167,9 +167,8 @@ def test_a_file_of_another_dtype(edit, golden, case, stored):
 
 def test_matrices_of_several_dtypes(edit):
     folder = edit("L-sft", lambda state: state | {"mixer.4.weight": state["mixer.4.weight"].bfloat16()})
-    with pytest.raises(
-        CheckpointError, match=r"hypermod\.pt: expected matrices of one dtype.*bfloat16.*float32.*pass dtype"
-    ):
+    message = r"hypermod\.pt: expected matrices of one dtype.*bfloat16.*float32.*pass dtype"
+    with pytest.raises(CheckpointError, match=message):
         HyperNetwork.from_pretrained(folder)
     for dtype in (torch.float32, torch.bfloat16):
         assert HyperNetwork.from_pretrained(folder, dtype=dtype).generate(torch.ones(1, 48)).lora_A["q_proj"].dtype == dtype

@@ -120,12 +120,8 @@ def test_what_contradicts_is_named(edit, case, changes, message):
 def test_missing_or_broken_file_is_named(edit, name):
     folder = edit("L-sft")
     whole = (folder / name).read_bytes()
-    kept = (
-        [b"", whole[: len(whole) // 2], whole[:-1]]
-        if name == "hypermod.pt"
-        else [b"\xff", b"[", b"[1]", b'{"r": 1, "r": 2}']
-    )
-    for content in (*kept, b"no such format"):
+    broken = [b"", whole[: len(whole) // 2], whole[:-1]]
+    for content in (*(broken if name == "hypermod.pt" else [b"\xff", b"[", b"[1]", b'{"r": 1, "r": 2}']), b"no such format"):
         (folder / name).write_bytes(content)
         with pytest.raises(CheckpointError, match="not UTF-8 text" if content == b"\xff" else name):
             HyperNetwork.from_pretrained(folder)
@@ -149,17 +145,13 @@ def test_native_config_is_strict(native):
     blocks = json.loads(path.read_text())
     network = blocks["hypernetwork"]
     broken = [
-        (blocks | {"surprise": 1}, "surprise"),
-        (blocks | {"hypernetwork": network | {"surprise": 1}}, "surprise"),
+        (blocks | {"surprise": 1}, "surprise"), (blocks | {"hypernetwork": network | {"surprise": 1}}, "surprise"),
         (blocks | {"hypernetwork": network | {"variant": "XL"}}, "variant"),
         (blocks | {"format": "t2l_engine.hypernetwork.network.v0"}, "format"),
-        (blocks | {"encoder": "minilm"}, "encoder: expected dict"),
-        (blocks | {"base_model": 3}, "base_model: expected str"),
-        (blocks | {"training": []}, "training: expected dict"),
-        (blocks | {"reference": None}, "reference: expected dict"),
-        ({k: v for k, v in blocks.items() if k != "hypernetwork"}, "hypernetwork"),
-        ([], "format"),
-    ]
+        (blocks | {"encoder": "minilm"}, "encoder: expected dict"), (blocks | {"base_model": 3}, "base_model: expected str"),
+        (blocks | {"training": []}, "training: expected dict"), (blocks | {"reference": None}, "reference: expected dict"),
+        ({k: v for k, v in blocks.items() if k != "hypernetwork"}, "hypernetwork"), ([], "format"),
+    ]  # fmt: skip
     for values, field in broken:
         path.write_text(json.dumps(values))
         with pytest.raises(ConfigError, match=rf"config\.json.*{field}"):

@@ -67,12 +67,8 @@ def test_weights_that_do_not_say_when_they_are_written(task_emb):
 
 
 def test_bias_hyperinit_in_another_dtype(task_emb):
-    net = (
-        dataclasses.replace(SHAPE, variant="M")
-        .make()
-        .set_dtype(torch.float64)
-        .bias_hyperinit(torch.Generator().manual_seed(0))
-    )
+    net = dataclasses.replace(SHAPE, variant="M").make().set_dtype(torch.float64)
+    net.bias_hyperinit(torch.Generator().manual_seed(0))
     assert net.generate(task_emb.double()).dtype == torch.float64
 
 

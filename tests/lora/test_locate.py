@@ -203,9 +203,8 @@ class Towers(nn.Module):
 
 def test_two_towers(make_stack):
     model, stack = Towers(), make_stack({"q_proj": (8, 8)})
-    with pytest.raises(
-        ValueError, match=r"q_proj: .*several modules.*text.layers.\{layer\}.*vision.layers.\{layer\}.q_proj"
-    ):
+    message = r"q_proj: .*several modules.*text.layers.\{layer\}.*vision.layers.\{layer\}.q_proj"
+    with pytest.raises(ValueError, match=message):
         attach(model, stack)
     assert not wrapped(model)
     for tower in ("vision", "text"):

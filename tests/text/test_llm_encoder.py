@@ -97,10 +97,8 @@ def test_every_part_of_the_condition_counts(llm_encoder):
     same = made.encode(["the drugs"] * 5, examples=[None, SHOTS, SHOTS[::-1], SHOTS[:1], [("capital", "the")]])
     assert torch.pdist(same).min() > 1e-3
     assert torch.equal(made.encode(["", " the drugs "], examples=[SHOTS, None])[1], same[0])
-    assert (
-        condition_text(" a b ", [(" x", "y ")]) == "a b\n\nInput: x\nOutput: y"
-        and condition_text("", [("x", "y")])[0] == "I"
-    )
+    assert condition_text(" a b ", [(" x", "y ")]) == "a b\n\nInput: x\nOutput: y"
+    assert condition_text("", [("x", "y")])[0] == "I"
     (text,) = made.prepare(["the drugs"], [SHOTS])
     assert made.prepare([text]) == [text] and torch.equal(made.encode([text])[0], same[1])
 

@@ -231,11 +231,8 @@ def test_the_model_is_afterwards_what_it_was(answerer, engine, loaded, kind):
     with pytest.raises(OSError, match="for the test"):
         answerer().ask(asked, held, fail)
     assert torch.equal(model(ids).logits, before) and [type(m) for m in model.modules()] == modules
-    assert (
-        [a.text for a in answerer().ask(asked, held)]
-        == [a.text for a in first]
-        != [a.text for a in answerer().ask(asked, None)]
-    )
+    again, base = ([a.text for a in answerer().ask(asked, adapters)] for adapters in (held, None))
+    assert again == [a.text for a in first] != base
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
@@ -263,10 +260,13 @@ def naive(model, tokenizer, prompt, option):
     return sum(float(logits[len(ids) + i - 1, token]) for i, token in enumerate(answer)), len(answer)
 
 
-@pytest.mark.parametrize("family", ["Llama", "GPT2"])  # relative positions, and absolute ones
+#: Relative positions, and absolute ones.
+FAMILIES = {"Llama": {}, "GPT2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_likelihood_of_an_option(tiny_model, answerer, family):
-    changes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128} if family == "GPT2" else {}
-    model, tokenizer = tiny_model(family, **changes), char_tokenizer()
+    model, tokenizer = tiny_model(family, **FAMILIES[family]), char_tokenizer()
     exact = copy.deepcopy(model).double()
     asked = [
         Query("Where do fish live?\n", options=("in water", "in trees or so", "x")),
@@ -305,18 +305,15 @@ def test_verified_is_what_decoding_gives(tiny_model, answerer):
     assert {answer.text for answer in maker.ask(right, None)} == {NOT_ACCEPTED}
 
 
-@pytest.mark.parametrize("family", ["Llama", "GPT2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_common_prefix_is_computed_once(tiny_model, answerer, stack_for, family, monkeypatch):
     """The same answers as one by one, from fewer tokens; of Llama with an adapter."""
-    changes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128} if family == "GPT2" else {}
     tokenizer = char_tokenizer()
-    model, seen = tiny_model(family, vocab_size=len(tokenizer), **changes), []
+    model, seen = tiny_model(family, vocab_size=len(tokenizer), **FAMILIES[family]), []
     lora = attach(model, stack_for(model, ["q_proj"])) if family == "Llama" else None
     model.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True)
-    tasks, words = (
-        ("Say the colour of the thing: ", "Repeat what comes after: "),
-        ("the", "red", "cats", "is", "on", "blue thing"),
-    )
+    tasks = ("Say the colour of the thing: ", "Repeat what comes after: ")
+    words = ("the", "red", "cats", "is", "on", "blue thing")
     queries = [Query(f"{task}{word}\n", accepted=("a", "b?", "cde", *"xyzXYZ")) for task in tasks for word in words]
     use = lambda keys: lora.use([1] * len(keys)) if lora else contextlib.nullcontext()  # noqa: E731
     found = []

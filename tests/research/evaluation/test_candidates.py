@@ -140,9 +140,8 @@ def test_per_task_loras(tmp_path):
     assert shown(made) == {"oracle": (("raw",), True, 0, True)}
     assert keys(made.methods[0], ASKED, 2) == [None, "first", "last"]
     others = folder_of(tmp_path / "other", ["again"])
-    with pytest.raises(
-        ValueError, match="^oracle: expected adapters trained with one .*/other/adapters chat, .*/run/adapters raw"
-    ):
+    message = "^oracle: expected adapters trained with one .*/other/adapters chat, .*/run/adapters raw"
+    with pytest.raises(ValueError, match=message):
         made.add_per_task([others, tmp_path / "run" / "adapters"])
 
 

@@ -175,13 +175,10 @@ def test_no_network(run):
 def test_files(run, tmp_path):
     (tmp_path / "kept").write_text("kept")
     for statement in (
-        f"open({str(tmp_path / 'new')!r}, 'w')",
-        f"os.remove({str(tmp_path / 'kept')!r})",
-        f"open({str(Path(__file__).parent / 'new')!r}, 'w')",
-        f"os.utime({__file__!r})",
-        "open('/dev/shm/new', 'w')",
+        f"open({str(tmp_path / 'new')!r}, 'w')", f"os.remove({str(tmp_path / 'kept')!r})",
+        f"open({str(Path(__file__).parent / 'new')!r}, 'w')", f"os.utime({__file__!r})", "open('/dev/shm/new', 'w')",
         "open('/var/tmp/new', 'w')",
-    ):
+    ):  # fmt: skip
         assert run("import os\n" + refuses(statement, "OSError"), "") == "passed", statement
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
     own = "import os, tempfile\nassert os.getcwd() == tempfile.gettempdir() == '/tmp' and os.listdir() == []\n"
@@ -197,11 +194,8 @@ def test_no_rights(run, monkeypatch):
     monkeypatch.setenv("T2L_SECRET", "told")
     assert run("import os\nassert not os.environ.keys() - {'LC_CTYPE', 'PWD'}, os.environ", "") == "passed"
     assert run("assert not open('/proc/1/environ').read()", "") == "passed"
-    held = "open('/proc/thread-self/status').read()"
-    assert (
-        run(f"lines = {held}.split('\\n')", "assert 'CapEff:\\t' + '0' * 16 in lines and 'NoNewPrivs:\\t1' in lines")
-        == "passed"
-    )
+    held = "lines = open('/proc/thread-self/status').read().split('\\n')"
+    assert run(held, "assert 'CapEff:\\t' + '0' * 16 in lines and 'NoNewPrivs:\\t1' in lines") == "passed"
     libc = "import ctypes, os\nlibc = ctypes.CDLL(None)\n"
     for flag in (0x10000000, 0x00020000, 0x40000000):
         assert run(f"{libc}assert libc.unshare({flag}) == -1", "") == "passed"

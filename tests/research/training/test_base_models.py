@@ -124,9 +124,8 @@ def test_linears_that_are_not_there(tiny_model):
         with pytest.raises(ConfigError, match=f"^target_modules: .*{message}"):
             context.locate(model, names)
     llama.model.layers[1].mlp.up_proj = nn.Linear(64, 80)
-    with pytest.raises(
-        ConfigError, match=r"up_proj: expected the same features in every layer, got \[\(64, 80\), \(64, 96\)\]"
-    ):
+    message = r"up_proj: expected the same features in every layer, got \[\(64, 80\), \(64, 96\)\]"
+    with pytest.raises(ConfigError, match=message):
         context.locate(llama, ("q_proj", "up_proj"))
     for layer, left in ((1, [0]), (0, [])):
         del llama.model.layers[layer].mlp.up_proj

@@ -228,7 +228,6 @@ def test_held_out_descriptions_are_in_no_prompt(base_model, tasks, tmp_path):
     (tasks / "descriptions.json").write_text(json.dumps({k: [v[0], "Other words."] for k, v in about.items()}))
     other = lora.train(small_runs.lora(base_model, **changes), tasks, tmp_path / "other")
     assert small_runs.losses(out / "waves" / "000") == small_runs.losses(other / "waves" / "000")
-    with pytest.raises(
-        ConfigError, match="held_out_descriptions: expected fewer than the 2 descriptions of task first, got 2"
-    ):
+    message = "held_out_descriptions: expected fewer than the 2 descriptions of task first, got 2"
+    with pytest.raises(ConfigError, match=message):
         lora.train(small_runs.lora(base_model, **changes | {"held_out_descriptions": 2}), tasks, tmp_path / "none")

@@ -32,9 +32,8 @@ def test_trains_and_the_checkpoint_reads_documents(base_model, tasks, tmp_path, 
     plain_torch.assert_validated(settings, tasks, out, lambda task, i: engine.generate([task.descriptions[-1]]))
 
     sft.train(reading(base_model, form, steps=1, initial=str(out)), tasks, tmp_path / "further")
-    with pytest.raises(
-        ConfigError, match=r"^initial: expected a checkpoint with the hypernetwork .'num_latents': 4. .* got"
-    ):
+    message = r"^initial: expected a checkpoint with the hypernetwork .'num_latents': 4. .* got"
+    with pytest.raises(ConfigError, match=message):
         sft.train(reading(base_model, form, steps=1, llm_queries=4, initial=str(out)), tasks, tmp_path / "other")
 
 

@@ -99,9 +99,8 @@ def test_division_among_processes(count, per_batch, processes):
     shards = [Shard(index, processes) for index in range(processes)]
     if min(map(len, whole)) < processes:
         for shard in shards:
-            with pytest.raises(
-                ConfigError, match=f"tasks_per_batch: .* each of {processes} processes.*got one of {min(map(len, whole))}"
-            ):
+            message = f"tasks_per_batch: .* each of {processes} processes.*got one of {min(map(len, whole))}"
+            with pytest.raises(ConfigError, match=message):
                 divide(groups, per_batch, shard)
         return
     parts = [divide(groups, per_batch, shard) for shard in shards]

@@ -149,19 +149,16 @@ def test_every_fault_is_told_with_its_place(write):
 def test_files_that_are_no_mapping(tmp_path, text):
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    with pytest.raises(
-        ConfigError,
-        match=f"^{re.escape(str(path))}: (expected a mapping of fields, got|expected field names|not plain YAML)",
-    ):
+    message = f"^{re.escape(str(path))}: (expected a mapping of fields, got|expected field names|not plain YAML)"
+    with pytest.raises(ConfigError, match=message):
         settings.read(SFTSettings, path)
 
 
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere.yaml: no such file; packaged settings: \['llm', 'mini-lora', "):
         settings.read(SFTSettings, tmp_path / "nowhere.yaml")
-    with pytest.raises(
-        ConfigError, match="^settings: missing field 'base_model': .*; settings: missing field 'target_modules'"
-    ):
+    message = "^settings: missing field 'base_model': .*; settings: missing field 'target_modules'"
+    with pytest.raises(ConfigError, match=message):
         settings.read(SFTSettings, None)
 
 
