@@ -1,4 +1,4 @@
-"""Measure (``python -m bench SUITE``: generate, apply, train, serving, icl, energy), compare trees, make pages."""
+"""Measure (``python -m bench SUITE``: generate, apply, documents, train, serving, icl, energy), compare trees, make pages."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ RESULTS = ROOT / "bench" / "results"
 ABOUT = {
     "generate": "Generating adapters: hypernetworks of released shapes, the parts of a request, memory.",
     "apply": "Applying adapters: the op warm and cold, with gradients, in a language model.",
+    "documents": "Documents: Doc-to-LoRA's hypernetwork, and adapters of higher rank for rows of many tokens.",
     "train": "Training through a frozen model: steps with an adapter a sample, memory, a library.",
     "serving": "Many adapters in one batch of vLLM on a CPU: its LoRA kernels and ours; needs vLLM in the environment.",
     "icl": "Examples in the prompt against generated adapters: closed forms, the paper's table, a model measured.",

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from bench.timing import Candidate, Device, Timing
 from t2l_engine import AdapterStack
+from t2l_engine.hypernetwork.config import HEAD_WIDTH
 from t2l_engine.hypernetwork.network import MLP, HyperNetwork, NormedEmbedding
+from t2l_engine.hypernetwork.perceiver import RMS_EPS, PerceiverHyperNetwork
 from t2l_engine.ops import reference
 
 Adapters = dict[str, tuple[Tensor, Tensor]]  # module -> A [N, n, r, in], B [N, n, out, r]
@@ -151,6 +153,59 @@ def careful(net: HyperNetwork) -> Callable[[Tensor], Adapters]:
     return generate
 
 
+def perceiver(net: PerceiverHyperNetwork) -> Callable[[Tensor], Adapters]:
+    """A perceiver with one for each layer as SakanaAI's code runs it: all in the dtype of ``net``, keys and values repeated.
+
+    Contexts of one chunk each, without padding: ``states [N, layers, L, f]``.  No norm is a product of torch.
+    """
+    c, shared = net.config, {id(p): p for p in net.parameters() if p.dtype == net.dtype}
+    net = copy.deepcopy(net, shared).to(net.dtype)
+    widths = list(zip(c.modules, c.in_features, c.out_features, strict=True))
+
+    def normed(norm: nn.Module, x: Tensor) -> Tensor:
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        return norm.weight * (exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + RMS_EPS)).to(x.dtype)
+
+    def attend(of: nn.Module, latents: Tensor, context: Tensor) -> Tensor:
+        query, key, value = (
+            project(x).unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2)
+            for project, x in ((of.q_proj, latents), (of.k_proj, context), (of.v_proj, context))
+        )
+        key, value = (side.repeat_interleave(query.shape[1] // side.shape[1], dim=1) for side in (key, value))
+        return of.o_proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+    def resample(of: nn.Module, context: Tensor) -> Tensor:
+        latents = of.latents_q.expand(len(context), -1, -1)
+        for layer in of.layers:
+            read = normed(layer.input_context_layernorm, context)
+            seen = attend(layer.self_attn, normed(layer.input_latents_layernorm, latents), read)
+            latents = latents + normed(layer.post_attention_layernorm, seen)
+            latents = latents + normed(layer.post_ff_layernorm, layer.mlp(normed(layer.pre_ff_layernorm, latents)))
+        return normed(of.layernorm, latents)
+
+    @torch.no_grad()
+    def generate(states: Tensor) -> Adapters:
+        tokens = net.projection(states.transpose(0, 1).flatten(0, 1))  # one (layer, context) after the other
+        x = resample(net.decoder, resample(net.encoder, tokens)).unflatten(0, (c.num_layers, -1))
+        x = x.transpose(0, 1).unflatten(2, (len(c.modules), c.rank))  # [N, layers, modules, r, d]
+        for mlp in net.mlps:
+            hidden = F.silu(torch.einsum("nlkrd,ldh->nlkrh", mlp.norm1(x), mlp.weight1) + mlp.bias1[:, None, None])
+            x = x + mlp.norm2(torch.einsum("nlkrh,lhd->nlkrd", hidden, mlp.weight2) + mlp.bias2[:, None, None])
+        flat = torch.einsum("nlkrd,lkdw->nlkrw", x / torch.norm(x, dim=-1, keepdim=True), net.head)
+        made = {}
+        for i, (name, n_in, n_out) in enumerate(widths):
+            sides = flat[:, :, i, :, : n_in + n_out].split([n_in, n_out], dim=-1)
+            both = []
+            for side, scale, bias in zip(sides, (net.scale_A, net.scale_B), (net.bias_A, net.bias_B), strict=True):
+                one = side.new_zeros(*side.shape[:2], 2 * c.rank, side.shape[3])
+                one[:, :, : c.rank], one[:, :, c.rank :] = side * scale[name][..., None], bias[name]
+                both.append(one)
+            made[name] = both[0], both[1].mT
+        return made
+
+    return generate
+
+
 def _segments(arguments: dict[str, Any]) -> list[tuple[int, int, int, float]]:
     """(first token, end, adapter, scaling) of every segment that has work."""
     bounds, scaling = arguments["seg_indptr"].tolist(), arguments["scaling"].tolist()
@@ -189,6 +244,13 @@ def gather_bmm(arguments: dict[str, Any]) -> Callable[[], None]:
         y.add_(delta)
 
     return run
+
+
+def row_bmm(arguments: dict[str, Any]) -> Callable[[], None]:
+    """Two batched products of a matrix a segment; segments are of one length and have one adapter each, in order."""
+    y, x, lora_A, lora_B = (arguments[name] for name in ("y", "x", "lora_A", "lora_B"))
+    scaling, rows = arguments["scaling"][:, None, None].to(x.dtype), x.unflatten(0, (len(lora_A), -1))
+    return lambda: y.add_(torch.bmm(torch.bmm(rows, lora_A.mT) * scaling, lora_B.mT).flatten(0, 1))
 
 
 def mm_loop_delta(arguments: dict[str, Any]) -> Callable[[], Tensor]:

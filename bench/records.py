@@ -40,7 +40,7 @@ BESIDE = {
 #: Suffix of the suite in the name of a file that was measured on a GPU.
 CUDA = "-cuda"
 #: Suites that time a CPU: one file for each class of CPUs, so that a run on one class never replaces that of another.
-OF_A_CPU = ("generate", "apply", "train", "icl", "serving", "levels", "costs")
+OF_A_CPU = ("generate", "apply", "documents", "train", "icl", "serving", "levels", "costs")
 #: CPU flag -> name of the class: the first flag that a CPU has names its class.
 CPU_FLAGS = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx512f": "avx512", "avx2": "avx2"}
 #: Suites that count instead of timing: uncommitted changes elsewhere do not matter.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import t2l_engine as t2l
 from bench import baselines, cases, models
-from bench.baselines import COPY, gather_bmm, gather_bmm_delta, mm_loop, mm_loop_delta
+from bench.baselines import COPY, gather_bmm, gather_bmm_delta, mm_loop, mm_loop_delta, row_bmm
 from bench.cases import LAYERS, Arguments, Case, Layer, Operands, even, launch, ragged, rows
 from bench.harness import OURS, Context, Error, Record, Target, Task, logits_error, roofline, row, verify, worst
 from bench.models import LINEARS, MODULES, TINY, Forward, Step
@@ -43,6 +43,7 @@ BUILDERS: dict[str, Builder] = {
     "reference": lambda arguments: functools.partial(reference.lora_add_, *arguments.values()),
     "mm loop": mm_loop,
     "gather bmm": gather_bmm,
+    "batched": row_bmm,
 }
 CUDA_BUILDERS: dict[str, Builder] = {APART: launch, "cuBLAS per adapter": mm_loop, "gather bmm": gather_bmm}
 

@@ -20,7 +20,7 @@ from bench.ceilings import apart, gemm_call, peak_bytes, resident_bytes
 from bench.harness import OURS, Context, Error, Record, Target, Task, record, roofline, row, verify, worst
 from bench.records import HOST
 from bench.suites.apply import lora_errors
-from bench.timing import Call, Candidate, tolerant
+from bench.timing import Call, Candidate, Timing, tolerant
 from t2l_engine import ops
 from t2l_engine.hypernetwork.network import HyperNetwork, hypernet_flops
 from t2l_engine.ops import reference
@@ -91,25 +91,26 @@ def built(net: HyperNetwork, ways: Mapping[str, Way], skipped: dict[str, str] | 
 
 @torch.no_grad()
 def adapter_errors(
-    exact: HyperNetwork,
+    oracle: Generate,
     generators: Mapping[str, Generate],
-    task_emb: Tensor,
+    inputs: Tensor,
     dtype: torch.dtype,
     skipped: dict[str, str] | None = None,
+    other: str = "reference",
+    chunk: int = CHUNK,
 ) -> dict[str, Error]:
-    """The worst error of each of ``generators``, of which "reference" makes the bound; ``exact``: the net in float64."""
+    """The worst error of each of ``generators``, of which ``other`` makes the bound; ``oracle``: that in float64."""
     results: dict[str, Adapters] = {}
     for name, generate in generators.items():
         with tolerant(name, skipped):
-            made = generate(task_emb)
+            made = generate(inputs)
             results[name] = generate.stacked(made) if isinstance(generate, baselines.Eager) else made
     errors: dict[str, list[Error]] = {name: [] for name in results}
-    oracle = baselines.plain(exact)
-    for start in range(0, len(task_emb), CHUNK):
-        rows = slice(start, start + CHUNK)
-        for module, sides in oracle(task_emb[rows].double()).items():
+    for start in range(0, len(inputs), chunk):
+        rows = slice(start, start + chunk)
+        for module, sides in oracle(inputs[rows].double()).items():
             for side, right in enumerate(sides):
-                bound = numerics.trunk_bound(right, results["reference"][module][side][rows], dtype)
+                bound = numerics.trunk_bound(right, results[other][module][side][rows], dtype)
                 for name, got in results.items():
                     errors[name].append(Error(numerics.relative_frobenius(got[module][side][rows], right), bound))
     return {name: worst(found) for name, found in errors.items()}
@@ -139,19 +140,25 @@ def generation(context: Context, shape: HyperShape, dtype: str, counts: Sequence
     chosen = {n: candidates(net, exact, shape, n, targeted and shape.variant == "L") for n in counts}
     del exact
     for threads in context.thread_counts if targeted else [context.threads]:
-        gemm, gemm_flops = gemm_call(getattr(torch, dtype), context.ceilings.gemm_size)
         for n in [n for n in counts if threads == context.threads or n == 1]:
             calls, skipped, error = chosen[n]
             # Each number apart: beside seconds of many descriptions one would have few rounds.
-            timings = context.time({**calls, "gemm": gemm}, threads, factor=2)
-            gflops = gemm_flops / 1e3 / timings["gemm"].median_us
-            gbps = context.ceilings.bandwidth_at(moved(net, n), threads)
-            least = roofline(n * sum(hypernet_flops(net.config).values()), moved(net, n), gflops, gbps)
+            flops = n * sum(hypernet_flops(net.config).values())
+            timings, least = measured(context, calls, dtype, threads, flops, moved(net, n))
             target = {1: Target(ONE[shape.variant][DTYPES.index(dtype)]), 64: MANY}.get(n) if targeted else None
             case, fields = described(shape, dtype, n)
-            timings = {name: timings[name] for name in calls}
             given = {"count": threads, "skipped": skipped, "least": least, "target": target}
             yield row(context, case, "generate", fields, timings, error, **given)
+
+
+def measured(
+    context: Context, calls: Mapping[str, Call], dtype: str, threads: int, flops: int, num_bytes: int
+) -> tuple[dict[str, Timing], Record]:
+    """Times of ``calls``, and the roofline by a matrix product that took turns with them."""
+    gemm, gemm_flops = gemm_call(getattr(torch, dtype), context.ceilings.gemm_size)
+    timings = context.time({**calls, "gemm": gemm}, threads, factor=2)
+    gflops = gemm_flops / 1e3 / timings.pop("gemm").median_us
+    return timings, roofline(flops, num_bytes, gflops, context.ceilings.bandwidth_at(num_bytes, threads))
 
 
 def candidates(
@@ -167,7 +174,7 @@ def candidates(
     elif compile_it:
         skipped[COMPILED] = "compiled for 1 description only"
     fresh, timed = (shape.task_embeddings(count, seed) for seed in (2, 3))
-    errors = adapter_errors(exact, generators, fresh, net.dtype)
+    errors = adapter_errors(baselines.plain(exact), generators, fresh, net.dtype)
     functions = {name: functools.partial(f, timed) for name, f in generators.items()}
     functions, wrong = verify(f"{shape.name} {shape.variant} {net.dtype}, {count}", functions, errors)
     return functions, skipped | wrong, errors[OURS]
@@ -228,7 +235,7 @@ def cuda_errors(net: HyperNetwork, task_emb: Tensor, ways: Mapping[str, Way], sk
     """:func:`adapter_errors` of ours and of ``ways``; a baseline that throws goes to ``skipped``."""
     ways = {"reference": baselines.plain, **ways, OURS: into_used_memory}
     exact = copy.deepcopy(net).set_dtype(torch.float64)
-    return adapter_errors(exact, built(net, ways, skipped), task_emb, net.dtype, skipped)
+    return adapter_errors(baselines.plain(exact), built(net, ways, skipped), task_emb, net.dtype, skipped)
 
 
 def copies(context: Context, net: HyperNetwork) -> list[HyperNetwork]:
