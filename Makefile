@@ -79,12 +79,13 @@ docs: setup
 	$(WITH_BIN) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 bench: setup
-	$(BIN)/python -m pytest -q bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+	for suite in generate apply documents train; do $(BIN)/python -m bench $$suite --size tiny || exit 1; done
 
 # The committed results, and the tables and figures made from them; the machine should do nothing else.
 results: setup
 	$(BIN)/python -m bench generate
 	$(BIN)/python -m bench apply
+	$(BIN)/python -m bench documents
 	$(BIN)/python -m bench train
 	$(BIN)/python -m bench report
 

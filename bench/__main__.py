@@ -1,4 +1,4 @@
-"""Measure (``python -m bench SUITE``: generate, apply, documents, train, serving, icl, energy), compare trees, make pages."""
+"""Measure (``python -m bench SUITE``: generate, apply, documents, train, serving, icl, energy), compare, make pages."""
 
 from __future__ import annotations
 

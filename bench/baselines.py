@@ -77,11 +77,11 @@ class Eager:
         self.heads = list(net.heads.values())
 
     @torch.no_grad()
-    def __call__(self, task_emb: Tensor) -> list[dict[tuple[str, int, str], Tensor]]:
-        """For each description a tensor per (module, layer, "A" or "B")."""
+    def __call__(self, task_emb: Tensor) -> list[dict[str, tuple[list[Tensor], ...]]]:
+        """For each description and module the tensors of A, and of B, by layer."""
         return [self._one(description.to(self.dtype)) for description in task_emb]
 
-    def _one(self, description: Tensor) -> dict[tuple[str, int, str], Tensor]:
+    def _one(self, description: Tensor) -> dict[str, tuple[list[Tensor], ...]]:
         c, tensors = self.config, {}
         for i, name in enumerate(c.modules):
             task = self.task(description[None]).expand(c.num_layers, -1)
@@ -89,9 +89,7 @@ class Eager:
             x = self.mixer(torch.cat((task, self.depth(0, c.num_layers), kind), dim=-1))
             x = x + self.mlp1(x)
             lora_A, lora_B = self._sides(x, i)
-            for layer in range(c.num_layers):
-                tensors[name, layer, "A"] = lora_A[layer].clone(memory_format=torch.contiguous_format)
-                tensors[name, layer, "B"] = lora_B[layer].T.clone(memory_format=torch.contiguous_format)
+            tensors[name] = tuple([t.clone(memory_format=torch.contiguous_format) for t in of] for of in (lora_A, lora_B.mT))
         return tensors
 
     def _sides(self, x: Tensor, i: int) -> list[Tensor]:
@@ -112,14 +110,10 @@ class Eager:
             parts.append((y if self.position is not None else y.unflatten(-1, (c.rank, -1)))[..., :width])
         return parts
 
-    def stacked(self, tensors: Sequence[dict[tuple[str, int, str], Tensor]]) -> Adapters:
+    def stacked(self, tensors: Sequence[dict[str, tuple[list[Tensor], ...]]]) -> Adapters:
         """The result of a call as one stack."""
-
-        def stack(name: str, side: str) -> Tensor:
-            layers = range(self.config.num_layers)
-            return torch.stack([torch.stack([one[name, layer, side] for layer in layers]) for one in tensors])
-
-        return {name: (stack(name, "A"), stack(name, "B")) for name in self.config.modules}
+        of = lambda name, side: torch.stack([torch.stack(one[name][side]) for one in tensors])  # noqa: E731
+        return {name: (of(name, 0), of(name, 1)) for name in self.config.modules}
 
 
 def careful(net: HyperNetwork) -> Callable[[Tensor], Adapters]:
@@ -160,7 +154,6 @@ def perceiver(net: PerceiverHyperNetwork) -> Callable[[Tensor], Adapters]:
     """
     c, shared = net.config, {id(p): p for p in net.parameters() if p.dtype == net.dtype}
     net = copy.deepcopy(net, shared).to(net.dtype)
-    widths = list(zip(c.modules, c.in_features, c.out_features, strict=True))
 
     def normed(norm: nn.Module, x: Tensor) -> Tensor:
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -193,14 +186,13 @@ def perceiver(net: PerceiverHyperNetwork) -> Callable[[Tensor], Adapters]:
             x = x + mlp.norm2(torch.einsum("nlkrh,lhd->nlkrd", hidden, mlp.weight2) + mlp.bias2[:, None, None])
         flat = torch.einsum("nlkrd,lkdw->nlkrw", x / torch.norm(x, dim=-1, keepdim=True), net.head)
         made = {}
-        for i, (name, n_in, n_out) in enumerate(widths):
+        for i, (name, n_in, n_out) in enumerate(zip(c.modules, c.in_features, c.out_features, strict=True)):
             sides = flat[:, :, i, :, : n_in + n_out].split([n_in, n_out], dim=-1)
-            both = []
-            for side, scale, bias in zip(sides, (net.scale_A, net.scale_B), (net.bias_A, net.bias_B), strict=True):
-                one = side.new_zeros(*side.shape[:2], 2 * c.rank, side.shape[3])
-                one[:, :, : c.rank], one[:, :, c.rank :] = side * scale[name][..., None], bias[name]
-                both.append(one)
-            made[name] = both[0], both[1].mT
+            A, B = (
+                torch.cat([side * scale[name][..., None], bias[name].expand(len(side), -1, -1, -1)], dim=2)
+                for side, scale, bias in zip(sides, (net.scale_A, net.scale_B), (net.bias_A, net.bias_B), strict=True)
+            )
+            made[name] = A, B.mT
         return made
 
     return generate
@@ -231,40 +223,36 @@ def mm_loop(arguments: dict[str, Any]) -> Callable[[], None]:
     return run
 
 
-def gather_bmm(arguments: dict[str, Any]) -> Callable[[], None]:
+def gather_bmm_delta(arguments: dict[str, Any]) -> Callable[[], Tensor]:
     """A and B gathered for every token, then two batched products, as vLLM's torch path.  Ids of -1 are not handled."""
-    y, x, lora_A, lora_B = (arguments[name] for name in ("y", "x", "lora_A", "lora_B"))
+    x, lora_A, lora_B = (arguments[name] for name in ("x", "lora_A", "lora_B"))
     ids, scaling = _of_tokens(arguments)
     stored = lora_B.mT if lora_B.mT.is_contiguous() else lora_B  # gathered as it lies
 
-    def run() -> None:
+    def run() -> Tensor:
         v = (torch.bmm(lora_A[ids], x[:, :, None]) * scaling).to(x.dtype)  # [T, r, 1]
         rows = stored[ids]
-        delta = torch.bmm(v.mT, rows)[:, 0] if stored is not lora_B else torch.bmm(rows, v)[..., 0]
-        y.add_(delta)
+        return torch.bmm(v.mT, rows)[:, 0] if stored is not lora_B else torch.bmm(rows, v)[..., 0]
 
     return run
 
 
-def row_bmm(arguments: dict[str, Any]) -> Callable[[], None]:
-    """Two batched products of a matrix a segment; segments are of one length and have one adapter each, in order."""
-    y, x, lora_A, lora_B = (arguments[name] for name in ("y", "x", "lora_A", "lora_B"))
+def batched(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
+    """Two batched products of a matrix an adapter: the delta of ``x [rows, tokens, in]``."""
+    return torch.bmm(torch.bmm(x, lora_A.mT) * scaling, lora_B.mT)
+
+
+def batched_delta(arguments: dict[str, Any]) -> Callable[[], Tensor]:
+    """:func:`batched`, of adapters with as many tokens each, in order."""
+    x, lora_A, lora_B = (arguments[name] for name in ("x", "lora_A", "lora_B"))
     scaling, rows = arguments["scaling"][:, None, None].to(x.dtype), x.unflatten(0, (len(lora_A), -1))
-    return lambda: y.add_(torch.bmm(torch.bmm(rows, lora_A.mT) * scaling, lora_B.mT).flatten(0, 1))
+    return lambda: batched(rows, lora_A, lora_B, scaling).flatten(0, 1)
 
 
-def mm_loop_delta(arguments: dict[str, Any]) -> Callable[[], Tensor]:
-    """:func:`mm_loop` with gradients: the delta ``[T, out]``."""
-    x, lora_A, lora_B = (arguments[name] for name in ("x", "lora_A", "lora_B"))
-    work = _segments(arguments)
-    return lambda: torch.cat([(x[lo:hi] @ lora_A[a].mT * s) @ lora_B[a].mT for lo, hi, a, s in work])
-
-
-def gather_bmm_delta(arguments: dict[str, Any]) -> Callable[[], Tensor]:
-    """:func:`gather_bmm` with gradients."""
-    x, lora_A, lora_B = (arguments[name] for name in ("x", "lora_A", "lora_B"))
-    ids, scaling = _of_tokens(arguments)
-    return lambda: torch.bmm(lora_B[ids], torch.bmm(lora_A[ids], x[:, :, None]) * scaling)[..., 0]
+def added(delta: Callable[[dict[str, Any]], Callable[[], Tensor]], arguments: dict[str, Any]) -> Callable[[], Tensor]:
+    """A call that adds what ``delta`` makes to ``y``."""
+    run, y = delta(arguments), arguments["y"]
+    return lambda: y.add_(run())
 
 
 COPY = "copy"

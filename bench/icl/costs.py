@@ -1,13 +1,11 @@
 """Closed forms for the models of released checkpoints, at the token statistics of the ten benchmarks and at the paper's.
 
 Beside the paper's own table (arXiv 2506.06105, appendix I), which gives no token counts.  Of those of ``costs.PAPER``,
-59 and 299 fit best where a token costs two operations a weight; with attention and logits, which are counted here, its cells
-imply fractions of tokens beside them.
+59 and 299 fit best where a token costs two operations a weight; attention and logits are counted here, too.
 """
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import statistics
 from collections.abc import Callable, Iterator
@@ -83,50 +81,31 @@ def _way(setup: Setup, way: Way) -> dict[str, Any]:
 # --- the paper's table -----------------------------------------------------------------------------------------------
 
 
-def implied(tflop: float, cost: Callable[[int], int]) -> float:
-    """The number of tokens, with its fraction, at which ``cost`` is ``tflop``."""
-    low = bisect.bisect(range(1 << 16), tflop * TERA, key=cost) - 1
-    return low + (tflop * TERA - cost(low)) / (cost(low + 1) - cost(low))
-
-
 def paper() -> Iterator[Record]:
-    """Every cell beside the closed form at the stated counts, with the tokens that meet it exactly."""
+    """Every cell beside the closed form at the stated counts."""
     setup, prompt = costs.known_setup("mistral-7b"), PAPER.question + PAPER.prefix
     config = hypernetwork_for(setup.model, setup.encoder, variant="M")  # heads shared by all layers
-
-    def decoder(tokens: int) -> int:
-        return setup.model.flops(tokens)
-
-    def encoder(tokens: int) -> int:
-        return setup.encoder.flops(tokens)
-
-    base, described, parts = decoder(PAPER.question), encoder(PAPER.description), hypernet_flops(config)
-    hypernet, applied = sum(parts.values()), 2 * PAPER.question * config.adapter_values
-    ours, icl = base + described + hypernet + applied, decoder(prompt)
+    parts, one_layer = (hypernet_flops(dataclasses.replace(config, num_layers=n)) for n in (config.num_layers, 1))
+    base, icl = setup.model.flops(PAPER.question), setup.model.flops(prompt)
+    described, hypernet = setup.encoder.flops(PAPER.description), sum(parts.values())
+    ours = base + described + hypernet + 2 * PAPER.question * config.adapter_values
     cells = (  # TFLOP as printed, and the unit of the last digit; what is counted here, of how many tokens
-        ("language model, question alone", 0.827, 1e-3, base, decoder, PAPER.question),
-        ("text encoder (gte-large)", 0.029, 1e-3, described, encoder, PAPER.description),
-        ("hypernetwork (variant M)", HYPERNET, 1e-6, hypernet, None, None),
-        ("T2L in all", T2L, 1e-3, ours, None, None),
-        ("3-shot in-context learning", ICL, 1e-3, icl, decoder, prompt),
+        ("language model, question alone", 0.827, 1e-3, base, PAPER.question),
+        ("text encoder (gte-large)", 0.029, 1e-3, described, PAPER.description),
+        ("hypernetwork (variant M)", HYPERNET, 1e-6, hypernet, None),
+        ("T2L in all", T2L, 1e-3, ours, None),
+        ("3-shot in-context learning", ICL, 1e-3, icl, prompt),
     )
-    for name, printed, unit, value, of, tokens in cells:
-        counts = {"tokens": tokens, "implied_tokens": round(implied(printed, of), 2) if of else None}
+    for name, printed, unit, value, tokens in cells:
         off, rounding = (round(100 * part, 3) for part in (value / TERA / printed - 1, unit / printed / 2))
-        counts |= {"off_percent": off, "rounding_percent": rounding}
+        counts = {"tokens": tokens, "off_percent": off, "rounding_percent": rounding}
         yield record("paper", cell=name, printed_tflop=printed, ours_tflop=value / TERA, **counts)
     # What the hypernetwork's cell may have left out.
-    one_layer = hypernet_flops(dataclasses.replace(config, num_layers=1))
-    padded = sum(map(max, config.in_features, config.out_features)) * len(config.modules)
-    executed = parts["heads"] * padded // sum(config.in_features + config.out_features)
-    yield record(
-        "hypernetwork",
-        ours_tflop=hypernet / TERA,
-        with_padded_columns_tflop=(parts["trunk"] + executed) / TERA,
-        heads_percent=round(100 * parts["heads"] / hypernet, 2),
-        times_printed=round(hypernet / TERA / HYPERNET, 1),
-        trunk_of_one_layer_tflop=one_layer["trunk"] / TERA,
-    )
+    about = {
+        "heads_percent": round(100 * parts["heads"] / hypernet, 2),
+        "trunk_of_one_layer_tflop": one_layer["trunk"] / TERA,
+    }
+    yield record("hypernetwork", ours_tflop=hypernet / TERA, **about)
     corrected = ICL * TERA / (T2L * TERA + hypernet)
     ratios = {"printed": ICL / T2L, "corrected": corrected, "ours": icl / ours}
     yield record("ratio", **{name: round(value, 4) for name, value in ratios.items()})

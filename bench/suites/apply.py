@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import t2l_engine as t2l
 from bench import baselines, cases, models
-from bench.baselines import COPY, gather_bmm, gather_bmm_delta, mm_loop, mm_loop_delta, row_bmm
+from bench.baselines import COPY, added, batched_delta, gather_bmm_delta, mm_loop
 from bench.cases import LAYERS, Arguments, Case, Layer, Operands, even, launch, ragged, rows
 from bench.harness import OURS, Context, Error, Record, Target, Task, logits_error, roofline, row, verify, worst
 from bench.models import LINEARS, MODULES, TINY, Forward, Step
@@ -42,10 +42,10 @@ BUILDERS: dict[str, Builder] = {
     OURS: launch,
     "reference": lambda arguments: functools.partial(reference.lora_add_, *arguments.values()),
     "mm loop": mm_loop,
-    "gather bmm": gather_bmm,
-    "batched": row_bmm,
+    "gather bmm": functools.partial(added, gather_bmm_delta),
+    "batched": functools.partial(added, batched_delta),
 }
-CUDA_BUILDERS: dict[str, Builder] = {APART: launch, "cuBLAS per adapter": mm_loop, "gather bmm": gather_bmm}
+CUDA_BUILDERS: dict[str, Builder] = {APART: launch, "cuBLAS per adapter": mm_loop, "gather bmm": BUILDERS["gather bmm"]}
 
 
 def plan(context: Context) -> list[Task]:
@@ -178,15 +178,16 @@ def _delta(backend) -> Delta:
     return lambda arguments: functools.partial(backend.lora_delta, *(arguments[name] for name in cases.ORDER[1:]))
 
 
-DELTAS: dict[str, Delta] = {OURS: _delta(ops), "mm loop": mm_loop_delta, "gather bmm": gather_bmm_delta}
+DELTAS: dict[str, Delta] = {OURS: _delta(ops), "gather bmm": gather_bmm_delta, "batched": batched_delta}
 DIFFERENTIATED = ("x", "lora_A", "lora_B")
 CPU = torch.device("cpu")
 
 
-def step(build: Delta, arguments: Arguments, grad: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """A call of forward and backward: (delta, gradients of x, A and B)."""
+def step(build: Delta, arguments: Arguments) -> Callable[[], tuple[Tensor, ...]]:
+    """A call of forward and backward, of a gradient at random: (delta, gradients of x, A and B)."""
     leaves = {name: arguments[name].detach().requires_grad_() for name in DIFFERENTIATED}
-    forward = build(arguments | leaves)
+    forward, y = build(arguments | leaves), arguments["y"]
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
 
     def run() -> tuple[Tensor, ...]:
         delta = forward()
@@ -195,33 +196,27 @@ def step(build: Delta, arguments: Arguments, grad: Tensor) -> Callable[[], tuple
     return run
 
 
-def backward_operands(case: Case, seed: int) -> tuple[Arguments, Tensor]:
-    """Of a case of one linear: arguments, and the gradient of the delta."""
-    arguments = cases.operands(case, CPU, seed).problems[0]
-    return arguments, torch.randn(arguments["y"].shape, generator=torch.Generator().manual_seed(seed))
-
-
 def delta_errors(case: Case) -> dict[str, Error]:
     """The worst error of delta and gradients of every builder, relative to the largest entry."""
-    arguments, grad = backward_operands(case, seed=1)
-    oracle = step(_delta(reference), in_float64(arguments), grad.double())()
+    arguments = cases.operands(case, CPU, seed=1).problems[0]
+    oracle = step(_delta(reference), in_float64(arguments))()
 
     def error(got: Tensor, right: Tensor) -> Error:
         value = float((got.detach() - right.detach()).abs().max() / right.detach().abs().max())
         return Error(value, numerics.GRADIENT_RTOL, "largest error over largest entry, delta and gradients, against float64")
 
-    results = {name: step(build, arguments, grad)() for name, build in DELTAS.items()}
+    results = {name: step(build, arguments)() for name, build in DELTAS.items()}
     return {name: worst(map(error, got, oracle)) for name, got in results.items()}
 
 
 def backward(context: Context, case: Case) -> Iterator[Record]:
     """``lora_delta`` forward and backward."""
     errors = delta_errors(case)
-    arguments, grad = backward_operands(case, seed=0)
-    calls = {name: step(build, arguments, grad) for name, build in DELTAS.items()}
+    arguments = cases.operands(case, CPU, seed=0).problems[0]
+    calls = {name: step(build, arguments) for name, build in DELTAS.items()}
     functions, skipped = verify(case.name, calls, errors)
-    x, A, B = (arguments[name].nbytes for name in DIFFERENTIATED)
-    moved = 3 * (x + A + B) + 2 * grad.nbytes  # forward reads, backward reads and writes; delta written, grad read
+    # Forward reads, backward reads and writes; the delta is written, its gradient read.
+    moved = 3 * sum(arguments[name].nbytes for name in DIFFERENTIATED) + 2 * arguments["y"].nbytes
     for count in context.thread_counts:
         timings = context.time(functions, count)
         least = context.roofline(3 * case.flops, moved, "float32", count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -19,26 +20,23 @@ from bench.timing import tolerant
 from t2l_engine.hypernetwork.config import PerceiverConfig
 from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
 
-#: Layers, intermediate and hidden size of the model, latents, blocks; tokens of a context: of the checkpoint that SakanaAI
-#: released for gemma-2-2b-it, and tiny ones.
-FULL, TINY = ("gemma-2-2b", 26, 9216, 2304, 512, 9, 256), ("tiny", 2, 96, 48, 32, 2, 16)
-GENERATED = Target(1.5)
-#: Of A and B repeated for every token before two products, as in SakanaAI's code.
-APPLIED = Target(0.1, of="gather bmm")
+#: Of the checkpoint that SakanaAI released for gemma-2-2b-it.
+GEMMA = PerceiverConfig(
+    variant="perceiver-layers", modules=("down_proj",), in_features=(9216,), out_features=(2304,), num_layers=26, rank=8,
+    lora_alpha=16.0, feature_size=2304, latent_size=512, num_latents=8, num_blocks=9, num_mlps=1, per_layer_mlps=True,
+)  # fmt: skip
+SMALL = {"in_features": (96,), "out_features": (48,), "num_layers": 2, "feature_size": 48, "latent_size": 32}
+TINY = dataclasses.replace(GEMMA, num_blocks=2, **SMALL)
+#: Of a context.
+TOKENS = 256
+#: The target of applying: SakanaAI's code repeats A and B for every token before two products.
+GENERATED, APPLIED = Target(1.5), Target(0.1, of="gather bmm")
 
 
 def plan(context: Context) -> list[Task]:
     context.only("cpu", "documents")
     generated = [Task.of(f"generate {count}", generation, context, count) for count in (1, 8)]
     return [Task.of("apply", applying, context), *generated]
-
-
-def config(context: Context) -> tuple[str, PerceiverConfig, int]:
-    """Its name; the configuration; tokens of a context."""
-    name, layers, n_in, n_out, width, blocks, tokens = FULL if context.full else TINY
-    sizes = {"modules": ("down_proj",), "in_features": (n_in,), "out_features": (n_out,), "num_layers": layers, "rank": 8}
-    sizes |= {"feature_size": n_out, "latent_size": width, "num_latents": 8, "num_blocks": blocks, "num_mlps": 1}
-    return name, PerceiverConfig(variant="perceiver-layers", lora_alpha=16.0, per_layer_mlps=True, **sizes), tokens
 
 
 def make(config: PerceiverConfig) -> PerceiverHyperNetwork:
@@ -51,10 +49,10 @@ def make(config: PerceiverConfig) -> PerceiverHyperNetwork:
     return net
 
 
-def flops(config: PerceiverConfig, tokens: int) -> int:
-    """Of matrix products of one context, as torch counts them."""
+def flops(config: PerceiverConfig) -> int:
+    """Of the matrix products of one context, as torch counts them."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        states = torch.empty(1, config.num_layers, tokens, config.feature_size)
+        states = torch.empty(1, config.num_layers, TOKENS, config.feature_size)
         baselines.perceiver(PerceiverHyperNetwork(config))(states)
     return counter.get_total_flops()
 
@@ -62,45 +60,46 @@ def flops(config: PerceiverConfig, tokens: int) -> int:
 @torch.no_grad()
 def generation(context: Context, count: int) -> Iterator[Record]:
     """Adapters of ``count`` contexts of one chunk, from hidden states of all layers."""
-    name, of, tokens = config(context)
-    net, mask, skipped = make(of), torch.ones(count, tokens, dtype=torch.bool), {}
+    name, config = ("gemma-2-2b", GEMMA) if context.full else ("tiny", TINY)
+    net, mask, skipped = make(config), torch.ones(count, TOKENS, dtype=torch.bool), {}
     ways = {OURS: lambda states: baselines.sides(net.generate(net.latents(states, mask).split(1)))}
     ways["eager"] = baselines.perceiver(net)
-    size = count, of.num_layers, tokens, of.feature_size
+    size = count, config.num_layers, TOKENS, config.feature_size
     fresh, timed = (torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(net.dtype) for seed in (2, 3))
-    with tolerant(COMPILED, skipped):  # whatever the compiler cannot do is a fact about it, and is reported
+    with tolerant(COMPILED, skipped):
         ways[COMPILED] = torch.compile(ways["eager"], dynamic=False)
         ways[COMPILED](fresh)
     exact = baselines.perceiver(copy.deepcopy(net).set_dtype(torch.float64))
     errors = generate.adapter_errors(exact, ways, fresh, net.dtype, skipped, other="eager", chunk=1)
     del exact
-    case = f"{name} bfloat16, {count} context{'s' if count > 1 else ''} of {tokens} tokens"
+    case = f"{name} bfloat16, {count} context{'s' if count > 1 else ''} of {TOKENS} tokens"
     calls, wrong = verify(case, {way: functools.partial(ways[way], timed) for way in errors}, errors)
-    work = count * flops(of, tokens), timed.nbytes + generate.moved(net, 2 * count)  # a bias beside each chunk
+    work = count * flops(config), timed.nbytes + generate.moved(net, 2 * count)  # a bias beside each chunk
     timings, least = generate.measured(context, calls, "bfloat16", context.threads, *work)
-    shape = {"model": name, "variant": of.variant, "dtype": "bfloat16", "contexts": count, "tokens": tokens}
-    yield row(context, case, "generate", shape, timings, errors[OURS], skipped=skipped | wrong, least=least, target=GENERATED)
+    shape = {"model": name, "variant": config.variant, "dtype": "bfloat16", "contexts": count, "tokens": TOKENS}
+    given = {"skipped": skipped | wrong, "least": least, "target": GENERATED}
+    yield row(context, case, "generate", shape, timings, errors[OURS], **given)
 
 
-def rows(context: Context) -> Case:
-    """Rows of 64 tokens of ``down_proj``, each with an adapter of two chunks and a bias."""
-    _, of, _ = config(context)
+def rows(full: bool) -> Case:
+    """Rows of 64 tokens, each with the adapter of two chunks and a bias."""
+    of = GEMMA if full else TINY
     layer = Layer("down_proj", (Group.packed(*of.in_features, down=of.out_features[0]),))
     return Case(layer, even(8 * 64, 8), rank=3 * of.rank, label="down_proj 8x64")
 
 
 def applying(context: Context) -> Iterator[Record]:
-    """The op beside products of torch, and the memory that each way takes beyond its operands."""
-    case = rows(context)
+    """The op beside products of torch; MiB that each way takes beyond its operands."""
+    case, found = rows(context.full), {}
     for one in apply.lora(context, case, "apply", ["warm"], context.threads):
         yield one | {"target": APPLIED._asdict() if context.full else None}
-        ways = [way for way in one["times"] if way in apply.BUILDERS]
-    yield record("memory", case=case.name, mib={way: round(apart(added, context.size, way) / 2**20, 1) for way in ways})
+        found = {way: apart(added, context.full, way) for way in one["times"]}
+    yield record("memory", case=case.name, mib={way: round(size / 2**20, 1) for way, size in found.items()})
 
 
-def added(size: str, way: str) -> int:
-    """Bytes that this process holds at most beyond operands while ``way`` runs again."""
-    call = cases.operands(rows(Context.of(size, 1)), apply.CPU, seed=0).one_by_one(apply.BUILDERS[way])
+def added(full: bool, way: str) -> int:
+    """Bytes that this process holds at most beyond what it held before while ``way`` runs for the second time."""
+    call = cases.operands(rows(full), apply.CPU, seed=0).one_by_one(apply.BUILDERS[way])
     call()
     before = resident_bytes("VmRSS")
     return peak_bytes(call) - before

@@ -23,7 +23,6 @@ from bench.suites.apply import lora_errors
 from bench.timing import Call, Candidate, Timing, tolerant
 from t2l_engine import ops
 from t2l_engine.hypernetwork.network import HyperNetwork, hypernet_flops
-from t2l_engine.ops import reference
 from t2l_engine.research import costs
 from t2l_engine.testing import numerics
 from tests import networks
@@ -196,9 +195,8 @@ def build_and_generate(name: str, count: int) -> tuple[int, int, int]:
 def memory(context: Context) -> Iterator[Record]:
     """The peak of a process that makes a hypernetwork and many adapters, beyond what it held before."""
     name, count = (TARGETED, 64) if context.full else ("smollm2-135m", 8)
-    peak, weights, adapters = apart(build_and_generate, name, count)
-    sizes = {"peak_mib": peak, "weights_mib": weights, "adapters_mib": adapters}
-    sizes = {field: round(size / 2**20, 1) for field, size in sizes.items()}
+    found = zip(("peak_mib", "weights_mib", "adapters_mib"), apart(build_and_generate, name, count), strict=True)
+    sizes = {field: round(size / 2**20, 1) for field, size in found}
     target = MEMORY._asdict() if name == TARGETED else None  # beside a few megabytes, torch's own pages count
     yield record("memory", what=f"{name} L bfloat16, {count} descriptions", **sizes, target=target)
 
@@ -322,53 +320,31 @@ def encoded(context: Context, encoder: t2l.TextEncoder, count: int) -> Part:
 
 
 def generated(context: Context, net: t2l.HyperNetwork, task_emb: Tensor) -> dict[str, Part]:
-    """The two ops of a hypernetwork, each on the same input as its float64 oracle."""
-    exact, (latent,) = copy.deepcopy(net).set_dtype(torch.float64), trunk_of(net, task_emb)(ops)
-    runs = {"trunk": (trunk_of(net, task_emb), trunk_of(exact, task_emb))}
-    runs |= {"heads": (heads_of(net, latent), heads_of(exact, latent.double()))}
+    """The two ops of a hypernetwork; their error is that of the adapters, which they make together."""
+    c, folded, exact = net.config, net.folded(), copy.deepcopy(net).set_dtype(torch.float64)
+    rotary, cast = c.rank if c.rotary else 0, task_emb.to(folded["weights"][1].dtype)
+
+    def trunk() -> Tensor:
+        """Task encoder and trunk."""
+        z = net.task_encoder(cast)
+        return ops.hypernet_trunk(z, folded["weights"], folded["side_emb"], folded["pos_emb"], rotary)
+
+    def heads(latent: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The heads of all modules: all A, then all B."""
+        return ops.hypernet_heads(latent, *folded["heads"], c.rank, c.in_features, c.out_features, **folded["offsets"])
+
+    latent = trunk()
+    made = dict(zip(c.modules, zip(*heads(latent), strict=True), strict=True))
+    ways = {"reference": baselines.plain(net), OURS: lambda _: made}
+    error = adapter_errors(baselines.plain(exact), ways, task_emb, net.dtype)[OURS]
     head_bytes = sum(p.nbytes for p in net.heads.parameters())
-    weights = {"trunk": sum(p.nbytes for p in net.parameters()) - head_bytes, "heads": head_bytes + latent.nbytes}
-    parts = {}
-    for name, (run, wide) in runs.items():
-        plain = run(reference)
-        error = worst(
-            Error(numerics.relative_frobenius(got, right), numerics.trunk_bound(right, other, net.dtype))
-            for got, right, other in zip(run(ops), wide(reference), plain, strict=True)
-        )
-        flops = len(task_emb) * hypernet_flops(net.config)[name]
-        least = context.roofline(flops, weights[name] + sum(t.nbytes for t in plain), str(net.dtype).removeprefix("torch."))
-        parts[name.removesuffix("s")] = Part(functools.partial(run, ops), error, least)
+    moved = {"trunk": weight_bytes(net) - head_bytes + latent.nbytes}
+    moved["heads"] = head_bytes + latent.nbytes + sum(t.nbytes for both in made.values() for t in both)
+    parts, flops = {}, hypernet_flops(c)
+    for name, call in (("trunk", trunk), ("heads", functools.partial(heads, latent))):
+        least = context.roofline(len(task_emb) * flops[name], moved[name], str(net.dtype).removeprefix("torch."))
+        parts[name.removesuffix("s")] = Part(call, error, least)
     return parts
-
-
-Run = Callable[[Any], list[Tensor]]  # of a backend
-
-
-def trunk_of(net: t2l.HyperNetwork, task_emb: Tensor) -> Run:
-    """Task encoder and trunk."""
-    folded, rotary = net.folded(), net.config.rank if net.config.rotary else 0
-    task_emb = task_emb.to(folded["weights"][1].dtype)
-
-    def run(backend: Any) -> list[Tensor]:
-        z = net.task_encoder(task_emb)
-        return [backend.hypernet_trunk(z, folded["weights"], folded["side_emb"], folded["pos_emb"], rotary)]
-
-    return run
-
-
-def heads_of(net: t2l.HyperNetwork, latent: Tensor) -> Run:
-    """The heads of all modules: all A, then all B."""
-    c, folded = net.config, net.folded()
-    sizes = c.rank, c.in_features, c.out_features
-
-    def run(backend: Any) -> list[Tensor]:
-        if backend is ops:
-            lora_A, lora_B = ops.hypernet_heads(latent, *folded["heads"], *sizes, **folded["offsets"])
-            return lora_A + lora_B
-        made = reference.hypernet_heads(latent, *folded["heads"], *folded["offsets"].values(), *sizes)
-        return made[::2] + made[1::2]
-
-    return run
 
 
 def put(context: Context, net: t2l.HyperNetwork, made: t2l.AdapterStack) -> Part:

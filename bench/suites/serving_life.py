@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from bench.harness import Context, Record, Task, VerificationError, record
 from bench.serving_methods import sentences
@@ -90,27 +89,22 @@ def arriving(context: Context) -> Iterator[Record]:
 
 
 async def _arriving(generator: Generator, texts: list[str]) -> Record:
+    """``loop_ms``: what a task that sleeps for a millisecond at a time waits beyond that, meanwhile."""
     await generator.checkpoint(None)
-    start = time.perf_counter()
-    lag = await _lag(asyncio.gather(*(generator.folder(None, text) for text in texts)))
-    seconds = round(time.perf_counter() - start, 4)
-    return {"seconds": seconds, "passes": generator.passes, "adapters": generator.generated, "loop_ms": lag}
-
-
-async def _lag(work: Any) -> Record:
-    """What a task that sleeps for a millisecond at a time waits beyond that, while ``work`` goes on."""
-    late = []
+    late, start = [], time.perf_counter()
 
     async def tick() -> None:
         while True:
-            start = time.perf_counter()
+            slept = time.perf_counter()
             await asyncio.sleep(0.001)
-            late.append(1e3 * (time.perf_counter() - start) - 1)
+            late.append(1e3 * (time.perf_counter() - slept) - 1)
 
     ticking = asyncio.ensure_future(tick())
-    await work
+    await asyncio.gather(*(generator.folder(None, text) for text in texts))
+    seconds = round(time.perf_counter() - start, 4)
     ticking.cancel()
-    return {"median": round(statistics.median(late), 3), "max": round(max(late), 3)}
+    lag = {"median": round(statistics.median(late), 3), "max": round(max(late), 3)}
+    return {"seconds": seconds, "passes": generator.passes, "adapters": generator.generated, "loop_ms": lag}
 
 
 # --- long life -------------------------------------------------------------------------------------------------------

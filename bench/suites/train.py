@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 import t2l_engine as t2l
 from bench import models
+from bench.baselines import batched
 from bench.ceilings import apart, peak_bytes, resident_bytes
 from bench.harness import Context, Error, Record, Target, Task, record, row, verify, worst
 from bench.models import MODULES, linears, shared
@@ -164,11 +165,6 @@ def repeated(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tenso
     A, B = (side.repeat_interleave(tokens, dim=0) for side in (lora_A, lora_B))
     v = torch.bmm(A, x.reshape(rows * tokens, features, 1)) * scaling
     return torch.bmm(B, v).view(rows, tokens, -1)
-
-
-def batched(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """The same without repetition: two batched products of a matrix a sample."""
-    return torch.bmm(torch.bmm(x, lora_A.mT) * scaling, lora_B.mT)
 
 
 def hooked(model: nn.Module, stack: t2l.AdapterStack, delta: Callable[..., Tensor] = repeated) -> Way:
