@@ -79,7 +79,7 @@ docs: setup
 	$(WITH_BIN) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 bench: setup
-	for suite in generate apply documents train; do $(BIN)/python -m bench $$suite --size tiny || exit 1; done
+	$(BIN)/python -m pytest -q bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 # The committed results, and the tables and figures made from them; the machine should do nothing else.
 results: setup

@@ -7,9 +7,10 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from t2l_engine.hypernetwork.config import HyperNetworkConfig
+from t2l_engine.hypernetwork.config import HyperNetworkConfig, PerceiverConfig
 from t2l_engine.hypernetwork.modules import NormedEmbedding
 from t2l_engine.hypernetwork.network import HyperNetwork
+from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
 
 #: Makes entries of A and B a few hundredths, as in trained adapters.
 HEAD_SCALE = 0.1
@@ -79,3 +80,22 @@ _ALL = (
 SHAPES = {shape.name: shape for shape in _ALL}
 #: Variants that benchmarks compare.
 VARIANTS = ("L", "M", "S-learnable")
+
+#: Doc-to-LoRA's checkpoint that SakanaAI released for gemma-2-2b-it, and the same form at its smallest.
+PERCEIVER = PerceiverConfig(
+    variant="perceiver-layers", modules=("down_proj",), in_features=(9216,), out_features=(2304,), num_layers=26, rank=8,
+    lora_alpha=16.0, feature_size=2304, latent_size=512, num_latents=8, num_blocks=9, num_mlps=1, per_layer_mlps=True,
+)  # fmt: skip
+_SMALL = {"in_features": (96,), "out_features": (48,), "num_layers": 2, "feature_size": 48, "latent_size": 32}
+TINY_PERCEIVER = dataclasses.replace(PERCEIVER, num_blocks=2, **_SMALL)
+
+
+@torch.no_grad()
+def perceiver(config: PerceiverConfig) -> PerceiverHyperNetwork:
+    """Random weights, all of them bfloat16 numbers; no norm, bias or scale is trivial."""
+    torch.manual_seed(1)
+    net = PerceiverHyperNetwork(config).set_dtype(torch.bfloat16).requires_grad_(False).eval()
+    for p in net.parameters():
+        if p.dtype != net.dtype:
+            p.add_(torch.randn(p.shape), alpha=0.1 if p.dim() < 3 else 0.01).copy_(p.to(net.dtype))
+    return net

@@ -129,7 +129,7 @@ def entries(context: Context, folder: Path | None) -> Iterator[Record]:
 
 
 def asked(serving: Serving, task: Task, shots: Shots) -> dict[str, Any]:
-    """By the first description of the task."""
+    """By the first description of the task: exact match in percent, times to the first token."""
     description, cache = task.descriptions[0], DynamicCache()
     prompts = {
         "icl": [serving.ids(raw_prompt(description, e.input, shots)) for e in task.examples],
@@ -155,12 +155,9 @@ def asked(serving: Serving, task: Task, shots: Shots) -> dict[str, Any]:
             given[method].append(ways[method](i))
     tokens = {name: round(statistics.fmean(map(len, ids)), 1) for name, ids in prompts.items()}
     tokens |= {"prefix": prefix, "encoder": tokens_of(serving.engine.encoder, description)}
-    arms = {method: _measured(task, answers) for method, answers in given.items()}
+    arms = {}
+    for method, answers in given.items():
+        right = [exact_match(a.text, question.outputs) for a, question in zip(answers, task.examples, strict=True)]
+        median = round(statistics.median(a.us for a in answers), 1)
+        arms[method] = {"accuracy": round(100 * statistics.fmean(right), 1), "first_token_us": {"median": median}}
     return {"description": description, "tokens": tokens, "generate_us": statistics.median(generate_us), "arms": arms}
-
-
-def _measured(task: Task, answers: Sequence[Answer]) -> dict[str, Any]:
-    """Exact match in percent, and the time to the first token."""
-    right = [exact_match(a.text, question.outputs) for a, question in zip(answers, task.examples, strict=True)]
-    median = round(statistics.median(a.us for a in answers), 1)
-    return {"accuracy": round(100 * statistics.fmean(right), 1), "first_token_us": {"median": median}}

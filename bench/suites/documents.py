@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -19,14 +18,8 @@ from bench.suites.generate import COMPILED
 from bench.timing import tolerant
 from t2l_engine.hypernetwork.config import PerceiverConfig
 from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
+from tests import networks
 
-#: Of the checkpoint that SakanaAI released for gemma-2-2b-it.
-GEMMA = PerceiverConfig(
-    variant="perceiver-layers", modules=("down_proj",), in_features=(9216,), out_features=(2304,), num_layers=26, rank=8,
-    lora_alpha=16.0, feature_size=2304, latent_size=512, num_latents=8, num_blocks=9, num_mlps=1, per_layer_mlps=True,
-)  # fmt: skip
-SMALL = {"in_features": (96,), "out_features": (48,), "num_layers": 2, "feature_size": 48, "latent_size": 32}
-TINY = dataclasses.replace(GEMMA, num_blocks=2, **SMALL)
 #: Of a context.
 TOKENS = 256
 #: The target of applying: SakanaAI's code repeats A and B for every token before two products.
@@ -37,16 +30,6 @@ def plan(context: Context) -> list[Task]:
     context.only("cpu", "documents")
     generated = [Task.of(f"generate {count}", generation, context, count) for count in (1, 8)]
     return [Task.of("apply", applying, context), *generated]
-
-
-def make(config: PerceiverConfig) -> PerceiverHyperNetwork:
-    """Random weights, all of them bfloat16 numbers; no norm, bias or scale is trivial."""
-    torch.manual_seed(1)
-    net = PerceiverHyperNetwork(config).set_dtype(torch.bfloat16).requires_grad_(False).eval()
-    for p in net.parameters():
-        if p.dtype != net.dtype:
-            p.add_(torch.randn(p.shape), alpha=0.1 if p.dim() < 3 else 0.01).copy_(p.to(net.dtype))
-    return net
 
 
 def flops(config: PerceiverConfig) -> int:
@@ -60,8 +43,8 @@ def flops(config: PerceiverConfig) -> int:
 @torch.no_grad()
 def generation(context: Context, count: int) -> Iterator[Record]:
     """Adapters of ``count`` contexts of one chunk, from hidden states of all layers."""
-    name, config = ("gemma-2-2b", GEMMA) if context.full else ("tiny", TINY)
-    net, mask, skipped = make(config), torch.ones(count, TOKENS, dtype=torch.bool), {}
+    name, config = ("gemma-2-2b", networks.PERCEIVER) if context.full else ("tiny", networks.TINY_PERCEIVER)
+    net, mask, skipped = networks.perceiver(config), torch.ones(count, TOKENS, dtype=torch.bool), {}
     ways = {OURS: lambda states: baselines.sides(net.generate(net.latents(states, mask).split(1)))}
     ways["eager"] = baselines.perceiver(net)
     size = count, config.num_layers, TOKENS, config.feature_size
@@ -83,7 +66,7 @@ def generation(context: Context, count: int) -> Iterator[Record]:
 
 def rows(full: bool) -> Case:
     """Rows of 64 tokens, each with the adapter of two chunks and a bias."""
-    of = GEMMA if full else TINY
+    of = networks.PERCEIVER if full else networks.TINY_PERCEIVER
     layer = Layer("down_proj", (Group.packed(*of.in_features, down=of.out_features[0]),))
     return Case(layer, even(8 * 64, 8), rank=3 * of.rank, label="down_proj 8x64")
 

@@ -7,8 +7,9 @@ import torch
 
 from bench.harness import OURS, Context, VerificationError
 from bench.suites import documents
-from bench.suites.documents import GEMMA, TOKENS
+from bench.suites.documents import TOKENS
 from t2l_engine.hypernetwork import perceiver
+from tests.networks import PERCEIVER, TINY_PERCEIVER
 
 CONTEXT = dataclasses.replace(Context.of("tiny", 1), rounds=(2, 2), seconds=0.0)
 
@@ -19,19 +20,26 @@ def uncompiled(monkeypatch):
 
 
 def test_flops_are_those_of_every_product_once():
-    f, d, rows, queries = GEMMA.feature_size, GEMMA.latent_size, GEMMA.num_layers * TOKENS, GEMMA.num_layers * 8
+    f, d, rows, queries = (
+        PERCEIVER.feature_size,
+        PERCEIVER.latent_size,
+        PERCEIVER.num_layers * TOKENS,
+        PERCEIVER.num_layers * 8,
+    )
     attended, latents = 2 * 512, 2 * d * 2048 + 12 * d * d  # columns of keys and values; weights that latents pass
     cross = 9 * (2 * rows * d * attended + 2 * queries * latents + 4 * rows * 8 * 2048)
     decoder = 2 * queries * (d * attended + latents) + 4 * queries * 8 * 2048
     mlp, head = 16 * queries * d * d, 2 * queries * d * (9216 + 2304)
-    assert documents.flops(GEMMA) == 2 * rows * (8 * f * f + 4 * f * d) + cross + decoder + mlp + head
+    assert documents.flops(PERCEIVER) == 2 * rows * (8 * f * f + 4 * f * d) + cross + decoder + mlp + head
 
 
 @pytest.mark.parametrize("count", [1, 8])
 def test_generation_is_beside_eager_torch(count):
     (row,) = documents.generation(CONTEXT, count)
     assert row["times"].keys() == {OURS, "eager", documents.COMPILED} and not row["skipped"]
-    assert row["error"]["value"] <= row["error"]["bound"] and row["roofline"]["flops"] == count * documents.flops(documents.TINY)
+    assert row["error"]["value"] <= row["error"]["bound"] and row["roofline"]["flops"] == count * documents.flops(
+        TINY_PERCEIVER
+    )
 
 
 def test_a_wrong_adapter_is_not_timed(monkeypatch):
