@@ -147,7 +147,7 @@ def test_descriptions_of_other_kinds_are_named(tmp_path):
 def test_bytes_that_are_no_text_and_files_that_are_too_large(sni, monkeypatch):
     source = sni(task001_x=COLOURS)
     monkeypatch.setattr(importer, "MAX_FILE_BYTES", 64)
-    with pytest.raises(ConfigError, match=r"task001_x\.json: expected .* at most 64 bytes, got more"):
+    with pytest.raises(ConfigError, match=r"task001_x\.json: expected at most 64 bytes, got more"):
         import_sni(source)
     (source / "task001_x.json").write_bytes(b'{"Definition": "\xff"}')
     with pytest.raises(ConfigError, match=r"task001_x\.json: not UTF-8 text"):

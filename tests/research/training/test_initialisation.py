@@ -24,7 +24,7 @@ def start(variant):
             return LoRABank(Modules(tuple(SIZES), paths, n_in, n_out, 2), 2, RANK, 1.0, seed=1)()
     torch.manual_seed(0)
     net = t2l.HyperNetwork(t2l.HyperNetworkConfig(
-        variant, modules=tuple(SIZES), in_features=n_in, out_features=n_out, num_layers=2, rank=RANK, embed_dim=6,
+        variant=variant, modules=tuple(SIZES), in_features=n_in, out_features=n_out, num_layers=2, rank=RANK, embed_dim=6,
         latent_size=8, head_in_size=5, lora_alpha=8.0,
     ))  # fmt: skip
     return net.bias_hyperinit(torch.Generator().manual_seed(1)).generate(torch.randn(2, 6) * 1e4)
