@@ -44,7 +44,7 @@ def texts(count: int, shortest: int, longest: int, facts: tuple[int, int], seed:
     if not 1 <= shortest <= longest:
         raise ValueError(f"shortest, longest: expected positive numbers, the smaller first, got {shortest}, {longest}")
     draw = random.Random(f"needle {split} {seed}")
-    return [_text(draw, f"needle-{i:05}", shortest, longest, facts, split) for i in range(count)]
+    return [_text(draw, f"needle-{split}-{seed}-{i:05}", shortest, longest, facts, split) for i in range(count)]
 
 
 def _text(draw: random.Random, name: str, shortest: int, longest: int, facts: tuple[int, int], split: str) -> Task:
