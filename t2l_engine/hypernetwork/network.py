@@ -301,7 +301,7 @@ class HyperNetwork(nn.Module):
 
     def _write_stack(self, task_emb: Tensor, folded: dict, out: AdapterStack) -> AdapterStack:
         inputs = self._head_inputs(task_emb, folded)
-        check_out(out, self.meta_stack(len(task_emb)), task_emb.device)
+        check_out(out, self.config, self._paths, [self.config.rank] * len(task_emb), task_emb.device)
         lora_A, lora_B = ([tensors[name] for name in self._paths] for tensors in (out.lora_A, out.lora_B))
         ops.hypernet_heads_out_(lora_A, lora_B, *inputs, **folded["offsets"])
         out.fill_constants(self.scaling, self.config.rank)

@@ -24,16 +24,27 @@ def meta_stack(config: TargetConfig, paths: Mapping[str, str], ranks: Sequence[i
     return AdapterStack(lora_A, lora_B, scaling, {name: of_layers.clone() for name in paths}, dict(paths))
 
 
-def check_out(out: object, like: AdapterStack, device: torch.device, *, higher_rank: bool = False) -> None:
-    """ValueError unless ``out`` is a stack on ``device`` with the shapes of ``like``; ``higher_rank``: or of higher rank."""
-    if not isinstance(out, AdapterStack) or out.paths != like.paths:
+def check_out(
+    out: object,
+    config: TargetConfig,
+    paths: Mapping[str, str],
+    ranks: Sequence[int],
+    device: torch.device,
+    *,
+    higher_rank: bool = False,
+) -> None:
+    """ValueError unless ``out`` is a stack on ``device`` with the shapes of :func:`meta_stack`; ``higher_rank``: or of more.
+
+    From sizes alone: this runs before every generation into slots.
+    """
+    if not isinstance(out, AdapterStack) or out.paths != paths:
         got = out.paths if isinstance(out, AdapterStack) else type(out).__name__
-        raise ValueError(f"out: expected a stack for the modules {like.paths}, got {got}")
-    for name, a in out.lora_A.items():
-        wanted = [*like.lora_A[name].shape], [*like.lora_B[name].shape]
-        if higher_rank:
-            wanted[0][2] = wanted[1][3] = max(a.shape[2], wanted[0][2])
-        got = [*a.shape], [*out.lora_B[name].shape]
+        raise ValueError(f"out: expected a stack for the modules {paths}, got {got}")
+    first, least = [len(ranks), config.num_layers], max(ranks)
+    for name, n_in, n_out in zip(paths, config.in_features, config.out_features, strict=True):
+        a, b = out.lora_A[name], out.lora_B[name]
+        rank = max(a.shape[2], least) if higher_rank else least
+        wanted, got = ([*first, rank, n_in], [*first, n_out, rank]), ([*a.shape], [*b.shape])
         if got != wanted or a.device != device:
             more = ", or of higher rank," if higher_rank else ""
             raise ValueError(f"out: {name}: expected lora_A and lora_B {wanted}{more} on {device}, got {got} on {a.device}")

@@ -20,8 +20,6 @@ RMS_EPS, LAYER_NORM_EPS = 1e-6, 1e-5
 PROJECTED_TOKENS = 1024
 #: Contexts are padded to a multiple of so many tokens: then attention sums in one order, however long the others are.
 ATTENDED_TOKENS = 64
-
-
 #: Initial norm of the columns of B that the head makes, and weight of the decoder's last norms: what is read begins small
 #: beside the learned queries, so that A begins nearly the same for all texts.
 INITIAL_B = INITIAL_READ = 0.3
@@ -280,7 +278,7 @@ class PerceiverHyperNetwork(nn.Module):
         :meth:`LoRAHandle.borrow_slots` takes it.
         """
         counts = [1] * chunks if isinstance(chunks, int) else chunks
-        return meta_stack(self.config, self._paths, [self.config.total_rank(count) for count in counts], self.dtype)
+        return meta_stack(self.config, self._paths, [*map(self.config.total_rank, counts)], self.dtype)
 
     def _stack(
         self, latents: Sequence[Tensor], out: AdapterStack | None, chunk_scale: float, bias_scale: float
@@ -297,7 +295,7 @@ class PerceiverHyperNetwork(nn.Module):
             ranks = {name: of.to(device) for name, of in like.ranks.items()}
             out = AdapterStack(lora_A, lora_B, scaling, ranks, self._paths)
         else:
-            check_out(out, like, device, higher_rank=True)
+            check_out(out, c, self._paths, [*map(c.total_rank, counts)], device, higher_rank=True)
             out.scaling.fill_(c.scaling_value)
             for name, of in like.ranks.items():
                 out.ranks[name].copy_(of)

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from t2l_engine.files.errors import ConfigError, positive_int, short_repr
 from t2l_engine.text.config import DocumentEncoderConfig
 from t2l_engine.text.encoder import Modules, WorkedExamples, check_list, check_text, load, positions, refuse_examples
-from t2l_engine.text.llm_encoder import recorded
+from t2l_engine.text.llm_encoder import pad_states, recorded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -186,9 +185,7 @@ class DocumentEncoder:
     @torch.no_grad()
     def _states(self, chunks: list[Tensor]) -> tuple[Tensor, Tensor]:
         Modules(self.model).refuse_adapters(self.config.name)
-        ids = pad_sequence(chunks, batch_first=True).to(self.model.device)
-        lengths = torch.tensor([len(chunk) for chunk in chunks], device=ids.device)
-        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        ids, mask = (of.to(self.model.device) for of in pad_states(chunks))
         first = 0 if self.config.states == "all" else self.num_layers
         with self._lock, recorded(self.model, range(first, self.num_layers + 1)) as outputs:
             self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False)

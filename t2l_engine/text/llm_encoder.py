@@ -247,7 +247,7 @@ def condition_text(description: str, examples: Sequence[tuple[str, str]] = ()) -
 
 
 def pad_states(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """``[N, L, width]`` and the mask ``[N, L]`` of texts with states ``[tokens, width]``, for :class:`AttentionPooling`."""
+    """``[N, L, ...]``, padded with zeros, and the mask ``[N, L]`` of texts with ``[tokens, ...]``: hidden states or ids."""
     padded = nn.utils.rnn.pad_sequence(list(states), batch_first=True)
     lengths = torch.tensor([len(text) for text in states], device=padded.device)
     return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]

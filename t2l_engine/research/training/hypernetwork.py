@@ -80,12 +80,12 @@ class Conditions(ABC):
     def augmented(self, groups: Sequence[Group]) -> Any:
         """As :meth:`clean`, with the settings' augmentation, drawn from a seed by each group's key."""
 
-    @abstractmethod
     def start(self, linear: nn.Linear) -> AttentionPooling | None:
-        """A new pooling with random parameters, on the CPU; None where conditions are ``task_emb`` themselves.
+        """A new pooling with random parameters, on the CPU; None where nothing is pooled.
 
         With ``task_init`` "discriminant", initialises the task encoder's ``linear`` by the training descriptions.
         """
+        return None
 
 
 class TaskEmbeddings(Conditions):
@@ -275,9 +275,6 @@ class Documents(Conditions):
         self._encoder = DocumentEncoder.from_config(self.encoder_config, device=device)
         self.embed_dim = self._encoder.feature_size
         self._ids = [[chunk for (chunk,) in self._encoder.chunks(task.descriptions)] for task in tasks]
-
-    def start(self, linear: nn.Linear) -> None:
-        raise AssertionError("a perceiver has no task encoder")
 
     def clean(self, groups: Sequence[Group]) -> list[tuple[list[int], Tensor, Tensor]]:
         return list(self._encoder.read([[self._ids[g.task][g.description]] for g in groups]))

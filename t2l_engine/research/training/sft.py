@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import to_json
 from t2l_engine.hypernetwork import checkpoint
-from t2l_engine.hypernetwork.config import AnyConfig, resolve_scaling
+from t2l_engine.hypernetwork.config import AnyConfig
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.hypernetwork.network import HyperNetwork, build, build_pooling
 from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
@@ -103,8 +103,7 @@ class SFT(HyperNetworkJob):
 
 def _by_scaling(config: AnyConfig) -> dict[str, Any]:
     """``config`` with the LoRA scaling as a number, whatever it is made of; as a library's, which is float32."""
-    scaling = resolve_scaling(config.scaling, config.lora_alpha, config.rank)
-    return to_json(config) | {"lora_alpha": None, "scaling": float(f"{scaling:.6g}")}
+    return to_json(config) | {"lora_alpha": None, "scaling": float(f"{config.scaling_value:.6g}")}
 
 
 def _check_inputs(examples: Examples) -> None:
