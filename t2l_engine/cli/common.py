@@ -7,14 +7,13 @@ import dataclasses
 import enum
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
 
     from t2l_engine.engine import DocToLoRA, TextToLoRA
@@ -24,19 +23,12 @@ DEFAULT_CHECKPOINT = "smollm2-135m"
 FREE_TEXT_CHECKPOINT = "smollm2-135m-specs"
 
 
-class DType(str, enum.Enum):
-    """Dtypes of weights."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-    @property
-    def torch(self) -> torch.dtype:
-        import torch
-
-        return getattr(torch, self.value)
+def choices(name: str, values: Iterable[str]) -> Any:
+    """An enumeration of strings, the values that an option takes."""
+    return enum.Enum(name, {value: value for value in values}, type=str)
 
 
+DType = choices("DType", ("float32", "bfloat16"))
 Checkpoint = Annotated[str, typer.Option("--checkpoint", "-c", help="Bundled checkpoint name, or a checkpoint folder.")]
 BaseDType = Annotated[DType, typer.Option("--dtype", help="Dtype of the base model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output; nothing on failure.")]
@@ -87,10 +79,8 @@ def console(stderr: bool = False) -> Console:
 
 def json_text(value: Any) -> str:
     """``value`` as JSON that UTF-8 can hold: lone surrogates, of file names, are escaped."""
-    from t2l_engine.files.text import is_unicode
-
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    return text if is_unicode(text) else json.dumps(value, indent=1)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def printable(name: str, most: int = 120) -> str:

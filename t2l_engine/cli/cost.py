@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import math
 from fractions import Fraction
 from operator import mul
@@ -11,7 +10,7 @@ from typing import Any
 
 import typer
 
-from t2l_engine.cli.common import Checkpoint, Json, console, print_json, printable, split_names
+from t2l_engine.cli.common import Checkpoint, Json, choices, console, print_json, printable, split_names
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import to_json
 from t2l_engine.hypernetwork.config import PerceiverConfig
@@ -21,7 +20,7 @@ from t2l_engine.text.config import EncoderConfig
 
 MODELS, ENCODERS = (", ".join(costs.KNOWN[kind]) for kind in ("model", "encoder"))
 ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8": 1, "int4": 0.5}
-ValueType = enum.Enum("ValueType", {name: name for name in ITEMSIZES}, type=str)
+ValueType = choices("ValueType", ITEMSIZES)
 
 
 def _option(default: Any, text: str, **limits: float) -> Any:
@@ -49,12 +48,8 @@ class Options:
     questions: int = _option(100, "Questions of one task.", min=1, max=10**12)
     users: int = _option(1, "Concurrent sequences, for memory and decode step.", min=1, max=1 << 16)
     tasks: int = _option(1, "Different tasks among the users.", min=1, max=1 << 16)
-    dtype: ValueType | None = _option(  # pyright: ignore[reportInvalidTypeForm]
-        None, "Dtype of the weights, int4 without scales; default: the config's or bfloat16."
-    )
-    cache_dtype: ValueType | None = _option(  # pyright: ignore[reportInvalidTypeForm]
-        None, "Dtype of keys and values; default: the weights', of at least 16 bits."
-    )
+    dtype: ValueType | None = _option(None, "Dtype of the weights, int4 without scales; default: the config's or bfloat16.")
+    cache_dtype: ValueType | None = _option(None, "Dtype of keys and values; default: the weights', of at least 16 bits.")
     tflops: float = _option(0.0, "TFLOP/s of your device; adds roofline times.", min=0, max=1e9)
     gbps: float = _option(0.0, "Memory bandwidth of your device in GB/s; adds roofline times.", min=0, max=1e9)
     as_json: Json = False

@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from t2l_engine.cli import common
 from t2l_engine.cli.common import DType, EngineOptions
 from t2l_engine.cli.export import GGUF, save_gguf
@@ -47,7 +49,7 @@ def open_desk(options: EngineOptions, *, slots: int, max_new_tokens: int, dtype:
     engine, folder = options.load()
     common.expect_descriptions(folder)
     name = common.base_model_of(folder, options.base_model)
-    model, tokenizer = models.load(name, dtype.torch)
+    model, tokenizer = models.load(name, getattr(torch, dtype.value))
     side_by_side = SideBySide(engine, model, tokenizer, slots=slots)
     side_by_side.check_length(max_new_tokens)
     return Desk(side_by_side, name)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
 from tqdm import tqdm
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 #: Measure of the printed table -> its title.
 TITLES = {"score": "score, %", "containment": "containment, %", "rouge_l": "ROUGE-L, %"}
-Measure = enum.Enum("Measure", {name: name for name in TITLES}, type=str)
+Measure = common.choices("Measure", TITLES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _answerer(options: Options, model_name: str) -> tuple[Any, Any]:
     if options.journal is not None and options.journal.exists():
         say(f"resuming with the answers in {options.journal}; remove it to start anew")
     store = Store(options.resume or options.journal)
-    model, tokenizer = base_model.load(model_name, options.dtype.torch)
+    model, tokenizer = base_model.load(model_name, getattr(torch, options.dtype.value))
     model.to(options.device)
     begins = [str(i) for i in prompt_ids(tokenizer, [""])[0]]
     rounds = [options.device] if options.device != "cpu" else []  # another device rounds differently

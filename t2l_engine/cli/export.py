@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from t2l_engine.cli.common import DEFAULT_CHECKPOINT, EngineOptions, Json, base_model_of, named, print_json
+from t2l_engine.cli.common import DEFAULT_CHECKPOINT, EngineOptions, Json, base_model_of, choices, named, print_json
 
 if TYPE_CHECKING:
     from t2l_engine.adapters.stack import AdapterStack
     from t2l_engine.engine import TextToLoRA
 
 GGUF = ".gguf"
-
-
-class Weights(str, enum.Enum):
-    """Dtypes of exported weights."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
+Weights = choices("Weights", ("float32", "float16", "bfloat16"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +60,9 @@ def export(options: Options, engine: Engine) -> None:
     """
     import torch
 
+    from t2l_engine.hypernetwork.export import export as write
     from t2l_engine.hypernetwork.folder import bundled_checkpoints
+    from t2l_engine.hypernetwork.network import HyperNetwork
 
     source, output = options.source, options.output
     if output.is_dir():
@@ -82,22 +76,15 @@ def export(options: Options, engine: Engine) -> None:
             raise ValueError(f"--output: expected FILE{GGUF} for the adapter of a description, got {output}")
         if chosen is torch.float16:
             raise ValueError(f"--dtype: expected float32 or bfloat16 for a file that is no {GGUF} file, got float16")
-        about = _checkpoint_file(source, output, chosen)
+        net = HyperNetwork.from_pretrained(source, dtype=chosen)
+        write(net, output)
+        about = {"dtype": str(net.dtype).removeprefix("torch.")}
     about = {"file": str(output), "bytes": output.stat().st_size, **about}
     if options.as_json:
         print_json(about)
     else:
         of = next((f", {what} {about[what]!r}" for what in ("adapter", "description") if what in about), "")
         typer.echo(f"{output}: {about['bytes']:,} bytes, {about['dtype']}{of}")
-
-
-def _checkpoint_file(source: str, output: Path, dtype: Any) -> dict[str, Any]:
-    from t2l_engine.hypernetwork.export import export as write
-    from t2l_engine.hypernetwork.network import HyperNetwork
-
-    net = HyperNetwork.from_pretrained(source, dtype=dtype)
-    write(net, output)
-    return {"dtype": str(net.dtype).removeprefix("torch.")}
 
 
 def _adapter_file(source: str, output: Path, dtype: Any, options: Engine) -> dict[str, Any]:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import enum
 import functools
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from t2l_engine.cli.common import Json, console, print_json, printable, split_names
+from t2l_engine.cli.common import Json, choices, console, print_json, printable, split_names
 
-
-class Format(str, enum.Enum):
-    """Checkpoint formats."""
-
-    native = "native"
-    sakana = "sakana"
-    doc_to_lora = "doc-to-lora"
+Format = choices("Format", ("native", "sakana", "doc-to-lora"))
 
 
 def convert(

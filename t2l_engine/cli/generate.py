@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import enum
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from t2l_engine.text import packaged
 
 BATCH_SIZE = 64  # bounds the adapters in memory; a mixture is as large as those that it is made of
 INDEX_NAME = "index.json"
-Format = enum.Enum("Format", {"peft": "peft", "gguf": "gguf"}, type=str)
+Format = common.choices("Format", ("peft", "gguf"))
 
 
 @dataclasses.dataclass(frozen=True)

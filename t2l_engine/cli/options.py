@@ -26,7 +26,8 @@ def takes(function: Callable[..., None]) -> Callable[..., None]:
     for own in inspect.signature(function).parameters.values():
         hint = hints[own.name]
         if dataclasses.is_dataclass(hint):
-            groups[own.name] = [_parameter(*of) for of in _fields(hint)]
+            of = typing.get_type_hints(hint, include_extras=True)
+            groups[own.name] = [_parameter(field, of[field.name]) for field in dataclasses.fields(hint)]
         every += groups.get(own.name, [own.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hint)])
     options = {p.name: p.annotation.__metadata__[0] for p in every}
     flags = {
@@ -44,11 +45,6 @@ def takes(function: Callable[..., None]) -> Callable[..., None]:
     command.__signature__ = inspect.Signature(every)  # pyright: ignore[reportAttributeAccessIssue]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
     return command
-
-
-def _fields(group: type) -> list[tuple[dataclasses.Field[Any], Any]]:
-    hints = typing.get_type_hints(group, include_extras=True)
-    return [(field, hints[field.name]) for field in dataclasses.fields(group)]
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import collections
-import enum
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from t2l_engine.cli.common import Json, console, named, print_json, printable, say, split_names
+from t2l_engine.cli.common import Json, choices, console, named, print_json, printable, say, split_names
 
 if TYPE_CHECKING:
     from t2l_engine.research.tasks.folder import Task
@@ -22,9 +21,9 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Task folder to wri
 Manifest = Annotated[str, typer.Option(help="Packaged manifest, or a file of one.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the tasks of a folder, including those of other names.")]
 
-Suite = enum.Enum("Suite", {"words": "words", "specs": "specs"}, type=str)
+Suite = choices("Suite", ("words", "specs"))
 #: Task splits of a manifest.
-TaskSplit = enum.Enum("TaskSplit", {name: name for name in ("train", "in-family", "out-of-family")}, type=str)
+TaskSplit = choices("TaskSplit", ("train", "in-family", "out-of-family"))
 
 
 @app.command("import-sni")
