@@ -7,10 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
+from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.cli import common
 from t2l_engine.cli.common import EngineOptions, Json, named
+from t2l_engine.engine import DocToLoRA
+from t2l_engine.text import base_model as models
+from t2l_engine.text.prompts import answer_in, prompt_of, read_examples
 
 
 def adapt(
@@ -30,11 +35,8 @@ def adapt(
     is optimistic, as the same examples choose the step.
     """
     began = time.perf_counter()
-    from t2l_engine.text.prompts import read_examples
-
     common.keep_freed_memory()
     common.need_packages()
-    from t2l_engine.engine import DocToLoRA
     from t2l_engine.research.training import adapt as tuning
     from t2l_engine.research.training.runs import settings_of
     from t2l_engine.research.training.settings import parse_overrides
@@ -69,14 +71,9 @@ def _right(adapters: list[Path], made: Mapping[str, Any], description: str, exam
 
     ``made``: the settings of the run.
     """
-    import torch
-
-    from t2l_engine.adapters.stack import AdapterStack
     from t2l_engine.research.evaluation.answers import Answerer, Query, Store
     from t2l_engine.research.evaluation.methods import Stored
     from t2l_engine.research.evaluation.metrics import exact_match
-    from t2l_engine.text import base_model as models
-    from t2l_engine.text.prompts import answer_in, prompt_of
 
     model, tokenizer = models.load(made["base_model"], getattr(torch, made["dtype"]))
     answerer = Answerer(model, tokenizer, identity="", store=Store(), batch_size=32, clock=time.perf_counter)

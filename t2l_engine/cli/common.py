@@ -9,14 +9,19 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
+from rich.console import Console
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from t2l_engine.engine import DocToLoRA, TextToLoRA
+from t2l_engine.adapters.peft import CONFIG_NAME
+from t2l_engine.engine import DocToLoRA, TextToLoRA
+from t2l_engine.files.errors import short_repr
+from t2l_engine.files.text import read_json
+from t2l_engine.hypernetwork.checkpoint import describe
+from t2l_engine.hypernetwork.folder import resolve_checkpoint
+from t2l_engine.ops import native
+from t2l_engine.text import packaged
 
 DEFAULT_CHECKPOINT = "smollm2-135m"
 #: What ``t2l ui`` and the demo start with: a checkpoint for sentences of the user's own.
@@ -71,8 +76,6 @@ def standard_input() -> TextIO:
 
 def console(stderr: bool = False) -> Console:
     """A rich console as wide as the terminal; if output is not a terminal, wide enough that no line is wrapped."""
-    from rich.console import Console
-
     width = None if (sys.stderr if stderr else sys.stdout).isatty() else 1000
     return Console(markup=False, highlight=False, emoji=False, width=width, stderr=stderr)
 
@@ -85,8 +88,6 @@ def json_text(value: Any) -> str:
 
 def printable(name: str, most: int = 120) -> str:
     """``name``, of a file or an option, as printable text; short if it has over ``most`` characters."""
-    from t2l_engine.files.errors import short_repr
-
     return name if name.isprintable() and len(name) <= most else short_repr(name)
 
 
@@ -110,8 +111,6 @@ def named(options: Mapping[str, str]) -> Iterator[None]:
 
 def check_kernels() -> None:
     """Warn if there are no native kernels and nobody disabled them; ValueError for an invalid ``T2L_ISA``."""
-    from t2l_engine.ops import native
-
     if native.is_loaded():
         if error := native.isa_error():
             raise ValueError(error)
@@ -141,11 +140,6 @@ class EngineOptions:
         """
         from transformers.utils import logging
 
-        from t2l_engine.engine import TextToLoRA
-        from t2l_engine.hypernetwork.checkpoint import describe
-        from t2l_engine.hypernetwork.folder import resolve_checkpoint
-        from t2l_engine.text import packaged
-
         check_kernels()
         logging.disable_progress_bar()  # keeps stderr for our own messages
         logging.set_verbosity_error()
@@ -169,8 +163,6 @@ class EngineOptions:
 
 def expect_documents(option: str, engine: TextToLoRA) -> DocToLoRA:
     """``engine``; ValueError, naming ``option``, unless it reads documents."""
-    from t2l_engine.engine import DocToLoRA
-
     if not isinstance(engine, DocToLoRA):
         raise ValueError(f"{option}: expected a checkpoint that reads documents, got one that reads descriptions")
     return engine
@@ -188,8 +180,6 @@ def read_text(file: Path, option: str) -> str:
 
 def expect_descriptions(folder: Path) -> None:
     """ValueError unless the checkpoint in ``folder`` generates adapters from descriptions."""
-    from t2l_engine.hypernetwork.checkpoint import describe
-
     if describe(folder).get("training", {}).get("condition") == "input":
         raise ValueError(f"--checkpoint: expected one trained on descriptions, got {folder}, which was trained on inputs")
 
@@ -209,10 +199,7 @@ def base_model_of(folder: Path, given: str) -> str:
 
     Raises ValueError if there is neither, FileNotFoundError if only the checkpoint names one and it is no local folder.
     """
-    from t2l_engine.hypernetwork import checkpoint
-    from t2l_engine.text import packaged
-
-    name = given or checkpoint.describe(folder).get("base_model")
+    name = given or describe(folder).get("base_model")
     if not name:
         raise ValueError("--base-model: the checkpoint does not name one; give it here")
     if not given and packaged.own_name(name) != packaged.LANGUAGE_MODEL and not Path(name).is_dir():
@@ -222,9 +209,6 @@ def base_model_of(folder: Path, given: str) -> str:
 
 def stored_base(folder: Path) -> str | None:
     """The base model that the first of the PEFT adapters in ``folder`` states, or those in folders of it."""
-    from t2l_engine.adapters.peft import CONFIG_NAME
-    from t2l_engine.files.text import read_json
-
     config = next((path for depth in ("", "*/", "*/*/") for path in sorted(folder.glob(depth + CONFIG_NAME))), None)
     stated = config and read_json(config)
     return stated.get("base_model_name_or_path") if isinstance(stated, dict) else None
@@ -232,9 +216,7 @@ def stored_base(folder: Path) -> str | None:
 
 def differ(base: str | None, other: str | None) -> bool:
     """Whether both name a base model, and not the same."""
-    from t2l_engine.text.packaged import own_name
-
-    return bool(base and other) and own_name(base) != own_name(other)
+    return bool(base and other) and packaged.own_name(base) != packaged.own_name(other)
 
 
 def split_names(text: str) -> list[str]:

@@ -9,10 +9,12 @@ from operator import mul
 from typing import Any
 
 import typer
+from rich.table import Table
 
 from t2l_engine.cli.common import Checkpoint, Json, choices, console, print_json, printable, split_names
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import to_json
+from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.config import PerceiverConfig
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.research import costs
@@ -76,8 +78,6 @@ def cost(options: Options, load: costs.Workload) -> None:
 def _setup(options: Options) -> tuple[dict[str, Any], costs.Setup]:
     """What the options name, as JSON values and as a setup."""
     from transformers.utils import logging
-
-    from t2l_engine.hypernetwork import checkpoint
 
     logging.set_verbosity_error()  # keeps stderr for our own messages
     model, encoder = options.model or "mistral-7b", options.encoder
@@ -147,8 +147,6 @@ def document(setup: costs.Setup, load: costs.Workload, options: Options) -> dict
 
 def render(about: dict[str, Any]) -> None:
     """Print the setup and tables of the ways."""
-    from rich.table import Table
-
     number, screen = "{:,.4g}".format, console()
     model, net, encoder = (about[name] for name in ("model", "hypernetwork", "encoder"))
     for name, fact in {

@@ -9,19 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
+from rich.table import Table
 from tqdm import tqdm
 
 from t2l_engine.cli import common
 from t2l_engine.cli.common import BaseDType, DType, EngineOptions, console, say, split_names
+from t2l_engine.engine import TextToLoRA
 from t2l_engine.files.weights import write_text
 from t2l_engine.hypernetwork.checkpoint import describe, trained_tasks
 from t2l_engine.research.evaluation.settings import Settings
+from t2l_engine.research.tasks import manifest as manifests
+from t2l_engine.research.tasks.folder import Task, load_tasks
+from t2l_engine.text import base_model
 from t2l_engine.text.prompts import has_chat, prompt_ids
 
 if TYPE_CHECKING:
-    from t2l_engine.engine import TextToLoRA
     from t2l_engine.research.evaluation.methods import Method
-    from t2l_engine.research.tasks.folder import Task
 
 #: Measure of the printed table -> its title.
 TITLES = {"score": "score, %", "containment": "containment, %", "rouge_l": "ROUGE-L, %"}
@@ -86,10 +89,9 @@ def evaluate(options: Options, engine_options: EngineOptions, settings: Settings
     common.need_packages()
     from t2l_engine.research.evaluation import run
     from t2l_engine.research.evaluation.methods import without_chat
-    from t2l_engine.text.base_model import check_device
 
     options.check(settings)
-    check_device(options.device)
+    base_model.check_device(options.device)
     tasks, by_split = _load_tasks(options)
     checkpoints = _checkpoints(options, engine_options)
     methods = _methods(options, tasks, by_split["train"], checkpoints)
@@ -129,7 +131,6 @@ def _answerer(options: Options, model_name: str) -> tuple[Any, Any]:
     """(what asks the base model, with the answers of an earlier run; its tokenizer)."""
     from t2l_engine.research.evaluation.answers import Answerer, Store
     from t2l_engine.research.evaluation.methods import digest
-    from t2l_engine.text import base_model
 
     if options.journal is not None and options.journal.exists():
         say(f"resuming with the answers in {options.journal}; remove it to start anew")
@@ -145,8 +146,6 @@ def _answerer(options: Options, model_name: str) -> tuple[Any, Any]:
 
 def _load_tasks(options: Options) -> tuple[list[Task], dict[str, dict[str, list]]]:
     """(tasks with the examples to answer, split -> task -> all examples of it)."""
-    from t2l_engine.research.tasks.folder import load_tasks
-
     tasks = load_tasks(options.tasks, options.split, names=split_names(options.names) or None)
     count = options.held_out_descriptions
     for i, task in enumerate(tasks):
@@ -208,8 +207,6 @@ def _groups(names: list[str], trained: set[str], manifest: str, *, apart: bool) 
     """
     members = {"trained": trained, "not trained": {*names} - trained} if trained else {}
     if manifest:
-        from t2l_engine.research.tasks import manifest as manifests
-
         read = manifests.read(manifest)
         splits = {split: {*read.names(split)} for split in manifests.TASK_SPLITS}
         members = splits if apart else members | splits
@@ -238,8 +235,6 @@ def _write(options: Options, result: dict[str, Any]) -> None:
 
 
 def _table(result: dict[str, Any], measure: str) -> Any:
-    from rich.table import Table
-
     methods = list(result["details"])
     table = Table("task", title=f"{TITLES[measure]}, split {result['split']}, scaling {result['scaling']:g}")
     for method in methods:

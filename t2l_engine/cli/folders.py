@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from t2l_engine.cli.common import Json, choices, console, print_json, printable, split_names
+from t2l_engine.cli.describe import describe
+from t2l_engine.files.errors import short_repr
+from t2l_engine.hypernetwork import convert as conversion
+from t2l_engine.hypernetwork.folder import resolve_checkpoint
 
 Format = choices("Format", ("native", "sakana", "doc-to-lora"))
 
@@ -30,9 +35,6 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Convert a checkpoint to another format."""
-    from t2l_engine.hypernetwork import convert as conversion
-    from t2l_engine.hypernetwork.folder import resolve_checkpoint
-
     folder = resolve_checkpoint(source)
     if target.is_dir():
         if target.samefile(folder):
@@ -51,11 +53,6 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Describe a checkpoint (native, Sakana or Doc-to-LoRA format) or a PEFT adapter."""
-    from rich.table import Table
-
-    from t2l_engine.cli.describe import describe
-    from t2l_engine.hypernetwork.folder import resolve_checkpoint
-
     about = describe(resolve_checkpoint(folder))
     if as_json:
         print_json(about)
@@ -75,8 +72,6 @@ def show(
 
 def _text(value: Any, depth: int = 3) -> str:
     """``value``, from a file, as text of bounded length; ``depth``: levels of lists and objects that are shown."""
-    from t2l_engine.files.errors import short_repr
-
     if isinstance(value, (dict, list)) and not depth:
         return short_repr(value)
     inner = functools.partial(_text, depth=depth - 1)

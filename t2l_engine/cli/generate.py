@@ -20,6 +20,8 @@ from t2l_engine.files.weights import write_text
 from t2l_engine.hypernetwork.checkpoint import describe
 from t2l_engine.library import AdapterLibrary, Match
 from t2l_engine.text import packaged
+from t2l_engine.text.base_model import config_of
+from t2l_engine.text.prompts import read_examples
 
 BATCH_SIZE = 64  # bounds the adapters in memory; a mixture is as large as those that it is made of
 INDEX_NAME = "index.json"
@@ -60,9 +62,6 @@ def generate(options: Options, engine_options: EngineOptions) -> None:
     --examples needs a checkpoint whose encoder reads examples, --document one that reads documents, which are stated by
     their files.  PEFT folders state --base-model, of which a name is enough.
     """
-    from t2l_engine.text.base_model import config_of
-    from t2l_engine.text.prompts import read_examples
-
     _check(options, engine_options)
     given = enumerate(options.descriptions, start=1)
     lines = {f"description {i}": text for i, text in given} if options.file is None else _read(options.file)

@@ -7,9 +7,14 @@ import math
 import sys
 from typing import Annotated, Any
 
+import torch
 import typer
 
+import t2l_engine
+from t2l_engine import ops
 from t2l_engine.cli.common import Json, print_json, say
+from t2l_engine.hypernetwork.folder import bundled_checkpoints
+from t2l_engine.ops import native
 
 
 def info(
@@ -75,13 +80,6 @@ def _check(quiet: bool) -> list[dict[str, Any]]:
 
 
 def _collect() -> dict[str, Any]:
-    import torch
-
-    import t2l_engine
-    from t2l_engine import ops
-    from t2l_engine.hypernetwork.folder import bundled_checkpoints
-    from t2l_engine.ops import native
-
     about = native.about() or {"build": None, "instruction_sets": None}
     isas = about["instruction_sets"]
     if isas and (error := isas.pop("error")):

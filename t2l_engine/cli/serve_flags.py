@@ -9,6 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from t2l_engine.cli.common import Json, print_json, say
+from t2l_engine.hypernetwork import checkpoint as checkpoints
+from t2l_engine.hypernetwork.config import PerceiverConfig
+from t2l_engine.hypernetwork.folder import bundled_checkpoints, resolve_checkpoint
+from t2l_engine.serving.vllm.settings import Settings
 
 #: Values that vLLM takes for --max-lora-rank.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -46,11 +50,6 @@ def serve_flags(
 
 def collect(sources: Sequence[str], max_loras: int, max_cpu_loras: int, chunks: int = 1) -> dict[str, Any]:
     """Flags and variables for adapters of all ``sources``; the endpoint is that of the first, the default."""
-    from t2l_engine.hypernetwork import checkpoint as checkpoints
-    from t2l_engine.hypernetwork.config import PerceiverConfig
-    from t2l_engine.hypernetwork.folder import bundled_checkpoints, resolve_checkpoint
-    from t2l_engine.serving.vllm.settings import Settings
-
     folders = [resolve_checkpoint(source) for source in sources]
     found = [checkpoints.read(folder) for folder in folders]
     if chunks > 1 and not any(isinstance(of.config, PerceiverConfig) for of in found):

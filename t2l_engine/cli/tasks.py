@@ -5,14 +5,18 @@ from __future__ import annotations
 import collections
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from t2l_engine.cli.common import Json, choices, console, named, print_json, printable, say, split_names
-
-if TYPE_CHECKING:
-    from t2l_engine.research.tasks.folder import Task
+from t2l_engine.research.tasks import benchmarks, sni
+from t2l_engine.research.tasks import decontaminate as overlap
+from t2l_engine.research.tasks import manifest as manifests
+from t2l_engine.research.tasks import needle as needles
+from t2l_engine.research.tasks.examples import MAX_EXAMPLES, SHARES, check_splits
+from t2l_engine.research.tasks.folder import Task, load_tasks, read_descriptions, write_tasks
 
 app = typer.Typer(no_args_is_help=True, help="Import, generate, select and check task folders.")
 
@@ -40,10 +44,6 @@ def import_sni(
 ) -> None:
     """Import tasks of Super-NaturalInstructions, without those made from T2L's ten benchmarks; with --manifest, its tasks
     with its examples and splits."""
-    from t2l_engine.research.tasks import manifest as manifests
-    from t2l_engine.research.tasks import sni
-    from t2l_engine.research.tasks.examples import MAX_EXAMPLES
-
     if manifest and max_instances is not None:
         raise ValueError("--max-instances: expected none with --manifest, which fixes the examples of a task")
     imported = sni.import_sni(
@@ -71,8 +71,6 @@ def import_benchmarks(
     force: Force = False,
 ) -> None:
     """Import T2L's ten benchmarks with their metrics."""
-    from t2l_engine.research.tasks import benchmarks
-
     if source.exists() and output.exists() and output.samefile(source):
         raise ValueError(f"--output: expected another folder than SOURCE, whose files it would replace, got {output}")
     imported = benchmarks.import_benchmarks(source, split_names(names) or None, max_examples)
@@ -123,9 +121,7 @@ def needle(
     force: Force = False,
 ) -> None:
     """Write needle-in-a-haystack tasks: texts that hold a number, a name and a code, and questions for them."""
-    from t2l_engine.research.tasks import needle as tasks
-
-    _write(output, tasks.texts(texts, shortest, longest, (fewest_facts, 3), seed, split), force)
+    _write(output, needles.texts(texts, shortest, longest, (fewest_facts, 3), seed, split), force)
 
 
 @app.command()
@@ -138,9 +134,6 @@ def select(
     force: Force = False,
 ) -> None:
     """Copy the tasks of one task split of a manifest to another folder, with unchanged examples and splits."""
-    from t2l_engine.research.tasks import manifest as manifests
-    from t2l_engine.research.tasks.folder import load_tasks, read_descriptions
-
     present = read_descriptions(folder)
     names = manifests.select(present, manifests.read(manifest), task_split.value, permissive=permissive)
     if not names:
@@ -159,10 +152,6 @@ def check(
 ) -> None:
     """Check a folder; exit status 1 if a file is invalid, if splits of a task share an input, or with --manifest if tasks,
     examples or splits differ from it."""
-    from t2l_engine.research.tasks import manifest as manifests
-    from t2l_engine.research.tasks.examples import SHARES, check_splits
-    from t2l_engine.research.tasks.folder import load_tasks
-
     if manifest:
         listed, split = manifests.read(manifest, examples), task_split and task_split.value
         names, differences = listed.names(split), manifests.check(folder, listed, split)
@@ -195,9 +184,6 @@ def decontaminate(
     force: Force = False,
 ) -> None:
     """Copy a folder without examples that overlap with a benchmark."""
-    from t2l_engine.research.tasks import decontaminate as overlap
-    from t2l_engine.research.tasks.folder import load_tasks
-
     with named({"n": "--words"}):
         kept, found = overlap.decontaminate(load_tasks(folder, None), load_tasks(benchmarks, None), words)
     for (task, benchmark), count in sorted(collections.Counter((o.task, o.benchmark) for o in found).items()):
@@ -208,11 +194,6 @@ def decontaminate(
 @app.command()
 def show(folder: Folder, as_json: Json = False) -> None:
     """Describe a task folder: descriptions, examples by split, mean characters of input and answer."""
-    from rich.table import Table
-
-    from t2l_engine.research.tasks.examples import SHARES
-    from t2l_engine.research.tasks.folder import load_tasks
-
     about = []
     for task in load_tasks(folder, None):
         splits = dict.fromkeys(SHARES, 0) | collections.Counter(example.split for example in task.examples)
@@ -232,8 +213,6 @@ def show(folder: Folder, as_json: Json = False) -> None:
 
 
 def _write(folder: Path, tasks: Sequence[Task], force: bool) -> None:
-    from t2l_engine.research.tasks.folder import write_tasks
-
     write_tasks(folder, tasks, overwrite=force)
     typer.echo(_summary(folder, tasks))
 

@@ -6,13 +6,18 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
+from rich.table import Table
 
 from t2l_engine.cli.common import check_kernels, console, keep_freed_memory, need_packages, say, split_names
 from t2l_engine.cli.options import takes
+from t2l_engine.research.tasks import manifest as manifests
+from t2l_engine.research.tasks.folder import read_descriptions
 
 app = typer.Typer(no_args_is_help=True, help="Train hypernetworks and adapters; interrupted runs are resumed.")
 
@@ -24,8 +29,6 @@ def _show_fields(context: typer.Context, wanted: bool) -> None:
     """List the fields of the settings of the command in ``context``."""
     if not wanted:
         return
-    from rich.table import Table
-
     need_packages()
     from t2l_engine.research.training import settings
 
@@ -66,9 +69,6 @@ class Tasks:
             if self.task_split:
                 raise ValueError("--task-split: expected --manifest beside it, whose tasks it selects")
             return wanted or None
-        from t2l_engine.research.tasks import manifest as manifests
-        from t2l_engine.research.tasks.folder import read_descriptions
-
         listed = manifests.read(self.manifest)
         chosen = manifests.select(read_descriptions(self.tasks, wanted or None), listed, split)
         if others := sorted(set(wanted) - set(chosen)):
@@ -115,10 +115,6 @@ def plot(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> No
 
 def _train(kind: str, run: Run, source: Path, names: list[str] | None) -> None:
     """Print the settings, train on the tasks or adapters ``names`` in ``source``, plot the log."""
-    import importlib
-
-    import torch
-    from rich.table import Table
     from transformers.utils import logging
 
     keep_freed_memory()

@@ -1,5 +1,6 @@
 """What all commands share: exit statuses, messages, ``t2l info``."""
 
+import inspect
 import json
 import os
 import platform
@@ -42,7 +43,7 @@ def test_statuses(run, monkeypatch):
             warnings.warn("of\ntwo lines", stacklevel=2)
             raise error
 
-        monkeypatch.setattr("t2l_engine.hypernetwork.folder.bundled_checkpoints", bundled_checkpoints)
+        monkeypatch.setattr("t2l_engine.cli.info.bundled_checkpoints", bundled_checkpoints)
 
     raising(ValueError("of\n  two lines"))
     assert run("info") == (1, "", "t2l: warning: of two lines\nt2l: of two lines\n")
@@ -79,10 +80,10 @@ def test_names_that_no_text_can_hold():
     assert "ä" in json_text({"name": "ä"}) and "\\u" in json_text({"checkpoint": "a\udcff"})
 
 
-#: Prints page faults of 20 allocations before and after keep_freed_memory, of the module that is the argument.
-FAULTS = """
-import resource, runpy, sys
-keep_freed_memory = runpy.run_path(sys.argv[1])["keep_freed_memory"]  # without torch, which takes seconds
+#: Prints page faults of 20 allocations before and after keep_freed_memory; without torch, which takes seconds.
+FAULTS = f"""
+import contextlib, resource
+{inspect.getsource(common.keep_freed_memory)}
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
@@ -98,6 +99,6 @@ print(faults())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 def test_freed_memory_is_used_again():
     """20 times 4 MiB, 1,024 pages each (fewer faults where the system has huge pages)."""
-    out = subprocess.run([sys.executable, "-c", FAULTS, common.__file__], capture_output=True, text=True, check=True)
+    out = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     fresh, kept = map(int, out.stdout.split())
     assert kept < 40 and fresh > 40, out.stdout
