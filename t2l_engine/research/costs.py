@@ -16,9 +16,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from t2l_engine.files.errors import MAX_SHOWN, ConfigError, short_repr
 from t2l_engine.files.text import read_json
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
+from t2l_engine.hypernetwork.network import hypernet_flops
 
 #: "model" and "encoder" -> name -> configuration; of models of released and bundled checkpoints.
 KNOWN: dict[str, dict[str, Any]] = read_json(Path(__file__).with_suffix(".json"))
@@ -114,8 +118,6 @@ def count(config: Any, *, head: bool = True) -> Model:
 @functools.lru_cache(64)
 def _counted(document: str, head: bool) -> Model:
     """Of a configuration as JSON, which is hashable: no model is counted twice in a process."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
     from transformers import CONFIG_MAPPING, AttentionInterface, AutoModel, AutoModelForCausalLM
 
     values = json.loads(document)
@@ -339,8 +341,6 @@ def ways(setup: Setup, load: Workload) -> dict[str, Way]:
     A prefix cache holds the keys and values of what precedes the question: of system prompt and examples for in-context
     learning; of the system prompt for adapters, where they depend on the adapter and are computed per task.
     """
-    from t2l_engine.hypernetwork.network import hypernet_flops
-
     net, encoder, adapter, generator = setup.hypernet, setup.encoder, setup.adapter_bytes, setup.generator_bytes
     changed = net.num_layers * sum(a * b for a, b in zip(net.in_features, net.out_features, strict=True))
     weights, table = round(changed * setup.itemsize), setup.encoder_itemsize or setup.itemsize

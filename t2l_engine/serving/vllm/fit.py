@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModel
 
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
 
@@ -17,8 +18,6 @@ def misfit(config: HyperNetworkConfig, model: str) -> str | None:
 
     Raises OSError or ValueError if transformers cannot read the model's configuration, or has no such model.
     """
-    from transformers import AutoConfig
-
     served = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
     try:
         layers, sizes = served.num_hidden_layers, _sizes(served)
@@ -37,8 +36,6 @@ def misfit(config: HyperNetworkConfig, model: str) -> str | None:
 
 def _sizes(served: Any) -> dict[str, tuple[int, int]]:
     """Linear -> (in, out) features if they are the same in all layers; from transformers' model on the meta device."""
-    from transformers import AutoModel
-
     try:
         with torch.device("meta"):  # float32: another dtype would become the default of all threads meanwhile
             model = AutoModel.from_config(served, dtype=torch.float32, trust_remote_code=False)

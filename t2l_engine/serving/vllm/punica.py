@@ -22,7 +22,7 @@ import t2l_engine  # noqa: F401  # registers torch.ops.t2l_engine
 _add_group = torch.ops.t2l_engine.lora_add_group_.default
 _add = torch.ops.t2l_engine.lora_add_.default
 
-
+Slices = tuple[Tensor, ...]  # A or B of every slice of a layer
 #: Slices of a layer, as arguments of ``lora_add_group_``: A ``[slots, rank, in]``, B ``[slots, out, rank]``, true ranks
 #: ``[slots]`` int32, and the first column of each slice in the output.
 Group = tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]
@@ -39,7 +39,7 @@ class Layer:
         lora_b: ``[slots, 1, out, R]`` per slice.
     """
 
-    def __init__(self, key: Any, lora_a: tuple[Tensor, ...], lora_b: tuple[Tensor, ...]):
+    def __init__(self, key: Any, lora_a: Slices, lora_b: Slices):
         self.key = key
         slots, _, self.width, _ = lora_a[0].shape
         self.scaling = torch.ones(slots)
@@ -66,7 +66,7 @@ class Layer:
         return self._last[1]
 
 
-def _as_tuple(weights: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _as_tuple(weights: Tensor | Slices) -> Slices:
     return weights if isinstance(weights, tuple) else (weights,)
 
 
@@ -166,31 +166,14 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
     # --- the hot path ---
 
     def add_lora_linear(
-        self,
-        y: Tensor,
-        x: Tensor,
-        lora_a_stacked: tuple[Tensor, ...],
-        lora_b_stacked: tuple[Tensor, ...],
-        scale: float,
-        output_slices: tuple[int, ...],
-        *,
-        buffer: tuple[Tensor, ...] | None = None,
-        **kwargs: Any,
+        self, y: Tensor, x: Tensor, lora_a_stacked: Slices, lora_b_stacked: Slices, scale: float, *unused: Any, **kwargs: Any
     ) -> None:
         """``y[:, slice i] += scale * (x @ A[i].T) @ B[i].T`` with the adapter of each row; ``x [T, in]``, ``y [T, out]``."""
         if self._active:
             self._add_delta(y, x, self._layers[id(lora_a_stacked[0])], scale, self._rows)
 
     def add_lora_logits(
-        self,
-        y: Tensor,
-        x: Tensor,
-        lora_a_stacked: Tensor,
-        lora_b_stacked: Tensor,
-        scale: float,
-        *,
-        buffer: Tensor | None = None,
-        **kwargs: Any,
+        self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **kwargs: Any
     ) -> None:
         """The same for the language model's head: a row is a sample, ``y`` may have more columns than the vocabulary."""
         if self._active:

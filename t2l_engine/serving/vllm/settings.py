@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from t2l_engine.hypernetwork.folder import bundled_checkpoints, format_of, resolve_checkpoint
+from t2l_engine.text.packaged import cache_dir
 
 PREFIX = "T2L_VLLM_"
 #: Names of the environment variables without PREFIX.
@@ -119,6 +120,4 @@ def _default_store() -> tuple[Path, int]:
         own, usage = _SHARED_MEMORY / f"t2l-{os.getuid()}", shutil.disk_usage(_SHARED_MEMORY)
         if usage.free > _MIN_FREE or own.is_dir():
             return own, min(_STORE_BYTES, usage.total // 2)
-    from t2l_engine.text.packaged import cache_dir
-
     return cache_dir() / "adapters", _STORE_BYTES
