@@ -15,6 +15,7 @@ from t2l_engine.cli.common import BaseDType, DType, EngineOptions, named, say, s
 from t2l_engine.cli.desk import Desk, open_desk
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.text import headline, is_unicode
+from t2l_engine.serving.side_by_side import Row
 
 HELP = """\
 Every line is an input; its answer goes to standard output.  Lines are independent: adapters are trained on single inputs.
@@ -59,8 +60,6 @@ class Chat:
 
         Raises ValueError for an input that is too long for the model's context.
         """
-        from t2l_engine.serving.side_by_side import Row
-
         rows = [Row() if name == BASE else Row(self.tasks[name], adapted=True) for name in names]
         printed, last = "", None
         with contextlib.closing(self.desk.side_by_side.answers(text, rows, **self.options)) as answers:
@@ -119,7 +118,7 @@ class Chat:
         made = self.desk.side_by_side.hold([description])
         self.current, self.tasks[name] = name, description
         if self.interactive:
-            say(f"the adapter is that of: {headline(description)} ({made.times})")
+            say(f"the adapter is that of: {headline(description)} ({made})")
 
     def change(self, command: str, text: str) -> None:
         """``/task``: a description, one with a name, or a name alone; ``/document``: a file, or one with a name."""

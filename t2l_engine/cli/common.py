@@ -150,11 +150,12 @@ class EngineOptions:
             gone = name == (about.get("base_model") or "").rstrip("/") and not Path(packaged.resolve(name)).is_dir()
             if gone and Path(given := packaged.resolve(self.base_model)).is_dir():
                 encoder = given
-        scaling, trust = parse_scaling(self.scaling), self.trust_remote_code
-        with named({"from_pretrained: scaling": "--scaling"}):
-            engine = TextToLoRA.from_pretrained(
-                folder, encoder=encoder or None, scaling=scaling, device=device, trust_remote_code=trust
-            )
+        scaling: Any = self.scaling or None
+        with contextlib.suppress(TypeError, ValueError):  # none, or a name
+            scaling = float(scaling)
+        engine = TextToLoRA.from_pretrained(
+            folder, encoder=encoder or None, scaling=scaling, device=device, trust_remote_code=self.trust_remote_code
+        )
         if (most := self.max_chunk_tokens) is not None:
             reader = expect_documents("--max-chunk-tokens", engine).encoder
             reader.config = dataclasses.replace(reader.config, max_chunk_tokens=most)
@@ -182,16 +183,6 @@ def expect_descriptions(folder: Path) -> None:
     """ValueError unless the checkpoint in ``folder`` generates adapters from descriptions."""
     if describe(folder).get("training", {}).get("condition") == "input":
         raise ValueError(f"--checkpoint: expected one trained on descriptions, got {folder}, which was trained on inputs")
-
-
-def parse_scaling(text: str) -> str | float | None:
-    """The value of ``--scaling``; None if it was not given."""
-    if not text or text in ("rslora", "plain"):
-        return text or None
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"--scaling: expected rslora, plain or a number, got {text!r}") from None
 
 
 def base_model_of(folder: Path, given: str) -> str:

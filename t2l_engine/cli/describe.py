@@ -41,13 +41,12 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     contents = checkpoint.read(folder)
     check_encoder(contents)
     net = load(contents)
-    c, blocks, form = net.config, contents.blocks, format_of(folder)
-    weights = {"native": WEIGHTS_NAME, "sakana": SAKANA_NAMES[0], "doc-to-lora": D2L_NAME}[form]
+    c, blocks = net.config, contents.blocks
     training = blocks.get("training")
     return {
         "kind": "checkpoint",
         "folder": str(folder),
-        "form": form,
+        "form": format_of(folder),
         "variant": c.variant,
         "modules": [
             {"name": name, "in_features": n_in, "out_features": n_out}
@@ -60,7 +59,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         "latent_size": c.latent_size,
         **(_of_task_embedding(net, contents) if isinstance(net, HyperNetwork) else _of_documents(net)),
         "dtype": str(net.dtype).removeprefix("torch."),
-        "file_bytes": (folder / weights).stat().st_size,
+        "file_bytes": contents.path.stat().st_size,
         "values_per_adapter": c.adapter_values,
         "encoder": blocks.get("encoder") or _named_encoder(blocks),
         "base_model": blocks.get("base_model"),

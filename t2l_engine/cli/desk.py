@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,11 +11,9 @@ from t2l_engine.cli import common
 from t2l_engine.cli.common import DType, EngineOptions
 from t2l_engine.cli.export import GGUF, save_gguf
 from t2l_engine.files.text import headline
+from t2l_engine.serving.side_by_side import SideBySide
 from t2l_engine.text import base_model as models
 from t2l_engine.text import packaged
-
-if TYPE_CHECKING:
-    from t2l_engine.serving.side_by_side import SideBySide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +41,6 @@ class Desk:
 
 def open_desk(options: EngineOptions, *, slots: int, max_new_tokens: int, dtype: DType) -> Desk:
     """Load checkpoint and base model; ValueError if answers of ``max_new_tokens`` do not fit the model's context."""
-    from t2l_engine.serving.side_by_side import SideBySide
-
     engine, folder = options.load()
     common.expect_descriptions(folder)
     name = common.base_model_of(folder, options.base_model)

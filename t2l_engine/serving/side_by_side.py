@@ -12,7 +12,6 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch
-from transformers import StoppingCriteriaList
 
 from t2l_engine.engine import DocToLoRA, TextToLoRA
 from t2l_engine.lora.handle import attach
@@ -34,23 +33,15 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
-    """Number of new adapters, and in words the times of text encoder, hypernetwork and copies into slots."""
-
-    adapters: int = 0
-    times: str = "adapters held already"
-
-
-@dataclasses.dataclass(frozen=True)
 class Answers:
     """The rows' answers so far.
 
-    ``tokens``: of all answers; ``first``: seconds from the question to the first token of all rows, with the wait and the
-    adapters; ``seconds``: from there to the last token.
+    ``made``: what :meth:`SideBySide.hold` returns.  ``tokens``: of all answers; ``first``: seconds from the question to the
+    first token of all rows, with the wait and the adapters; ``seconds``: from there to the last token.
     """
 
     texts: tuple[str, ...]
-    made: Made
+    made: str
     tokens: int
     first: float
     seconds: float
@@ -61,7 +52,7 @@ class Answers:
         later = self.tokens - len(self.texts)  # after the first of each row
         rate = f", then {later / self.seconds:.0f} tokens/s" if later and self.seconds else ""
         rows = f"{len(self.texts)} row{'s' * (len(self.texts) > 1)} in one batch"
-        return f"{self.made.times}; {rows}: first token after {1e3 * self.first:.0f} ms{rate}"
+        return f"{self.made}; {rows}: first token after {1e3 * self.first:.0f} ms{rate}"
 
 
 class SideBySide:
@@ -89,8 +80,8 @@ class SideBySide:
         """Call in this object's thread, where the engine may be used."""
         return self._thread.submit(call).result()
 
-    def hold(self, descriptions: Sequence[str]) -> Made:
-        """Make the adapters of ``descriptions`` that are not held.
+    def hold(self, descriptions: Sequence[str]) -> str:
+        """Make the adapters of ``descriptions`` that are not held; returns in words how many, and what each step took.
 
         Raises ValueError for more than slots, a text that the encoder refuses, a document of more than MOST_CHUNKS chunks,
         or adapters that do not fit the model.
@@ -157,6 +148,8 @@ class SideBySide:
         emit: Callable[[Answers], None], stop: threading.Event,
     ) -> None:  # fmt: skip
         """Answer in this object's thread; ``start``: time of the question."""
+        from transformers import StoppingCriteriaList
+
         if not rows:
             raise ValueError("rows: expected at least one, got none")
         prompts, limit = self.prompts(text, rows), self.check_length(max_new_tokens)
@@ -201,7 +194,7 @@ class SideBySide:
             raise ValueError(f"max_new_tokens: expected fewer than the model's {limit} positions, got {max_new_tokens}")
         return limit
 
-    def _hold(self, descriptions: Sequence[str]) -> Made:
+    def _hold(self, descriptions: Sequence[str]) -> str:
         wanted = dict.fromkeys(descriptions)
         if len(wanted) > self.slots:
             raise ValueError(f"descriptions: expected at most {self.slots}, as many as there are slots, got {len(wanted)}")
@@ -210,7 +203,7 @@ class SideBySide:
                 self._held.move_to_end(description)
         new = [description for description in wanted if description not in self._held]
         if not new:
-            return Made()
+            return "adapters held already"
         for i, chunks in enumerate(self.documents.encoder.chunks(new) if self.documents else ()):
             if len(chunks) > MOST_CHUNKS:
                 expected = f"expected a document of at most {MOST_CHUNKS} chunks, as slots hold, got {len(chunks)}"
@@ -228,4 +221,4 @@ class SideBySide:
             self._held[description] = slot
         took = {"encode": encoded - start, "generate": generated - encoded, "attach": time.perf_counter() - generated}
         steps = ", ".join(f"{step} {1e3 * seconds:.0f} ms" for step, seconds in took.items())
-        return Made(len(new), f"{len(new)} new adapter{'s' * (len(new) > 1)}: {steps}")
+        return f"{len(new)} new adapter{'s' * (len(new) > 1)}: {steps}"
