@@ -15,16 +15,13 @@ from t2l_engine.hypernetwork.network import HyperNetwork, check_encoder, hyperne
 from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
 
 
-def describe(folder: str | Path) -> dict[str, Any]:
+def describe(folder: Path) -> dict[str, Any]:
     """Structure, sizes and origin of a checkpoint (native, Sakana or Doc-to-LoRA format) or of a PEFT adapter folder.
 
     Files are read and checked completely.  Checkpoints: ``parameters`` counts ``trunk`` (all but the heads), ``heads``,
     ``offsets`` (buffers) and ``pooling`` of an LLM encoder.  Adapters: ``parameters`` counts true ranks; ``partial``: the
-    base model may have more layers.  Raises FileNotFoundError for no folder, ValueError for another one or an invalid file.
+    base model may have more layers.  Raises ValueError for another folder or an invalid file.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
     native = (folder / CONFIG_NAME).is_file() and (folder / WEIGHTS_NAME).is_file()
     documents = (folder / D2L_NAME).is_file() and not (folder / CONFIG_NAME).is_file()
     if native or documents or (folder / SAKANA_NAMES[0]).is_file():

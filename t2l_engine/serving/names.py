@@ -17,8 +17,8 @@ _MODEL = re.compile(r"t2l(?:/([^/:]*))?:(.*)", re.DOTALL)
 def parse(model: str) -> tuple[str | None, str] | None:
     """(short name of a checkpoint, description) in ``t2l:<description>`` or ``t2l/<checkpoint>:<description>``.
 
-    The name is None for the default checkpoint; None if ``model`` is neither.  Raises ValueError for a description that
-    :func:`check_text` refuses, or an empty name of a checkpoint.
+    The name is None for the default checkpoint; None if ``model`` is neither.  Raises ValueError for an empty name of a
+    checkpoint.
     """
     found = _MODEL.fullmatch(model)
     if found is None:
@@ -26,7 +26,6 @@ def parse(model: str) -> tuple[str | None, str] | None:
     checkpoint, description = found.groups()
     if checkpoint == "":
         raise ValueError("model: expected t2l:<description> or t2l/<checkpoint>:<description>, got no checkpoint's name")
-    check_text("model", description)
     return checkpoint, description
 
 

@@ -13,7 +13,6 @@ import pytest
 import t2l_engine as t2l
 from t2l_engine import ops
 from t2l_engine.cli import common
-from t2l_engine.cli.common import json_text
 
 
 def test_info(run):
@@ -76,8 +75,8 @@ def test_checkpoints_that_no_one_can_chat_with(expect_error, checkpoint, tmp_pat
 
 
 def test_names_that_no_text_can_hold():
-    assert json.loads(json_text({"checkpoint": "a\udcff", "name": "ä"})) == {"checkpoint": "a\udcff", "name": "ä"}
-    assert "ä" in json_text({"name": "ä"}) and "\\u" in json_text({"checkpoint": "a\udcff"})
+    assert json.loads(common.json_text({"checkpoint": "a\udcff", "name": "ä"})) == {"checkpoint": "a\udcff", "name": "ä"}
+    assert "ä" in common.json_text({"name": "ä"}) and "\\u" in common.json_text({"checkpoint": "a\udcff"})
 
 
 #: Prints page faults of 20 allocations before and after keep_freed_memory; without torch, which takes seconds.
