@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from t2l_engine.files.errors import ConfigError
+from t2l_engine.files.errors import ConfigError, expect
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Example
-from t2l_engine.research.tasks.rows import expect
 from t2l_specs.draw import Draw
 from t2l_specs.english import KIND_NAMES, KINDS, MAPS, NAMES, NOUNS, POOLS, REPLIES, STRINGS, TOPICS, UNITS, values_of
 from t2l_specs.inputs import FIELDS, READERS, Maker

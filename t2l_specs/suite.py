@@ -10,9 +10,9 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from t2l_engine.files.errors import expect
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Task
-from t2l_engine.research.tasks.rows import expect
 from t2l_specs import rules
 from t2l_specs.draw import Draw
 from t2l_specs.family import Family, Specification, read_families

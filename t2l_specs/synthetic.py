@@ -9,9 +9,9 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from t2l_engine.files.errors import expect
 from t2l_engine.research.tasks.examples import split
 from t2l_engine.research.tasks.folder import Example, Task
-from t2l_engine.research.tasks.rows import expect
 from t2l_specs.draw import Draw
 from t2l_specs.english import plural, verb_forms
 

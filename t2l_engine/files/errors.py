@@ -37,6 +37,12 @@ def short_repr(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 
+def expect(holds: object, name: str, expected: str, got: object) -> None:
+    """ConfigError naming ``name``, what was expected and what it got, unless it ``holds``."""
+    if not holds:
+        raise ConfigError(f"{name}: expected {expected}, got {short_repr(got)}")
+
+
 def positive_number(name: str, value: Any) -> float:
     """``value`` as a float; ConfigError names it unless it is a number from MIN_NUMBER to MAX_NUMBER."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not MIN_NUMBER <= value <= MAX_NUMBER:
@@ -46,21 +52,18 @@ def positive_number(name: str, value: Any) -> float:
 
 def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """ConfigError naming ``name`` unless ``value`` is among ``allowed``."""
-    if value not in allowed:
-        raise ConfigError(f"{name}: expected one of {allowed}, got {short_repr(value)}")
+    expect(value in allowed, name, f"one of {allowed}", value)
 
 
 def boolean(name: str, value: Any) -> bool:
     """``value``; ConfigError names it unless it is true or false."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name}: expected true or false, got {short_repr(value)}")
+    expect(isinstance(value, bool), name, "true or false", value)
     return value
 
 
 def non_empty_text(name: str, value: Any) -> None:
     """ConfigError naming ``name`` unless ``value`` is a non-empty string."""
-    if not isinstance(value, str) or not value:
-        raise ConfigError(f"{name}: expected a non-empty string, got {short_repr(value)}")
+    expect(isinstance(value, str) and value, name, "a non-empty string", value)
 
 
 def positive_int(name: str, value: Any, most: int = MAX_SIZE - 1) -> None:

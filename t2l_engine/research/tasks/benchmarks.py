@@ -12,10 +12,10 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from t2l_engine.files.errors import short_repr
+from t2l_engine.files.errors import expect, short_repr
 from t2l_engine.files.text import read_rows
 from t2l_engine.research.tasks.folder import Example, Task, parse_number
-from t2l_engine.research.tasks.rows import Row, expect
+from t2l_engine.research.tasks.rows import Row
 
 #: Split of rows that state none.
 SPLIT = "test"

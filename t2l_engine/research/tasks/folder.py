@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from t2l_engine.files.errors import ConfigError, short_repr
+from t2l_engine.files.errors import ConfigError, expect, short_repr
 from t2l_engine.files.text import (
     MAX_DESCRIPTIONS_BYTES,
     MAX_LINE_BYTES,
@@ -26,7 +26,7 @@ from t2l_engine.files.text import (
     read_texts,
 )
 from t2l_engine.files.weights import replacing
-from t2l_engine.research.tasks.rows import Row, expect
+from t2l_engine.research.tasks.rows import Row
 
 DESCRIPTIONS_NAME = "descriptions.json"
 MAX_NAME_BYTES = 128

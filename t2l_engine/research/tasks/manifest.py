@@ -18,11 +18,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from t2l_engine.files.errors import MAX_NAME, ConfigError, boolean, one_of, short_repr
+from t2l_engine.files.errors import MAX_NAME, ConfigError, boolean, expect, one_of, short_repr
 from t2l_engine.files.text import from_json, read_texts
 from t2l_engine.research.tasks.examples import example_digest, input_digest, pool
 from t2l_engine.research.tasks.folder import Task, check_name, load_tasks
-from t2l_engine.research.tasks.rows import check_text, expect
+from t2l_engine.research.tasks.rows import check_text
 
 FORMAT, SPECS_FORMAT = "t2l_engine.tasks.v1", "t2l_engine.specs.v1"
 PACKAGED = Path(__file__).parent / "manifests"

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from t2l_engine.files.errors import ConfigError, short_repr
+from t2l_engine.files.errors import ConfigError, expect, short_repr
 from t2l_engine.files.text import is_unicode
-
-
-def expect(holds: object, name: str, expected: str, found: object) -> None:
-    """ConfigError naming ``name`` unless it ``holds``."""
-    if not holds:
-        raise ConfigError(f"{name}: expected {expected}, got {short_repr(found)}")
 
 
 def check_text(name: str, value: object) -> None:
@@ -29,15 +23,11 @@ class Row:
     def __contains__(self, name: str) -> bool:
         return name in self.values
 
-    def fault(self, name: str, expected: str) -> ConfigError:
-        """The error for a field that is not as ``expected``."""
-        found = f"got {short_repr(self.values[name])}" if name in self.values else "found none"
-        return ConfigError(f"{self.where}: {name}: expected {expected}, {found}")
-
     def expect(self, holds: object, name: str, expected: str) -> None:
-        """:meth:`fault` unless it ``holds``."""
+        """ConfigError for the field ``name``, which is not as ``expected``, unless it ``holds``."""
         if not holds:
-            raise self.fault(name, expected)
+            found = f"got {short_repr(self.values[name])}" if name in self.values else "found none"
+            raise ConfigError(f"{self.where}: {name}: expected {expected}, {found}")
 
     def text(self, name: str, default: str | None = None) -> str:
         """A string; ``default`` (if any) where the field is absent."""

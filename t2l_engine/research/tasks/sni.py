@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from t2l_engine.files.errors import ConfigError, short_repr
+from t2l_engine.files.errors import ConfigError, expect, short_repr
 from t2l_engine.files.text import MAX_LINE_BYTES, is_unicode, read_texts
 from t2l_engine.research.tasks import examples
 from t2l_engine.research.tasks.folder import Example, Task, check_name
 from t2l_engine.research.tasks.manifest import Manifest, apply
-from t2l_engine.research.tasks.rows import Row, expect
+from t2l_engine.research.tasks.rows import Row
 
 #: The largest tasks have about ten MB.
 MAX_FILE_BYTES = 64 << 20
