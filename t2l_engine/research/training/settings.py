@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from t2l_engine.files.errors import MAX_NUMBER, MAX_RANK, MAX_SIZE, MIN_NUMBER, ConfigError, short_repr
+from t2l_engine.files.errors import MAX_NUMBER, MAX_RANK, MAX_SIZE, MIN_NUMBER, ConfigError, expect, short_repr
 from t2l_engine.files.text import is_unicode
 from t2l_engine.files.yaml import parse_yaml, read_yaml
 from t2l_engine.hypernetwork.config import PERCEIVERS, VARIANTS, resolve_scaling
@@ -81,8 +81,7 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _validated(self):
-        if self.patience and not self.validate_every:
-            raise ValueError(f"patience: expected 0 with validate_every 0, got {self.patience}")
+        expect(self.validate_every or not self.patience, "patience", "0 with validate_every 0", self.patience)
         return self
 
     @property
@@ -117,12 +116,12 @@ class _Model(BaseModel):
     @model_validator(mode="after")
     def _adapters(self):
         resolve_scaling(self.scaling, self.lora_alpha, self.rank)
-        if len(set(self.target_modules)) != len(self.target_modules):
-            raise ValueError(f"target_modules: expected distinct names, got {short_repr(list(self.target_modules))}")
+        modules = list(self.target_modules)
+        expect(len(set(modules)) == len(modules), "target_modules", "distinct names", modules)
         return self
 
 
-class _HyperNetwork(BaseModel):
+class HyperNetworkSettings(Settings):
     """Settings of the hypernetwork and its task embeddings."""
 
     variant: Literal[VARIANTS + PERCEIVERS] = field(
@@ -160,22 +159,19 @@ class _HyperNetwork(BaseModel):
         if self.encoder == "one-hot":
             self._expect(task_init="random", held_out_descriptions=0, embedding_noise=0.0, mix_descriptions=False)
         if self.encoder != LLM:
-            if self.variant in PERCEIVERS:
-                raise ValueError(f"encoder: expected {LLM!r} with variant {self.variant}, got {self.encoder!r}")
+            expect(self.variant not in PERCEIVERS, "encoder", f"{LLM!r} with variant {self.variant}", self.encoder)
             self._expect_defaults(*(name for name in type(self).model_fields if name.startswith("llm_")))
             return self
         self._expect(embedding_noise=0.0, mix_descriptions=False)
         if self.variant in PERCEIVERS:
             unused, flat = ["head_in_size", "task_init", "llm_width", "llm_heads"], self.variant == "perceiver-flat"
             self._expect_defaults(*unused, *([] if flat else ["llm_layers"]), when=f"with {self.variant}")
-            if flat and len(self.llm_layers) != 1:
-                raise ValueError(f"llm_layers: expected one number with perceiver-flat, got {short_repr(self.llm_layers)}")
+            expect(not flat or len(self.llm_layers) == 1, "llm_layers", "one number with perceiver-flat", self.llm_layers)
         else:
             self._expect_defaults("llm_mlps")
-        if list(self.llm_layers) != sorted(set(self.llm_layers)):
-            raise ValueError(f"llm_layers: expected increasing numbers, got {short_repr(list(self.llm_layers))}")
-        if self.llm_width % self.llm_heads:
-            raise ValueError(f"llm_width: expected a multiple of the {self.llm_heads} llm_heads, got {self.llm_width}")
+        layers, heads = list(self.llm_layers), self.llm_heads
+        expect(layers == sorted(set(layers)), "llm_layers", "increasing numbers", layers)
+        expect(self.llm_width % heads == 0, "llm_width", f"a multiple of the {heads} llm_heads", self.llm_width)
         return self
 
     def _expect_defaults(self, *names: str, when: str = "") -> None:
@@ -185,11 +181,11 @@ class _HyperNetwork(BaseModel):
     def _expect(self, when: str = "", **only: Any) -> None:
         """ValueError unless the settings have the values ``only``; ``when``: what asks for them, default: the encoder."""
         for name, value in only.items():
-            if (got := getattr(self, name)) != value:
-                raise ValueError(f"{name}: expected {value!r} {when or f'with encoder {self.encoder!r}'}, got {got!r}")
+            got = getattr(self, name)
+            expect(got == value, name, f"{value!r} {when or f'with encoder {self.encoder!r}'}", got)
 
 
-class SFTSettings(_Model, _HyperNetwork, Settings):
+class SFTSettings(_Model, HyperNetworkSettings):
     """``t2l train sft``: a hypernetwork, end to end through the frozen base model (paper section 3.2)."""
 
     condition: Literal["description", "input"] = field(
@@ -217,8 +213,7 @@ class SFTSettings(_Model, _HyperNetwork, Settings):
         if self.encoder == "one-hot":
             self._expect(prompt="input")
         if self.condition == "input":
-            if self.encoder == "one-hot":
-                raise ValueError("encoder: expected one that reads text with condition input, got 'one-hot'")
+            expect(self.encoder != "one-hot", "encoder", "one that reads text with condition input", self.encoder)
             only = {"samples_per_task": 1, "held_out_descriptions": 0, "mix_descriptions": False, "task_init": "random"}
             self._expect("with condition 'input'", **only)
         return self
@@ -234,7 +229,7 @@ class LoRASettings(_Model, Settings):
     held_out_descriptions: Count = field(0, "last descriptions of a task, left out of prompts")
 
 
-class ReconstructionSettings(_HyperNetwork, Settings):
+class ReconstructionSettings(HyperNetworkSettings):
     """``t2l train reconstruction``: a hypernetwork that reproduces a library of adapters."""
 
     target: Literal["z-score", "raw", "delta-w"] = field(
@@ -243,10 +238,9 @@ class ReconstructionSettings(_HyperNetwork, Settings):
 
     @model_validator(mode="after")
     def _no_base_model(self):
-        if self.encoder == BASE_MODEL:
-            raise ValueError(f"encoder: expected no base model, since reconstruction loads none, got {self.encoder!r}")
-        if self.variant in PERCEIVERS:
-            raise ValueError(f"variant: expected one of {', '.join(VARIANTS)} for reconstruction, got {self.variant!r}")
+        no_model = "no base model, since reconstruction loads none"
+        expect(self.encoder != BASE_MODEL, "encoder", no_model, self.encoder)
+        expect(self.variant in VARIANTS, "variant", f"one of {', '.join(VARIANTS)} for reconstruction", self.variant)
         return self
 
 
@@ -266,8 +260,7 @@ def read(kind: type[S], path: Path | None, overrides: Sequence[str] = ()) -> S:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; packaged settings: {sorted(packaged)}")
         values = read_yaml(path)
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected a mapping of fields, got {short_repr(values)}")
+        expect(isinstance(values, dict), str(path), "a mapping of fields", values)
     changes = parse_overrides(overrides)
     origins = dict.fromkeys(values, str(path)) | dict.fromkeys(changes, "--set")
     return build(kind, values | changes, origins, str(path) if path else "settings")
@@ -278,8 +271,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     values = {}
     for text in overrides:
         name, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--set: expected name=value, got {short_repr(text)}")
+        expect(equals, "--set", "name=value", text)
         try:
             values[name.strip()] = parse_yaml(value, "--set")
         except ConfigError:
