@@ -14,16 +14,13 @@ def means(result: Mapping[str, Any], path: Path) -> None:
 
     ``result``: as ``t2l evaluate --json`` writes it.  Raises ImportError without matplotlib.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     from t2l_engine.research.evaluation.metrics import interval
 
     groups, methods = result["groups"], [*result["details"]][::-1]
-    size = (3.2 + 3 * len(groups), 1.2 + 0.28 * len(methods))
-    figure, axes = pyplot.subplots(1, len(groups), figsize=size, sharey=True, squeeze=False)
+    figure = Figure(figsize=(3.2 + 3 * len(groups), 1.2 + 0.28 * len(methods)), layout="tight")
+    axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)
     for axis, (group, names) in zip(axes[0], groups.items(), strict=True):
         for y, method in enumerate(methods):
             scores = [result["tasks"][name] for name in names]
@@ -36,9 +33,7 @@ def means(result: Mapping[str, Any], path: Path) -> None:
         axis.set_title(f"{group} ({len(names)} tasks)", fontsize=9)
         axis.set_xlabel("score, %")
         axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def _colour(method: str) -> str:

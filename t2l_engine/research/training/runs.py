@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from t2l_engine.files.errors import ConfigError, short_repr
+from t2l_engine.files.errors import ConfigError, expect
 from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_texts
 from t2l_engine.files.weights import write_text
 from t2l_engine.files.yaml import read_yaml
@@ -66,7 +66,6 @@ def speed(folder: Path) -> str:
 
 def plot(folder: Path) -> Path:
     """Plot loss and validation loss over steps to ``loss.png`` in ``folder``; returns its path."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = read_log(folder)
@@ -75,7 +74,6 @@ def plot(folder: Path) -> Path:
     if not losses:
         raise ConfigError(f"{folder / LOG}: expected at least one step, got none")
     figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.plot(*zip(*losses.items(), strict=True), color="#b8c4d6", linewidth=0.8, label="loss of a step")
     window = len(losses) // 25
@@ -107,8 +105,7 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
         return None
     record = read_texts(path, MAX_DESCRIPTIONS_BYTES)
     settings = record.get("settings") if isinstance(record, dict) else None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path}: expected an object with settings")
+    expect(isinstance(settings, dict), str(path), "an object with settings", record)
     return settings
 
 
@@ -122,13 +119,11 @@ def _stated(adapters: Path) -> dict[str, Any]:
     found = settings_of(run)
     if found is None and unfinished.is_file():
         found = read_yaml(unfinished)
-        if not isinstance(found, dict):
-            raise ConfigError(f"{unfinished}: expected settings, got {short_repr(found)}")
+        expect(isinstance(found, dict), str(unfinished), "settings", found)
     if found is None:
         runs = {path.parent.name: made for path in sorted(adapters.glob(f"*/{RUN}")) if (made := settings_of(path))}
         stated = {name: (made.get("prompt_form"), made.get("prompt")) for name, made in runs.items()}
-        if len(set(stated.values())) > 1:
-            raise ConfigError(f"{adapters}: expected adapters of one prompt_form and prompt, got {short_repr(stated)}")
+        expect(len(set(stated.values())) < 2, str(adapters), "adapters of one prompt_form and prompt", stated)
         found = next(iter(runs.values()), None)
     return found or {}
 
