@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,7 @@ class LoRABank(nn.Module):
         for i, name in enumerate(names):
             path = folder if single else folder / name
             stack = AdapterStack.from_peft(path)
-            wanted, got = _shapes(self.lora_A, self.lora_B, self._paths), _shapes(stack.lora_A, stack.lora_B, stack.paths)
-            scaling = float(stack.scaling[0])
+            wanted, got, scaling = _shapes(self()), _shapes(stack), float(stack.scaling[0])
             if got != wanted or not same_scaling(scaling, self._scaling):
                 raise ConfigError(
                     f"initial: {path}: expected the shapes of A and B and the scaling of this run, {wanted} and "
@@ -87,9 +86,9 @@ class LoRABank(nn.Module):
         return AdapterStack(A, B, torch.full((len(first),), self._scaling, device=first.device), paths=self._paths)
 
 
-def _shapes(A: Mapping[str, Tensor], B: Mapping[str, Tensor], paths: Mapping[str, str]) -> dict[str, list[list[int]]]:
-    """Of one adapter, by path."""
-    return {at: [list(side[module].shape[1:]) for side in (A, B)] for module, at in sorted(paths.items())}
+def _shapes(stack: AdapterStack) -> dict[str, list[list[int]]]:
+    """Of A and B of one adapter, by path."""
+    return {at: [list(side[name].shape[1:]) for side in (stack.lora_A, stack.lora_B)] for name, at in stack.paths.items()}
 
 
 class LoRA(loop.Job):
@@ -115,7 +114,7 @@ class LoRA(loop.Job):
         with torch.no_grad():
             context.attach(self.model()[0])
 
-    def _adapter(self, number: int, group: Group) -> int:
+    def _adapter(self, group: Group) -> int:
         return 0 if self._shared else self._tasks.index(group.task)
 
     def collate(self, groups: Sequence[Group], of_step: Sequence[Group]) -> Batch:

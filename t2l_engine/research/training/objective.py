@@ -20,7 +20,7 @@ from t2l_engine.lora.handle import LoRAHandle
 from t2l_engine.research.training.sampling import Group, Sample, seeded
 
 IGNORED = -100
-Adapter = Callable[[int, Group], int]  # index of a group in its batch, group -> index of its adapter in the stack
+Adapter = Callable[[Group], int]  # group -> index of its adapter in the stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def collate(
     mask = padded([torch.ones_like(of) for of in tokens])
     labels = padded([of[-s.answer_len :] for of, (_, s, _) in zip(tokens, rows, strict=True)], padding_value=IGNORED)
     weights = torch.tensor([weight(s, g) for _, s, g in rows])
-    adapters = [index if adapter is None else adapter(index, group) for index, _, group in rows]
+    adapters = [index if adapter is None else adapter(group) for index, _, group in rows]
     return Batch(groups, ids, mask, labels, weights, adapters)
 
 

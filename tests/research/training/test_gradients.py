@@ -43,7 +43,7 @@ def plain_loss(model, step, made, paths, scaling, ids):
 
 
 def own_loss(model, handle, step, stack, ids):
-    batch = collate(step, 0, token_weights("sample", step, False), lambda number, group: ids[number])
+    batch = collate(step, 0, token_weights("sample", step, False), lambda group: ids[step.index(group)])
     losses = Objective(model, handle).losses(batch, stack, label_smoothing=SMOOTHING)
     return losses.sum() + L2 * generated_l2(stack)
 
