@@ -14,7 +14,7 @@ from t2l_engine.adapters.peft import CONFIG_NAME
 from t2l_engine.adapters.peft_write import check_place
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.engine import TextToLoRA
-from t2l_engine.files.errors import ConfigError
+from t2l_engine.files.errors import ConfigError, expect
 from t2l_engine.files.text import to_json
 from t2l_engine.files.weights import expect_none, replacing
 from t2l_engine.research.tasks.examples import input_digest, pool
@@ -66,8 +66,7 @@ def split(examples: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], l
     """
     different = sorted(pool(Example(x, (y,), "train") for x, y in examples), key=input_digest)
     order = [(example.input, example.outputs[0]) for example in different]
-    if len(order) < FEWEST:
-        raise ConfigError(f"examples: expected at least {FEWEST} different inputs, got {len(order)}")
+    expect(len(order) >= FEWEST, "examples", f"at least {FEWEST} different inputs", len(order))
     count = min(max(1, len(order) // HELD_OUT), MOST_HELD_OUT)
     return order[count:], order[:count]
 
@@ -86,8 +85,8 @@ def settings_for(engine: TextToLoRA, base_model: str, start: Path, changes: Mapp
     if fixed := sorted(changes.keys() & ({*of_adapter, "mode"} - {"prompt", "prompt_form"})):
         raise ConfigError(f"{fixed[0]}: expected no value, for the generated adapter decides it, got {changes[fixed[0]]!r}")
     settings = build(LoRASettings, DEFAULTS | of_adapter | dict(changes))
-    if not settings.patience:
-        raise ConfigError("patience: expected at least 1 to tune an adapter, whose start is then validated too, got 0")
+    wanted = "at least 1 to tune an adapter, whose start is then validated too"
+    expect(settings.patience, "patience", wanted, settings.patience)
     return settings
 
 

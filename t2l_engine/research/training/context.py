@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, nondefault_paths, path_template
 from t2l_engine.adapters.stack import AdapterStack
-from t2l_engine.files.errors import ConfigError, short_repr
+from t2l_engine.files.errors import ConfigError, expect
 from t2l_engine.files.weights import content_checksum
 from t2l_engine.lora.handle import attach
 from t2l_engine.lora.layer import LoRALinear
@@ -54,8 +54,7 @@ def locate(model: nn.Module, names: Sequence[str]) -> Modules:
     """The linears ``names`` of ``model``; ConfigError if one is missing in a layer or differs in shape between layers."""
     paths, sizes, depths = [], [], {}
     for name in names:
-        if not name.isidentifier():
-            raise ConfigError(f"target_modules: expected plain names of linears such as 'q_proj', got {short_repr(name)}")
+        expect(name.isidentifier(), "target_modules", "plain names of linears such as 'q_proj'", name)
         try:
             targets = find(model, name, DEFAULT_PATHS.get(name, f"{LAYER}.{name}"))
         except ValueError as error:
@@ -66,8 +65,7 @@ def locate(model: nn.Module, names: Sequence[str]) -> Modules:
             if n_in is None:
                 raise ConfigError(f"target_modules: {name}: {type(target.linear).__name__} does not state its features")
             found.add((n_in, n_out if target.columns is None else target.columns[1] - target.columns[0]))
-        if len(found) != 1:
-            raise ConfigError(f"target_modules: {name}: expected the same features in every layer, got {sorted(found)}")
+        expect(len(found) == 1, f"target_modules: {name}", "the same features in every layer", sorted(found))
         path = path_template(next(iter(targets.values())).path)
         paths.append(f"{path.rpartition('.')[0]}.{name}")  # a packed projection has another name
         sizes.append(found.pop())
@@ -119,11 +117,9 @@ class TrainingContext:
             if not task.examples:
                 raise ConfigError(f"{tasks_folder}: expected examples of split 'train' of task {task.name}, got none")
         validation = [_of_split(task, "val" if settings.validate_every else None) for task in loaded]
-        if settings.validate_every and not any(task.examples for task in validation):
-            raise ConfigError(
-                f"validate_every: expected 0, since no task of {tasks_folder} has examples of split 'val', "
-                f"got {settings.validate_every}"
-            )
+        none = f"0, since no task of {tasks_folder} has examples of split 'val'"
+        validated = any(task.examples for task in validation)
+        expect(validated or not settings.validate_every, "validate_every", none, settings.validate_every)
         # On CPUs the backward pass of SDPA in bfloat16 is slower than eager attention at these lengths.
         attention = "eager" if device.type == "cpu" and settings.dtype == "bfloat16" else None
         dtype = getattr(torch, settings.dtype)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from t2l_engine.adapters.stack import AdapterStack
-from t2l_engine.files.errors import ConfigError
+from t2l_engine.files.errors import ConfigError, expect
 from t2l_engine.files.text import to_json
 from t2l_engine.files.weights import read_safetensors, replacing
 from t2l_engine.hypernetwork.config import PERCEIVERS, AnyConfig, HyperNetworkConfig, PerceiverConfig
@@ -32,7 +32,7 @@ from t2l_engine.research.tasks.folder import Task
 from t2l_engine.research.training import loop
 from t2l_engine.research.training.context import Modules
 from t2l_engine.research.training.sampling import Group, seeded, trained_descriptions
-from t2l_engine.research.training.settings import BASE_MODEL, LLM, ReconstructionSettings, SFTSettings
+from t2l_engine.research.training.settings import BASE_MODEL, LLM, HyperNetworkSettings, SFTSettings
 from t2l_engine.text.config import (
     SAKANA_MAX_LENGTH,
     AnyEncoderConfig,
@@ -67,7 +67,7 @@ class Conditions(ABC):
     encoder_config: AnyEncoderConfig
     embed_dim: int
 
-    def __init__(self, settings: SFTSettings | ReconstructionSettings, tasks: Sequence[Task], device: torch.device):
+    def __init__(self, settings: HyperNetworkSettings, tasks: Sequence[Task], device: torch.device):
         self._settings, self._device, held_out = settings, device, settings.held_out_descriptions
         self.train: list[Sequence[int]] = [*trained_descriptions(tasks, held_out)]
         self.val = [range(len(of), len(of) + held_out) if held_out else of for of in self.train]
@@ -95,7 +95,7 @@ class TaskEmbeddings(Conditions):
     With encoder "one-hot" only the tasks' names matter.
     """
 
-    def __init__(self, settings: SFTSettings | ReconstructionSettings, tasks: Sequence[Task], device: torch.device):
+    def __init__(self, settings: HyperNetworkSettings, tasks: Sequence[Task], device: torch.device):
         if settings.encoder == "one-hot":
             encoder = OneHotEncoder(OneHotConfig(tuple(task.name for task in tasks)))
             tasks = [dataclasses.replace(task, descriptions=(task.name,)) for task in tasks]
@@ -137,16 +137,14 @@ class TaskEmbeddings(Conditions):
         return torch.stack(rows).to(self._device)
 
 
-def _encoder(settings: SFTSettings | ReconstructionSettings) -> str | EncoderConfig:
+def _encoder(settings: HyperNetworkSettings) -> str | EncoderConfig:
     """Name or configuration of the text encoder."""
     name = settings.encoder
     if name == BASE_MODEL:
         # A second copy of the base model: the run's may use another attention than one loaded from the checkpoint.
         return EncoderConfig(settings.base_model.rstrip("/"), "last", SAKANA_MAX_LENGTH, dtype=settings.dtype)
-    if name != MINILM.name and not Path(name).is_dir():
-        raise ConfigError(
-            f"encoder: expected 'minilm', {BASE_MODEL!r}, 'one-hot' or a local sentence-transformers folder, got {name!r}"
-        )
+    known = f"'minilm', {BASE_MODEL!r}, 'one-hot' or a local sentence-transformers folder"
+    expect(name == MINILM.name or Path(name).is_dir(), "encoder", known, name)
     return name
 
 
@@ -159,16 +157,11 @@ class HiddenStates(Conditions):
 
     ``tasks``: with the examples that sets are drawn from, if any (a reconstruction has no sets); ``folder``: of the files.
 
-    Raises ConfigError if all descriptions of a task are held out, or if encoder and base model do not fit together.
+    Raises ConfigError, too, if encoder and base model do not fit together.
     """
 
     def __init__(
-        self,
-        settings: SFTSettings | ReconstructionSettings,
-        tasks: Sequence[Task],
-        base_model: str,
-        device: torch.device,
-        folder: Path,
+        self, settings: HyperNetworkSettings, tasks: Sequence[Task], base_model: str, device: torch.device, folder: Path
     ):
         super().__init__(settings, tasks, device)
         self._example_share = getattr(settings, "example_share", 0.0)
@@ -258,13 +251,10 @@ class HiddenStates(Conditions):
 class Documents(Conditions):
     """Hidden states of the descriptions' tokens, which a perceiver reads; read when a batch needs them.
 
-    Raises ConfigError if all descriptions of a task are held out, or if encoder and base model do not fit together.
+    Raises ConfigError, too, if encoder and base model do not fit together.
     """
 
-    def __init__(
-        self, settings: SFTSettings | ReconstructionSettings, tasks: Sequence[Task], base_model: str, device: torch.device
-    ):
-        assert isinstance(settings, SFTSettings)
+    def __init__(self, settings: SFTSettings, tasks: Sequence[Task], base_model: str, device: torch.device):
         super().__init__(settings, tasks, device)
         count = None if settings.variant == PERCEIVERS[0] else settings.llm_layers[0]
         states = "all" if count is None else "last" if count else "embeddings"
@@ -346,6 +336,9 @@ def initialise_discriminant(linear: nn.Linear, classes: Sequence[Tensor], seed: 
 
 # --- the job ------------------------------------------------------------------------------------------------------------
 
+#: A hypernetwork, and the pooling of encoder "llm" that is trained with it.
+Trained = tuple[HyperNetwork | PerceiverHyperNetwork, AttentionPooling | None]
+
 
 class PooledHyperNetwork(nn.Module):
     """Pooling and hypernetwork, which are trained together: hidden states to adapters."""
@@ -367,7 +360,7 @@ class HyperNetworkJob(loop.Job):
 
     def __init__(
         self,
-        settings: SFTSettings | ReconstructionSettings,
+        settings: HyperNetworkSettings,
         tasks: Sequence[Task],
         base_model: str | None,
         device: torch.device,
@@ -375,14 +368,13 @@ class HyperNetworkJob(loop.Job):
     ):
         super().__init__()
         self.settings, self._base_model, self._device = settings, base_model, device
-        if settings.encoder == LLM:
-            assert base_model is not None
-            if settings.variant in PERCEIVERS:
-                self._conditions: Conditions = Documents(settings, tasks, base_model, device)
-            else:
-                self._conditions = HiddenStates(settings, tasks, base_model, device, folder)
-        else:
+        self._conditions: Conditions
+        if settings.encoder != LLM:
             self._conditions = TaskEmbeddings(settings, tasks, device)
+        elif settings.variant in PERCEIVERS:
+            self._conditions = Documents(settings, tasks, base_model, device)
+        else:
+            self._conditions = HiddenStates(settings, tasks, base_model, device, folder)
 
     def _config(self, modules: Modules, **adapters: Any) -> AnyConfig:
         """Of a hypernetwork for ``modules``; ``adapters``: fields that the adapters decide."""
@@ -397,9 +389,7 @@ class HyperNetworkJob(loop.Job):
             return PerceiverConfig(feature_size=width, **sizes, **shared)
         return HyperNetworkConfig(embed_dim=width, head_in_size=s.head_in_size, **shared)
 
-    def _new(
-        self, config: AnyConfig, *, hyperinit: bool
-    ) -> tuple[HyperNetwork | PerceiverHyperNetwork, AttentionPooling | None]:
+    def _new(self, config: AnyConfig, *, hyperinit: bool) -> Trained:
         """Hypernetwork and pooling, with initial parameters by the seed; ``hyperinit``: heads by Bias-HyperInit."""
         seed = self.settings.seed
         with torch.random.fork_rng(devices=[]):
@@ -414,9 +404,7 @@ class HyperNetworkJob(loop.Job):
     def _train(self, net: HyperNetwork | PerceiverHyperNetwork, pooling: AttentionPooling | None) -> None:
         """Let this job train ``net`` and ``pooling``."""
         self._net, self._pooling = net, pooling
-        self.model: nn.Module = net
-        if pooling is not None and isinstance(net, HyperNetwork):
-            self.model = PooledHyperNetwork(pooling, net)
+        self.model = net if pooling is None else PooledHyperNetwork(pooling, net)
         self.model.to(self._device)
 
     def _write(self, net: HyperNetwork | PerceiverHyperNetwork, folder: Path, step: int, **stated: Any) -> None:

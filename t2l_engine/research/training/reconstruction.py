@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from t2l_engine.adapters.peft import CONFIG_NAME, WEIGHTS_NAME
 from t2l_engine.adapters.stack import AdapterStack
-from t2l_engine.files.errors import ConfigError, short_repr
+from t2l_engine.files.errors import ConfigError, expect, short_repr
 from t2l_engine.files.text import read_json
 from t2l_engine.hypernetwork.config import same_scaling
 from t2l_engine.hypernetwork.modules import STD_EPS
@@ -47,8 +47,7 @@ class Library:
     def __init__(self, folder: Path, names: Sequence[str] | None = None):
         known = read_descriptions(folder)
         unknown = [name for name in names or () if name not in known]
-        if unknown:
-            raise ConfigError(f"names: expected some of {folder / DESCRIPTIONS_NAME}, got {short_repr(unknown)}")
+        expect(not unknown, "names", f"some of {folder / DESCRIPTIONS_NAME}", unknown)
         self.names = sorted(set(names or known))
         self.descriptions = {name: known[name] for name in self.names}
         folders = {name: folder / name for name in self.names}
@@ -60,16 +59,12 @@ class Library:
                 raise ConfigError(
                     f"{folder / name}: expected scaling {self.scaling:g} as in {self.names[0]}, got {scaling:g}"
                 )
-        for module, ranks in self.stack.ranks.items():
-            unequal = (ranks != self.rank).any(dim=1).nonzero().flatten().tolist()
-            if unequal:
-                raise ConfigError(
-                    f"{folder / self.names[unequal[0]]}: {module}: expected rank {self.rank} in all "
-                    f"{ranks.shape[1]} layers, got {ranks[unequal[0]].tolist()}"
-                )
+        for module, of_adapters in self.stack.ranks.items():
+            for name, ranks in zip(self.names, of_adapters.tolist(), strict=True):
+                same = set(ranks) == {self.rank}
+                expect(same, f"{folder / name}: {module}", f"rank {self.rank} in all {len(ranks)} layers", ranks)
         depths = {module: layers for module, (layers, _, _) in self.stack.sizes.items()}
-        if len(set(depths.values())) > 1:
-            raise ConfigError(f"{folder}: expected modules of the same number of layers, got {short_repr(depths)}")
+        expect(len(set(depths.values())) == 1, str(folder), "modules of the same number of layers", depths)
         layers, n_in, n_out = zip(*self.stack.sizes.values(), strict=True)
         self.modules = Modules(tuple(self.stack.paths), tuple(self.stack.paths.values()), n_in, n_out, layers[0])
         #: The base model in the adapters' configurations; None unless all state the same one.

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
-from t2l_engine.files.errors import ConfigError
+from t2l_engine.files.errors import ConfigError, expect
 from t2l_engine.research.tasks.folder import Task
 from t2l_engine.text.prompts import CHAT, answer_ids, answer_of, prompt_ids, prompt_of
 
@@ -59,10 +59,9 @@ def trained_descriptions(tasks: Sequence[Task], held_out: int) -> list[range]:
     Raises ConfigError if none is left.
     """
     for task in tasks:
-        if (count := len(task.descriptions)) <= held_out:
-            raise ConfigError(
-                f"held_out_descriptions: expected fewer than the {count} descriptions of task {task.name}, got {held_out}"
-            )
+        count = len(task.descriptions)
+        fewer = f"fewer than the {count} descriptions of task {task.name}"
+        expect(held_out < count, "held_out_descriptions", fewer, held_out)
     return [range(len(task.descriptions) - held_out) for task in tasks]
 
 

@@ -17,21 +17,19 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from t2l_engine.files.errors import ConfigError, short_repr
+from t2l_engine.files.errors import ConfigError, expect, short_repr
 from t2l_engine.files.text import to_json
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.config import AnyConfig
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
-from t2l_engine.hypernetwork.network import HyperNetwork, build, build_pooling
-from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
+from t2l_engine.hypernetwork.network import build, build_pooling
 from t2l_engine.research.training import loop
 from t2l_engine.research.training.context import TrainingContext
-from t2l_engine.research.training.hypernetwork import HyperNetworkJob
+from t2l_engine.research.training.hypernetwork import HyperNetworkJob, Trained
 from t2l_engine.research.training.objective import Batch, generated_l2
 from t2l_engine.research.training.sampling import Examples, Group, Shard
 from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.text.config import LLMEncoderConfig
-from t2l_engine.text.llm_encoder import AttentionPooling
 
 
 class SFT(HyperNetworkJob):
@@ -47,15 +45,14 @@ class SFT(HyperNetworkJob):
         super().__init__(settings, context.tasks, settings.base_model, context.device, folder)
         self._initial = ""  # SHA-256 of the weights file that the run starts from
         self._before: set[str] = set()  # tasks that it was trained on
-        config = self._config(
-            context.modules, rank=settings.rank, lora_alpha=settings.lora_alpha, scaling=settings.scaling
-        )  # fmt: skip
+        sizes = {"rank": settings.rank, "lora_alpha": settings.lora_alpha, "scaling": settings.scaling}
+        config = self._config(context.modules, **sizes)
         self._train(*(self._trained_before(config) if settings.initial else self._new(config, hyperinit=True)))
         self.stream = context.stream(range(len(context.tasks)), self._conditions.train)
         with torch.no_grad():
             context.attach(self.model(self._conditions.clean(self.stream.step(0)[:1])))
 
-    def _trained_before(self, config: AnyConfig) -> tuple[HyperNetwork | PerceiverHyperNetwork, AttentionPooling | None]:
+    def _trained_before(self, config: AnyConfig) -> Trained:
         """Those of the checkpoint ``initial``; ConfigError if its configuration is not that of this run."""
         contents = checkpoint.read(resolve_checkpoint(self.settings.initial))
         encoder = self._conditions.encoder_config
@@ -65,12 +62,8 @@ class SFT(HyperNetworkJob):
         ):
             # How many examples are read changes no parameter.
             other = {key for key in got.keys() | expected if got.get(key) != expected.get(key)} - {"max_examples"}
-            if other:
-                got, expected = ({key: of[key] for key in sorted(other & of.keys())} for of in (got, expected))
-                raise ConfigError(
-                    f"initial: expected a checkpoint with the {what} {short_repr(expected)} of this run, "
-                    f"got {short_repr(got or None)}"
-                )
+            got, expected = ({key: of[key] for key in sorted(other & of.keys())} for of in (got, expected))
+            expect(not other, "initial", f"a checkpoint with the {what} {short_repr(expected)} of this run", got or None)
         self._initial = hashlib.sha256(contents.path.read_bytes()).hexdigest()
         self._before = checkpoint.trained_tasks(contents.blocks)
         pooling = build_pooling(contents, encoder) if isinstance(encoder, LLMEncoderConfig) else None
