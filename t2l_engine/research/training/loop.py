@@ -338,15 +338,13 @@ def _interrupts(single: bool) -> Iterator[list[int]]:
     With several processes interrupts always have their usual effect: signals do not arrive at the same step.
     """
     received: list[int] = []
-    caught = single and threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if caught}
 
     def note(number: int, frame: Any) -> None:
         received.append(number)
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
-    for number in before:
-        signal.signal(number, note)
+    caught = single and threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM) if caught}
     try:
         yield received
     finally:
