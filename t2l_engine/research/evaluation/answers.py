@@ -41,11 +41,6 @@ class Adapters(Protocol):
         """A context in which ``model`` can use the adapters; restores the model at its end."""
 
 
-@contextlib.contextmanager
-def _base(model: nn.Module) -> Iterator[Use]:
-    yield lambda keys: contextlib.nullcontext()
-
-
 @dataclasses.dataclass(frozen=True)
 class Query:
     """A prompt with the key of its adapter.
@@ -129,10 +124,6 @@ class Answerer:
         self._model, self._tokenizer, self._identity = model, tokenizer, identity
         self._store, self._batch_size, self._clock = store, batch_size, clock
 
-    def tokens(self, text: str) -> list[int]:
-        """Ids of an answer, see :func:`answer_ids`; those of prompts: :func:`prompt_ids`."""
-        return answer_ids(self._tokenizer, text)
-
     @torch.no_grad()
     def ask(
         self, queries: Sequence[Query], adapters: Adapters | None, progress: Callable[[int], None] = lambda count: None
@@ -141,13 +132,14 @@ class Answerer:
         results: list[Answer | None] = [None] * len(queries)
         prompts = prompt_ids(self._tokenizer, [q.prompt for q in queries])
         with contextlib.ExitStack() as stack:
-            use: Use | None = None  # entered only if an answer is missing
+            # Adapters are entered only if an answer is missing.
+            use: Use | None = (lambda keys: contextlib.nullcontext()) if adapters is None else None
             for indices in self._batches(queries, prompts):
                 batch = [queries[i] for i in indices]
                 key = self._key(batch, adapters)
                 answers = self._store.get(key)
                 if answers is None or len(answers) != len(batch):
-                    use = use or stack.enter_context(_base(self._model) if adapters is None else adapters.on(self._model))
+                    use = use or stack.enter_context(adapters.on(self._model))
                     answers = self._timed(batch, [prompts[i] for i in indices], use)
                     self._store.put(key, answers)
                 for i, answer in zip(indices, answers, strict=True):
@@ -239,7 +231,7 @@ class Answerer:
         """
         texts = [(q.adapter, p, text) for q, p in zip(queries, prompts, strict=True) for text in q.options or q.accepted]
         keys = [adapter for adapter, _, _ in texts]
-        answers = [self.tokens(text) for _, _, text in texts]
+        answers = [answer_ids(self._tokenizer, text) for _, _, text in texts]
         rows = [prompt + answer for (_, prompt, _), answer in zip(texts, answers, strict=True)]
         common = 0
         if queries[0].accepted and len(rows) >= FEWEST_SHARED and len(set(keys)) == 1:

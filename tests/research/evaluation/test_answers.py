@@ -15,6 +15,7 @@ from t2l_engine.research.evaluation import answers
 from t2l_engine.research.evaluation.answers import NOT_ACCEPTED, Answer, Answerer, Query, Store
 from t2l_engine.research.evaluation.methods import Generated, Routed, Stored
 from t2l_engine.testing.numerics import LOSS_ATOL
+from t2l_engine.text.prompts import prompt_ids
 from tests.research.evaluation.conftest import random_stack
 from tests.research.training.conftest import WORDS
 
@@ -322,9 +323,10 @@ def test_a_common_prefix_is_computed_once(tiny_model, answerer, stack_for, famil
         monkeypatch.setattr(answers, "FEWEST_SHARED", few)
         seen.clear()
         rows = {}
-        for indices in maker._batches(queries, [maker.tokens(query.prompt) for query in queries]):
+        prompts = prompt_ids(tokenizer, [query.prompt for query in queries])
+        for indices in maker._batches(queries, prompts):
             batch = [queries[i] for i in indices]
-            logits = iter([row for row, _ in maker._logits(batch, [maker.tokens(query.prompt) for query in batch], use)])
+            logits = iter([row for row, _ in maker._logits(batch, [prompts[i] for i in indices], use)])
             rows |= {(i, text): next(logits) for i in indices for text in queries[i].accepted}
         found.append((rows, sum(seen)))
     (alone, many), (together, few) = found

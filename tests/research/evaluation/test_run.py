@@ -22,9 +22,6 @@ class Scripted:
     def __init__(self, reply=lambda query, adapters: "red"):
         self._reply, self.asked = reply, []
 
-    def tokens(self, text):
-        return text.split()
-
     def ask(self, queries, adapters, progress):
         self.asked.append((adapters, list(queries)))
         progress(len(queries))
@@ -32,7 +29,7 @@ class Scripted:
         for number, query in enumerate(queries):
             found = self._reply(query, adapters)
             text, likelihoods = ("", tuple(found)) if query.options else (found, ())
-            answers.append(Answer(text, likelihoods, len(self.tokens(query.prompt)), float(number)))
+            answers.append(Answer(text, likelihoods, len(query.prompt.split()), float(number)))
         return answers
 
     @property
