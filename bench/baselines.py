@@ -182,14 +182,16 @@ def perceiver(net: PerceiverHyperNetwork) -> Callable[[Tensor], Adapters]:
         x = resample(net.decoder, resample(net.encoder, tokens)).unflatten(0, (c.num_layers, -1))
         x = x.transpose(0, 1).unflatten(2, (len(c.modules), c.rank))  # [N, layers, modules, r, d]
         for mlp in net.mlps:
-            hidden = F.silu(torch.einsum("nlkrd,ldh->nlkrh", mlp.norm1(x), mlp.weight1) + mlp.bias1[:, None, None])
-            x = x + mlp.norm2(torch.einsum("nlkrh,lhd->nlkrd", hidden, mlp.weight2) + mlp.bias2[:, None, None])
-        flat = torch.einsum("nlkrd,lkdw->nlkrw", x / torch.norm(x, dim=-1, keepdim=True), net.head)
+            norm1, first, silu, second, norm2 = mlp.layers
+            hidden = silu(torch.einsum("nlkrd,ldh->nlkrh", norm1(x), first.weight) + first.bias)
+            x = x + norm2(torch.einsum("nlkrh,lhd->nlkrd", hidden, second.weight) + second.bias)
+        head = net.head.view(c.num_layers, len(c.modules), c.latent_size, -1)
+        flat = torch.einsum("nlkrd,lkdw->nlkrw", x / torch.norm(x, dim=-1, keepdim=True), head)
         made = {}
         for i, (name, n_in, n_out) in enumerate(zip(c.modules, c.in_features, c.out_features, strict=True)):
             sides = flat[:, :, i, :, : n_in + n_out].split([n_in, n_out], dim=-1)
             A, B = (
-                torch.cat([side * scale[name][..., None], bias[name].expand(len(side), -1, -1, -1)], dim=2)
+                torch.cat([side * scale[name], bias[name].expand(len(side), -1, -1, -1)], dim=2)
                 for side, scale, bias in zip(sides, (net.scale_A, net.scale_B), (net.bias_A, net.bias_B), strict=True)
             )
             made[name] = A, B.mT

@@ -97,5 +97,5 @@ def perceiver(config: PerceiverConfig) -> PerceiverHyperNetwork:
     net = PerceiverHyperNetwork(config).set_dtype(torch.bfloat16).requires_grad_(False).eval()
     for p in net.parameters():
         if p.dtype != net.dtype:
-            p.add_(torch.randn(p.shape), alpha=0.1 if p.dim() < 3 else 0.01).copy_(p.to(net.dtype))
+            p.add_(torch.randn(p.shape), alpha=0.01 if p.dim() == 3 else 0.1).copy_(p.to(net.dtype))
     return net

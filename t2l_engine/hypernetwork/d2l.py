@@ -6,10 +6,9 @@ data; nothing of the classes is imported.  A native checkpoint keeps them as JSO
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +78,15 @@ AFFIXES = {
         "<|im_start|>system\n<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n",
     ),
 }  # fmt: skip
+#: Prefix of a parameter's key -> theirs; the rest of the key and the shape are the same.
+PREFIXES = {
+    "projection.": "aggregator.perceiver.modality_projection.",
+    "encoder.": "aggregator.perceiver.encoder.",
+    "decoder.": "aggregator.perceiver.decoder.",
+    "mlps.": "layers.",
+    "scale_": "scaler_",
+    "head": "head.weight",
+}
 #: Most values in the records, each of which may be in them many times.
 MAX_VALUES = 1 << 14
 
@@ -96,15 +104,13 @@ def read(folder: Path) -> Contents:
     layout = _layout(config)
     expect_keys(path, tensors if len(tensors) == len(found) else found, layout)  # a key may be there with and without prefix
     state: dict[str, Tensor] = {}
-    for key, place in layout.items():
-        expect_shape(path, key, tensors[key], place.shape)
-        tensor = _moved(tensors[key], place, place.our_shape)
-        first = state.setdefault(place.key, tensor)
-        if first.dtype != tensor.dtype or not torch.equal(first, tensor):
-            raise CheckpointError(f"{path}: {key}: expected the values of {place.key}, the layer that it shares")
+    for key, (ours, shape) in layout.items():
+        expect_shape(path, key, tensors[key], shape)
+        first = state.setdefault(ours, tensors[key])
+        if first.dtype != tensors[key].dtype or not torch.equal(first, tensors[key]):
+            raise CheckpointError(f"{path}: {key}: expected the values of {_key(ours)}, the layer that it shares")
     blocks = {"base_model": base, "encoder": to_json(encoder), "reference": {"doc_to_lora": kept}}
-    names = {place.key: key for key, place in reversed(layout.items())}
-    return Contents(config, state, {}, blocks, path, path, lambda key: names.get(key, key))
+    return Contents(config, state, {}, blocks, path, path, _key)
 
 
 def write(folder: Path, contents: Contents) -> None:
@@ -126,7 +132,7 @@ def write(folder: Path, contents: Contents) -> None:
         if value != now:
             expected = f"expected {short_repr(value)}, as reference.doc_to_lora states, got {short_repr(now)}"
             raise CheckpointError(f"{where}: {name}: {expected}")
-    state = {key: _moved(contents.state[place.key], place, place.shape) for key, place in _layout(config).items()}
+    state = {key: contents.state[ours] for key, (ours, _) in _layout(config).items()}
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder, D2L_NAME) as temporary:
         write_torch_file(temporary / D2L_NAME, state | records)
@@ -235,52 +241,16 @@ def _encoder_config(field: Callable[[str], Any], base: str, per_layer: bool) -> 
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
 
-class _Place(NamedTuple):
-    """Where a tensor of the file is in our state: its key there, its shape in both, and whether it is transposed."""
-
-    key: str
-    shape: tuple[int, ...]
-    our_shape: tuple[int, ...]
-    transposed: bool
-
-
-def _moved(tensor: Tensor, place: _Place, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of the file or of our state, in the ``shape`` that ``place`` has in the other."""
-    return (tensor.mT if place.transposed else tensor).reshape(shape).contiguous()
-
-
-def _layout(config: PerceiverConfig) -> dict[str, _Place]:
-    """Key in the file -> place of its tensor in our state; layers that are shared have several keys and one place."""
+def _layout(config: PerceiverConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Key in the file -> our key and the shape; layers that are shared have several keys there and one of ours."""
     with torch.device("meta"):
         net = PerceiverHyperNetwork(config)
-    of_layers = config.per_layer_mlps
-    kind, (first, second, last) = ("layers", (1, 3, 4)) if of_layers else ("mlp", (2, 5, 6))
-    renames = {
-        "projection.": "aggregator.perceiver.modality_projection.",
-        "encoder.": "aggregator.perceiver.encoder.",
-        "decoder.": "aggregator.perceiver.decoder.",
-        "scale_": "scaler_",
-        "mlps.": "layers.",
-        ".norm1.": f".{kind}.0.",
-        ".weight1": f".{kind}.{first}.weight",
-        ".bias1": f".{kind}.{first}.bias",
-        ".weight2": f".{kind}.{second}.weight",
-        ".bias2": f".{kind}.{second}.bias",
-        ".norm2.": f".{kind}.{last}.",
-    }
-    names: dict[int, str] = {}
-    layout = {}
-    for key, parameter in net.named_parameters(remove_duplicate=False):
-        theirs = functools.reduce(lambda name, pair: name.replace(*pair), renames.items(), key)
-        shape = our_shape = tuple(parameter.shape)
-        transposed = not of_layers and key.endswith((".weight1", ".weight2"))
-        if transposed:
-            shape = shape[:0:-1]
-        elif key.endswith((".bias1", ".bias2")):
-            shape = (1, shape[0], 1, 1, shape[1]) if of_layers else shape[1:]
-        elif key.startswith("scale_"):
-            shape = (1, *shape, 1)
-        elif key == "head":
-            theirs, shape = "head.weight", shape[:1] + shape[1 + (shape[1] == 1) :]
-        layout[theirs] = _Place(names.setdefault(id(parameter), key), shape, our_shape, transposed)
-    return layout
+    ours: dict[int, str] = {}
+    parameters = net.named_parameters(remove_duplicate=False)
+    return {_key(key): (ours.setdefault(id(of), key), tuple(of.shape)) for key, of in parameters}
+
+
+def _key(ours: str) -> str:
+    """Our key -> that in the file, of the first of layers that are shared."""
+    prefix = next((prefix for prefix in PREFIXES if ours.startswith(prefix)), "")
+    return PREFIXES.get(prefix, "") + ours.removeprefix(prefix)

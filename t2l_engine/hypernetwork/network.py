@@ -144,12 +144,16 @@ class HyperNetwork(nn.Module):
         heads, offsets = cast("dict[str, nn.Linear]", self.heads), cast("dict[str, Offsets]", self.offsets)
         return [(heads[name], offsets[name]) for name in self.config.modules]
 
+    def matrices(self) -> list[Tensor]:
+        """The weight matrices."""
+        return [layer.weight for layer in self.modules() if isinstance(layer, nn.Linear)]
+
     def set_dtype(self, dtype: torch.dtype) -> HyperNetwork:
         """Cast the weight matrices to ``dtype``; norms, biases, embeddings and offsets stay float32 (or float64).
 
         Raises ValueError if ``dtype`` is not floating point or values exceed its range; nothing changes then.
         """
-        cast_matrices(self, dtype, [layer.weight for layer in self.modules() if isinstance(layer, nn.Linear)])
+        cast_matrices(self, dtype, self.matrices())
         self._folded = None
         return self
 
@@ -436,7 +440,7 @@ def load(
     contents.state.clear()  # so that casting frees each tensor in turn
     contents.unused.clear()
     if dtype is None:
-        dtypes = {layer.weight.dtype for layer in net.modules() if isinstance(layer, torch.nn.Linear)}
+        dtypes = {matrix.dtype for matrix in net.matrices()}
         if len(dtypes) > 1:
             got = ", ".join(sorted(map(str, dtypes)))
             raise CheckpointError(f"{contents.path}: expected matrices of one dtype, got {got}; pass dtype to cast them")

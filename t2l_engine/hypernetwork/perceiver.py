@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, pad, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import layer_norm, normalize, pad, rms_norm, scaled_dot_product_attention, silu
 
 from t2l_engine.adapters.paths import module_names
 from t2l_engine.adapters.stack import AdapterStack
@@ -15,7 +15,7 @@ from t2l_engine.files.weights import cast_matrices
 from t2l_engine.hypernetwork.config import HEAD_WIDTH, HEADS, KEY_VALUE_HEADS, PerceiverConfig
 from t2l_engine.hypernetwork.output import check_out, meta_stack
 
-RMS_EPS, LAYER_NORM_EPS = 1e-6, 1e-5
+RMS_EPS = 1e-6
 #: Tokens that are projected at once without gradients: few enough for a cache, enough to read the weights seldom.
 PROJECTED_TOKENS = 1024
 #: Contexts are padded to a multiple of so many tokens: then attention sums in one order, however long the others are.
@@ -115,25 +115,38 @@ class Resampler(nn.Module):
         return self.layernorm(latents)
 
 
-class ResidualMLP(nn.Module):
-    """``x + LN(W2 silu(W1 LN(x) + b1) + b2)``, with W1, b1, W2, b2 of their own for each of ``layers`` layers."""
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
-    def __init__(self, layers: int, width: int):
+
+class LayerLinear(nn.Module):
+    """``x W + b`` of ``x [layers, rows, in]``, with W and b of their own for each layer; ``layers`` None: of one linear."""
+
+    def __init__(self, layers: int | None, n_in: int, n_out: int):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, LAYER_NORM_EPS), nn.LayerNorm(width, LAYER_NORM_EPS)
-        bound = 1 / math.sqrt(width)
-        self.weight1 = nn.Parameter(torch.empty(layers, width, 4 * width).uniform_(-bound, bound))
-        self.weight2 = nn.Parameter(torch.empty(layers, 4 * width, width).uniform_(-bound / 2, bound / 2))
-        self.bias1, self.bias2 = nn.Parameter(torch.zeros(layers, 4 * width)), nn.Parameter(torch.zeros(layers, width))
+        bound = 1 / math.sqrt(n_in)
+        weight, bias = ((n_out, n_in), (n_out,)) if layers is None else ((layers, n_in, n_out), (1, layers, 1, 1, n_out))
+        self.weight, self.bias = nn.Parameter(torch.empty(weight).uniform_(-bound, bound)), nn.Parameter(torch.zeros(bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [layers, rows, d]``, ``[1, rows, d]`` for weights that layers share."""
-        hidden = silu(torch.baddbmm(self.bias1.to(x.dtype)[:, None], _norm(self.norm1, x), self.weight1))
-        return x + _norm(self.norm2, torch.baddbmm(self.bias2.to(x.dtype)[:, None], hidden, self.weight2))
+        weight = self.weight if self.weight.dim() == 3 else self.weight.mT[None]
+        return torch.baddbmm(self.bias.to(x.dtype).view(len(weight), 1, -1), x, weight)
 
 
-def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    return layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+class ResidualMLP(nn.Module):
+    """``x + LN(W2 silu(W1 LN(x) + b1) + b2)`` of ``x [layers, rows, d]``; ``layers`` None: ``[1, rows, d]``."""
+
+    def __init__(self, layers: int | None, width: int):
+        super().__init__()
+        linears = LayerLinear(layers, width, 4 * width), LayerLinear(layers, 4 * width, width)
+        dropout = [nn.Identity()] if layers is None else []  # for the places that parameters have in SakanaAI's code
+        branch = nn.Sequential(LayerNorm(width), *dropout, linears[0], nn.SiLU(), *dropout, linears[1], LayerNorm(width))
+        self.add_module("mlp" if layers is None else "layers", branch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (branch,) = self.children()
+        return x + branch(x)
 
 
 class PerceiverHyperNetwork(nn.Module):
@@ -165,14 +178,16 @@ class PerceiverHyperNetwork(nn.Module):
         self.decoder = Resampler(queries, d)
         for name in ("post_attention_layernorm", "post_ff_layernorm"):
             nn.init.constant_(self.decoder.get_parameter(f"layers.0.{name}.weight"), INITIAL_READ)
-        self.mlps = nn.ModuleList(ResidualMLP(layers if c.per_layer_mlps else 1, d) for _ in range(c.num_mlps))
+        self.mlps = nn.ModuleList(ResidualMLP(layers if c.per_layer_mlps else None, d) for _ in range(c.num_mlps))
         widest = max(map(sum, zip(c.in_features, c.out_features, strict=True)))
         sizes = list(zip(c.modules, c.in_features, c.out_features, strict=True))
-        self.head = nn.Parameter(torch.randn(layers, len(c.modules), d, widest))
+        head = torch.randn(layers, len(c.modules), d, widest)
         for k, (_, n_in, n_out) in enumerate(sizes):  # rows of A of norm 1, smaller ones of B: latents have norm 1
-            self.head.data[:, k, :, :n_in] /= math.sqrt(n_in)
-            self.head.data[:, k, :, n_in:] *= INITIAL_B / math.sqrt(n_out)
-        self.scale_A, self.scale_B = (nn.ParameterDict({m: torch.ones(layers, rank) for m in c.modules}) for _ in range(2))
+            head[:, k, :, :n_in] /= math.sqrt(n_in)
+            head[:, k, :, n_in:] *= INITIAL_B / math.sqrt(n_out)
+        self.head = nn.Parameter(head.squeeze(1))
+        scales = [nn.ParameterDict({m: torch.ones(1, layers, rank, 1) for m in c.modules}) for _ in range(2)]
+        self.scale_A, self.scale_B = scales
         self.bias_A = nn.ParameterDict({m: torch.randn(layers, rank, n) / math.sqrt(n) for m, n, _ in sizes})
         self.bias_B = nn.ParameterDict({m: torch.zeros(layers, rank, n) for m, _, n in sizes})
         self._paths = {name: path for path, name in module_names(c.module_paths.values()).items()}
@@ -187,15 +202,16 @@ class PerceiverHyperNetwork(nn.Module):
         """That of its parameters."""
         return self.head.device
 
+    def matrices(self) -> list[Tensor]:
+        """The weight matrices."""
+        return [self.head, *(of.weight for of in self.modules() if isinstance(of, (nn.Linear, LayerLinear)))]
+
     def set_dtype(self, dtype: torch.dtype) -> PerceiverHyperNetwork:
         """Cast the weight matrices to ``dtype``; norms, queries, scales and biases stay float32 (or float64).
 
         Raises ValueError if ``dtype`` is not floating point or values exceed its range; nothing changes then.
         """
-        linears = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
-        mlps = [module for module in self.mlps if isinstance(module, ResidualMLP)]
-        of_layers = [weight for mlp in mlps for weight in (mlp.weight1, mlp.weight2)]
-        cast_matrices(self, dtype, [self.head, *linears, *of_layers])
+        cast_matrices(self, dtype, self.matrices())
         return self
 
     def latents(self, states: Tensor, mask: Tensor) -> Tensor:
@@ -322,12 +338,13 @@ class PerceiverHyperNetwork(nn.Module):
         rows = x.view(c.num_layers if c.per_layer_mlps else 1, -1, c.latent_size)
         for mlp in self.mlps:
             rows = mlp(rows)
-        rows = torch.nn.functional.normalize(rows, dim=-1, eps=0).view_as(x)
+        rows = normalize(rows, dim=-1, eps=0).view_as(x)
+        head = self.head.view(c.num_layers, len(c.modules), c.latent_size, -1)
         for k, (name, n_in, n_out) in enumerate(zip(self._paths, c.in_features, c.out_features, strict=True)):
-            made = torch.bmm(rows[:, :, k].flatten(1, 2), self.head[:, k, :, : n_in + n_out])
+            made = torch.bmm(rows[:, :, k].flatten(1, 2), head[:, k, :, : n_in + n_out])
             made = made.unflatten(1, (-1, c.rank)).transpose(0, 1)  # [chunks, layers, r, in + out]
             module = c.modules[k]
-            scale_A, scale_B = (scale[module].to(made.dtype)[..., None] for scale in (self.scale_A, self.scale_B))
+            scale_A, scale_B = (scale[module].to(made.dtype) for scale in (self.scale_A, self.scale_B))
             yield name, made[..., :n_in] * scale_A, made[..., n_in:] * scale_B
 
     def _check(self, latents: Sequence[Tensor]) -> None:
