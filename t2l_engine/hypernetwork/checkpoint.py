@@ -18,7 +18,7 @@ from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import to_json
 from t2l_engine.files.weights import check_no_model, check_weights, read_safetensors, write_folder
 from t2l_engine.hypernetwork import d2l
-from t2l_engine.hypernetwork.config import AnyConfig, config_from_json
+from t2l_engine.hypernetwork.config import config_from_json
 from t2l_engine.hypernetwork.folder import (
     BLOCKS,
     CONFIG_NAME,
@@ -108,23 +108,17 @@ def _check_pooling(path: Path, blocks: Mapping[str, Any], pooling: Mapping[str, 
         raise CheckpointError(f"{path}: expected {expected}, got keys {short_repr(sorted(pooling))}")
 
 
-def write_native(
-    folder: Path,
-    config: AnyConfig,
-    blocks: dict[str, Any],
-    state: dict[str, Tensor],
-    unused: dict[str, Tensor],
-    pooling: dict[str, Tensor],
-) -> None:
-    """Write a native folder, arguments as in :class:`Contents`.
+def write_native(folder: Path, contents: Contents) -> None:
+    """Write a native folder.
 
     Raises CheckpointError for contents that :func:`read` refuses, FileExistsError for a model's folder.
     """
     check_no_model(folder)
-    check_blocks(blocks, str(folder))
-    _check_pooling(folder, blocks, pooling)
-    blocks = {"format": FORMAT, "hypernetwork": to_json(config), **blocks}
-    for prefix, tensors in ((UNUSED_PREFIX, unused), (POOLING_PREFIX, pooling)):
+    check_blocks(contents.blocks, str(folder))
+    _check_pooling(folder, contents.blocks, contents.pooling)
+    blocks = {"format": FORMAT, "hypernetwork": to_json(contents.config), **contents.blocks}
+    state = contents.state
+    for prefix, tensors in ((UNUSED_PREFIX, contents.unused), (POOLING_PREFIX, contents.pooling)):
         state = state | {prefix + key: tensor for key, tensor in tensors.items()}
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     check_weights(folder, state, CheckpointError)

@@ -81,7 +81,7 @@ def convert(source: Path, target: Path, to: str | None = None, module_order: lis
     check_encoder(contents)
     if to == "native":
         _expect_json(contents)
-        write_native(target, contents.config, contents.blocks, contents.state, contents.unused, contents.pooling)
+        write_native(target, contents)
     elif to == "doc-to-lora":
         d2l.write(target, contents)
     else:

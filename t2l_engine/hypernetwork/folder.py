@@ -67,8 +67,17 @@ class Contents:
     pooling: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def encoder_config(self) -> AnyEncoderConfig | None:
-        """Of the encoder that the checkpoint was trained with, see :func:`stated_encoder`."""
-        return stated_encoder(self.blocks, self.source)
+        """Of the encoder that the checkpoint was trained with, None if it states none.
+
+        Raises UndefinedEncoder, a ConfigError, if Sakana arguments name an encoder whose pooling is not known.
+        """
+        if self.blocks.get("encoder") is not None:
+            return encoder_config_from_json(self.blocks["encoder"], f"{self.source}: encoder")
+        args = self.blocks.get("reference", {}).get("args")
+        if isinstance(args, dict) and args:  # raises, since blocks of defined encoders are written
+            native = self.source.name == CONFIG_NAME
+            return sakana_encoder_config(args, f"{self.source}: reference.args" if native else str(self.source))
+        return None
 
     @property
     def prompt_form(self) -> str:
@@ -161,19 +170,6 @@ def check_blocks(blocks: dict[str, Any], where: str) -> None:
     for name, kind in kinds.items():
         if name in blocks and not isinstance(blocks[name], kind):
             raise CheckpointError(f"{where}: {name}: expected {kind[0].__name__}, got {short_repr(blocks[name])}")
-
-
-def stated_encoder(blocks: dict[str, Any], path: Path) -> AnyEncoderConfig | None:
-    """The text encoder stated by the ``blocks`` of ``path``, None if there is none.
-
-    Raises UndefinedEncoder, a ConfigError, if Sakana arguments name an encoder whose pooling is not known.
-    """
-    if blocks.get("encoder") is not None:
-        return encoder_config_from_json(blocks["encoder"], f"{path}: encoder")
-    args = blocks.get("reference", {}).get("args")
-    if isinstance(args, dict) and args:  # raises, since blocks of defined encoders are written
-        return sakana_encoder_config(args, f"{path}: reference.args" if path.name == CONFIG_NAME else str(path))
-    return None
 
 
 def sakana_encoder_config(args: dict[str, Any], where: str) -> EncoderConfig | OneHotConfig:

@@ -357,7 +357,7 @@ def save(
     if unknown:
         raise ValueError(f"metadata: expected some of {BLOCKS}, got {sorted(unknown)}")
     trained = {} if pooling is None else pooling.state_dict()
-    write_native(folder, net.config, metadata, _own_tensors(net), unused={}, pooling=trained)
+    write_native(folder, Contents(net.config, _own_tensors(net), {}, metadata, folder, folder, pooling=trained))
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:

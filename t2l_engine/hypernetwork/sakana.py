@@ -27,6 +27,7 @@ from t2l_engine.hypernetwork.folder import (
     CheckpointError,
     Contents,
     check_blocks,
+    expect_keys,
     expect_shape,
     sakana_encoder_config,
 )
@@ -364,11 +365,7 @@ def _rename(
             unknown.append(key)
         else:
             native[name] = tensor
-    missing = sorted(known - state.keys())
-    if missing or unknown:
-        raise CheckpointError(
-            f"{weights}: missing keys {short_repr(missing)}, unexpected keys {short_repr(sorted(unknown))}"
-        )
+    expect_keys(weights, [*(known & state.keys()), *unknown], known)
     for key in sorted(known):
         like = None if key.startswith("out_emb.") else state["AB_offset." + key.split(".", 1)[1]]
         expect_shape(weights, key, state[key], (config.width,) if like is None else tuple(like.shape))
