@@ -25,11 +25,7 @@ ATTENDED_TOKENS = 64
 INITIAL_B = INITIAL_READ = 0.3
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight.shape, self.weight.to(x.dtype), RMS_EPS)
 
@@ -221,16 +217,10 @@ class PerceiverHyperNetwork(nn.Module):
         bool, the tokens of each chunk.
         """
         c = self.config
-        wanted = (c.num_layers,) if c.per_layer else ()
-        if (
-            states.shape[1:-2] != wanted
-            or states.shape[-1] != c.feature_size
-            or mask.shape != (len(states), states.shape[-2])
-        ):
-            expected = "[chunks, " + "".join(f"{n}, " for n in wanted) + f"L, {c.feature_size}]"
-            raise ValueError(
-                f"states: expected {expected} and a mask [chunks, L], got {tuple(states.shape)}, {tuple(mask.shape)}"
-            )
+        layers = [c.num_layers] if c.per_layer else []
+        if mask.dim() != 2 or list(states.shape) != [len(mask), *layers, mask.shape[1], c.feature_size]:
+            expected, got = ", ".join(map(str, ["chunks", *layers, "L", c.feature_size])), (*states.shape,)
+            raise ValueError(f"states: expected [{expected}] and a mask [chunks, L], got {got}, {tuple(mask.shape)}")
         chunks, flat = len(states), states.to(self.dtype)
         if c.per_layer:
             flat, mask = flat.flatten(0, 1), mask.repeat_interleave(c.num_layers, dim=0)

@@ -322,17 +322,17 @@ class TextEncoder:
     def _padded(self, tokens: list[dict[str, list[int]]]) -> tuple[dict[str, Tensor], Tensor]:
         """The model's inputs for texts padded on the right, and the mask ``[N, L]`` of their tokens."""
         device = next(self.model.parameters()).device
-        lengths = torch.tensor([len(inputs["input_ids"]) for inputs in tokens])
         # Not by the tokenizer: a causal LM's pads on the left and may have no padding token.
-        padding = {"input_ids": self.tokenizer.pad_token_id or 0}
-        batch = {
-            key: nn.utils.rnn.pad_sequence(
-                [torch.tensor(inputs[key]) for inputs in tokens], batch_first=True, padding_value=padding.get(key, 0)
-            ).to(device)
-            for key in tokens[0]
-        }
-        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
-        return batch, mask
+        values = dict.fromkeys(tokens[0], 0) | {"input_ids": self.tokenizer.pad_token_id or 0}
+        padded = {key: pad_states([torch.tensor(of[key]) for of in tokens], value) for key, value in values.items()}
+        return {key: rows.to(device) for key, (rows, _) in padded.items()}, padded["input_ids"][1].to(device)
+
+
+def pad_states(states: Sequence[Tensor], value: int = 0) -> tuple[Tensor, Tensor]:
+    """``[N, L, ...]``, padded with ``value``, and the mask ``[N, L]`` of texts ``[tokens, ...]``: hidden states or ids."""
+    padded = nn.utils.rnn.pad_sequence(list(states), batch_first=True, padding_value=value)
+    lengths = torch.tensor([len(text) for text in states], device=padded.device)
+    return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
 
 
 class OneHotEncoder:

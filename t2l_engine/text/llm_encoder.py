@@ -14,7 +14,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention, silu
 
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.text.config import LLMEncoderConfig
-from t2l_engine.text.encoder import CACHE_SIZE, TextEncoder, WorkedExamples, check_list, check_text, load
+from t2l_engine.text.encoder import CACHE_SIZE, TextEncoder, WorkedExamples, check_list, check_text, load, pad_states
 from t2l_engine.text.prompts import worked_example
 
 if TYPE_CHECKING:
@@ -244,13 +244,6 @@ def condition_text(description: str, examples: Sequence[tuple[str, str]] = ()) -
     """The text that is embedded: the description and worked examples (input, answer), as in a raw prompt."""
     parts = [description.strip(), *(worked_example(x.strip(), y.strip()) for x, y in examples)]
     return "\n\n".join(part for part in parts if part)
-
-
-def pad_states(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """``[N, L, ...]``, padded with zeros, and the mask ``[N, L]`` of texts with ``[tokens, ...]``: hidden states or ids."""
-    padded = nn.utils.rnn.pad_sequence(list(states), batch_first=True)
-    lengths = torch.tensor([len(text) for text in states], device=padded.device)
-    return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
 
 
 def _checked(name: str, examples: Any, most: int) -> list[tuple[str, str]]:

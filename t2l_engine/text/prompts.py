@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from t2l_engine.files.errors import ConfigError, short_repr
+from t2l_engine.files.errors import ConfigError, one_of, short_repr
 from t2l_engine.files.text import is_unicode, read_rows
 
 #: Prompt templates, the values of ``prompt_form``: the tokenizer's chat template (:func:`chat_prompt`), or plain text
@@ -24,9 +24,7 @@ _CALLED, _DATED = "strftime_now(", f"{{% macro strftime_now(format) %}}{_DATE}{{
 
 def check_prompt_form(prompt_form: Any, *where: object) -> str:
     """``prompt_form``; ConfigError, prefixed by ``where``, unless it is one of :data:`PROMPT_FORMS`."""
-    if prompt_form not in PROMPT_FORMS:
-        field = ": ".join(map(str, (*where, "prompt_form")))
-        raise ConfigError(f"{field}: expected one of {', '.join(PROMPT_FORMS)}, got {short_repr(prompt_form)}")
+    one_of(": ".join(map(str, (*where, "prompt_form"))), prompt_form, PROMPT_FORMS)
     return prompt_form
 
 
@@ -35,11 +33,9 @@ def prompt_of(prompt_form: str, tokenizer, text: str, description: str = "", sho
 
     Raises ConfigError for another ``prompt_form``.
     """
-    return (
-        raw_prompt(description, text, shots)
-        if check_prompt_form(prompt_form) == RAW
-        else chat_prompt(tokenizer, text, description, shots)
-    )
+    if check_prompt_form(prompt_form) == RAW:
+        return raw_prompt(description, text, shots)
+    return chat_prompt(tokenizer, text, description, shots)
 
 
 def answer_of(prompt_form: str, text: str) -> str:

@@ -207,7 +207,7 @@ def test_one_adapter_for_all_tasks(base_model, tasks, loaded, tmp_path):
     for content, expected in (
         ([], "done.json: expected an object with settings"),
         ({"settings": 1}, "done.json: expected an object with settings"),
-        ({"settings": unlike}, "prompt_form: expected one of chat, raw, got 'loud'"),
+        ({"settings": unlike}, r"prompt_form: expected one of \('chat', 'raw'\), got 'loud'"),
     ):
         (folder / "waves" / "000" / "done.json").write_text(json.dumps(content))
         with pytest.raises(ConfigError, match=expected):

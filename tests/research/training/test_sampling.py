@@ -141,7 +141,7 @@ def test_prompts(tokenizer):
     raw = Examples([one], tokenizer, 99, with_description=True, template="raw").sample(0, 0, 0)
     assert list(raw.tokens[:-2]) == tokenizer(raw_prompt("Say the first word.", "red cat"))["input_ids"]
     assert words(tokenizer, raw)[-2:] == ["red", "</s>"] and raw.answer_len == 2
-    with pytest.raises(ValueError, match="prompt_form: expected one of chat, raw, got 'loud'"):
+    with pytest.raises(ValueError, match=r"prompt_form: expected one of \('chat', 'raw'\), got 'loud'"):
         prompt_of("loud", tokenizer, "red")
     tokenizer.chat_template = None  # as those of many base models
     assert prompt_of("raw", tokenizer, "red") == raw_prompt("", "red")
