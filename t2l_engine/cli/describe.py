@@ -115,24 +115,17 @@ def _adapter(folder: Path) -> dict[str, Any]:
     stack = AdapterStack.from_peft([folder])
     config = read_json(folder / peft.CONFIG_NAME)
     modules, parameters = [], 0
-    for name, a in stack.lora_A.items():
-        ranks, n_in, n_out = stack.ranks[name][0].tolist(), a.shape[3], stack.lora_B[name].shape[2]
-        modules.append(
-            {
-                "name": name,
-                "in_features": n_in,
-                "out_features": n_out,
-                "ranks": sorted(set(ranks) - {0}),
-                "layers": sum(rank > 0 for rank in ranks),
-            }
-        )
+    for name, (_, n_in, n_out) in stack.sizes.items():
+        ranks = stack.ranks[name][0].tolist()
+        sizes = {"name": name, "in_features": n_in, "out_features": n_out}
+        modules.append(sizes | {"ranks": sorted(set(ranks) - {0}), "layers": sum(rank > 0 for rank in ranks)})
         parameters += sum(ranks) * (n_in + n_out)
     return {
         "kind": "adapter",
         "folder": str(folder),
         "base_model": config.get("base_model_name_or_path"),
         "modules": modules,
-        "num_layers": max(a.shape[1] for a in stack.lora_A.values()),
+        "num_layers": max(layers for layers, _, _ in stack.sizes.values()),
         "partial": stack.partial,
         "scaling": float(stack.scaling[0]),
         "lora_alpha": config["lora_alpha"],

@@ -17,7 +17,7 @@ def test_nothing_is_on_by_default(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "_SHARED_MEMORY", tmp_path / "absent")
     monkeypatch.setenv("T2L_CACHE", str(tmp_path))
     found = read({"T2L_VLLM_CHECKPOINT": " ", "PATH": "/bin"})
-    assert not found.enabled and not found.kernels and not found.warmup and found.checkpoints == {}
+    assert not found.kernels and not found.warmup and found.checkpoints == {}
     assert (found.mode, found.threads, found.store_bytes, found.max_names) == ("disk", 1, 4 << 30, 100_000)
     assert found.store == tmp_path / "adapters"
 
@@ -41,7 +41,7 @@ def test_checkpoints_have_short_names_in_order(tmp_path):
     shutil.copytree(BUNDLED / "smollm2-135m", tmp_path / "other")
     found = read({"T2L_VLLM_CHECKPOINT": f"{tmp_path}/other/, smollm2-135m"})
     assert list(found.checkpoints.items()) == [("other", f"{tmp_path}/other/"), ("smollm2-135m", "smollm2-135m")]
-    assert found.enabled and found.kernels, "kernels follow the checkpoint"
+    assert found.kernels, "kernels follow the checkpoint"
     assert found.checkpoint_name(None) == "other" and found.checkpoint_name("smollm2-135m") == "smollm2-135m"
     with pytest.raises(ValueError, match=r"checkpoint: expected one of \['other', 'smollm2-135m'\], got 'third'"):
         found.checkpoint_name("third")

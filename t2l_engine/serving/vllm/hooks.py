@@ -54,7 +54,7 @@ def install(settings: Settings) -> Settings:
             settings = dataclasses.replace(settings, mode=DISK)
     _make(_refuse_misfits, "sizes are not compared, modules that --lora-target-modules leaves out are ignored")
     _make(_answer_refusals, "with tensor parallelism an adapter that is refused may make a later one fail")
-    if settings.enabled:
+    if settings.checkpoints:
         _make(_forget_adapters_of_metrics, "vllm:lora_requests_info keeps every set of adapters")
         _make(_guard_all_routes, "--api-key does not cover all routes that make adapters")
     return settings

@@ -32,7 +32,7 @@ def register(settings: Settings) -> None:
 
     Raises ValueError if vLLM is set to answer unknown models by the base model.
     """
-    if not settings.enabled or NAME in LoRAResolverRegistry.get_supported_resolvers():
+    if not settings.checkpoints or NAME in LoRAResolverRegistry.get_supported_resolvers():
         return
     if envs.VLLM_SKIP_MODEL_NAME_VALIDATION:
         raise ValueError(

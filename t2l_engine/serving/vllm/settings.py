@@ -40,11 +40,6 @@ class Settings:
     threads: int
     warmup: bool
 
-    @property
-    def enabled(self) -> bool:
-        """Whether a checkpoint is set, so that adapters are generated."""
-        return bool(self.checkpoints)
-
     def checkpoint_name(self, given: str | None) -> str:
         """``given``, or the default's name for None; ValueError lists the known ones if there is no such checkpoint."""
         name = next(iter(self.checkpoints), None) if given is None else given
