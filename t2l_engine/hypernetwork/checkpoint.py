@@ -20,7 +20,6 @@ from t2l_engine.files.weights import check_no_model, check_weights, read_safeten
 from t2l_engine.hypernetwork import d2l
 from t2l_engine.hypernetwork.config import config_from_json
 from t2l_engine.hypernetwork.folder import (
-    BLOCKS,
     CONFIG_NAME,
     FORMAT,
     POOLING_PREFIX,
@@ -53,7 +52,7 @@ def read(folder: Path, module_order: list[str] | None = None) -> Contents:
 def describe(folder: Path) -> dict[str, Any]:
     """The optional blocks of a checkpoint's ``config.json``, or the same from a folder in Sakana format."""
     if format_of(folder) == "native":
-        return _optional(native_blocks(folder))
+        return native_blocks(folder)[1]
     if format_of(folder) == "doc-to-lora":
         return d2l.read(folder).blocks
     return SakanaFiles.open(folder).blocks()
@@ -74,14 +73,10 @@ def trained_tasks(about: Mapping[str, Any]) -> set[str]:
 # --- native format -------------------------------------------------------------------------------------------------
 
 
-def _optional(blocks: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in blocks.items() if key in BLOCKS}
-
-
 def _read_native(folder: Path, module_order: list[str] | None) -> Contents:
     config_path, path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
-    blocks = native_blocks(folder)
-    config = config_from_json(blocks["hypernetwork"], f"{config_path}: hypernetwork")
+    hypernetwork, blocks = native_blocks(folder)
+    config = config_from_json(hypernetwork, f"{config_path}: hypernetwork")
     if module_order is not None and list(module_order) != list(config.modules):
         raise CheckpointError(
             f"module_order: expected {list(config.modules)} as {config_path} states, got {short_repr(module_order)}; "
@@ -98,7 +93,7 @@ def _read_native(folder: Path, module_order: list[str] | None) -> Contents:
     )
     state = {k: t for k, t in tensors.items() if not k.startswith((UNUSED_PREFIX, POOLING_PREFIX))}
     _check_pooling(path, blocks, pooling)
-    return Contents(config, state, unused, _optional(blocks), path, config_path, pooling=pooling)
+    return Contents(config, state, unused, blocks, path, config_path, pooling=pooling)
 
 
 def _check_pooling(path: Path, blocks: Mapping[str, Any], pooling: Mapping[str, Tensor]) -> None:

@@ -146,8 +146,11 @@ def format_of(folder: Path) -> str:
     )
 
 
-def native_blocks(folder: Path) -> dict[str, Any]:
-    """The blocks of a native ``config.json``; ConfigError or CheckpointError names an unknown one or one of a wrong type."""
+def native_blocks(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The block "hypernetwork" of a native ``config.json``, and the optional ones.
+
+    Raises ConfigError or CheckpointError naming an unknown one or one of a wrong type.
+    """
     path = folder / CONFIG_NAME
     blocks = read_json(path)
     if not isinstance(blocks, dict):
@@ -161,7 +164,8 @@ def native_blocks(folder: Path) -> dict[str, Any]:
             f"{path}: expected blocks 'hypernetwork' and some of {BLOCKS}, got {short_repr(sorted(blocks))}"
         )
     check_blocks(blocks, str(path))
-    return blocks
+    del blocks["format"]
+    return blocks.pop("hypernetwork"), blocks
 
 
 def check_blocks(blocks: dict[str, Any], where: str) -> None:

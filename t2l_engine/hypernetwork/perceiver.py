@@ -290,7 +290,13 @@ class PerceiverHyperNetwork(nn.Module):
         self, latents: Sequence[Tensor], out: AdapterStack | None, chunk_scale: float, bias_scale: float
     ) -> AdapterStack:
         c, device = self.config, self.device
-        self._check(latents)
+        if not len(latents):
+            raise ValueError("latents: expected those of one or more texts, got none")
+        shape = (c.num_layers, len(c.modules), c.rank, c.latent_size)
+        for of in latents:
+            if not len(of) or of.shape[1:] != shape or of.device != device:
+                expected, got = f"[chunks, {', '.join(map(str, shape))}] on {device}", f"{tuple(of.shape)} on {of.device}"
+                raise ValueError(f"latents: expected {expected}, got {got}")
         counts = [len(of) for of in latents]
         like = self.meta_stack(counts)
         if out is None:
@@ -336,13 +342,3 @@ class PerceiverHyperNetwork(nn.Module):
             module = c.modules[k]
             scale_A, scale_B = (scale[module].to(made.dtype) for scale in (self.scale_A, self.scale_B))
             yield name, made[..., :n_in] * scale_A, made[..., n_in:] * scale_B
-
-    def _check(self, latents: Sequence[Tensor]) -> None:
-        c = self.config
-        shape = (c.num_layers, len(c.modules), c.rank, c.latent_size)
-        for of in latents:
-            if not len(of) or of.shape[1:] != shape or of.device != self.device:
-                got = f"{tuple(of.shape)} on {of.device}"
-                raise ValueError(f"latents: expected [chunks, {', '.join(map(str, shape))}] on {self.device}, got {got}")
-        if not len(latents):
-            raise ValueError("latents: expected those of one or more texts, got none")
