@@ -15,7 +15,7 @@ from t2l_engine.cli import common
 from t2l_engine.cli.common import EngineOptions, Json, named
 from t2l_engine.engine import DocToLoRA
 from t2l_engine.text import base_model as models
-from t2l_engine.text.prompts import answer_in, prompt_of, read_examples
+from t2l_engine.text.prompts import answer_ids, answer_in, prompt_of, read_examples
 
 
 def adapt(
@@ -77,7 +77,7 @@ def _right(adapters: list[Path], made: Mapping[str, Any], description: str, exam
 
     model, tokenizer = models.load(made["base_model"], getattr(torch, made["dtype"]))
     answerer = Answerer(model, tokenizer, identity="", store=Store(), batch_size=32, clock=time.perf_counter)
-    longest = max(len(answerer.tokens(answer)) for _, answer in examples) + 4
+    longest = max(len(answer_ids(tokenizer, answer)) for _, answer in examples) + 4
     shown = description if made["prompt"] == "description" else ""
     prompts = [prompt_of(made["prompt_form"], tokenizer, text, shown) for text, _ in examples]
     queries = [
