@@ -19,6 +19,7 @@ from t2l_engine.files.errors import (
     MIN_NUMBER,
     ConfigError,
     boolean,
+    expect,
     one_of,
     positive_int,
     positive_number,
@@ -68,17 +69,14 @@ class TargetConfig:
         for name in self.modules:
             if not isinstance(name, str) or not name.isidentifier() or len(name) > MAX_NAME:
                 raise ConfigError(f"modules: expected plain module names such as 'q_proj', got {short_repr(name)}")
-        if len(set(self.modules)) != len(self.modules):
-            raise ConfigError(f"modules: expected distinct names, got {short_repr(list(self.modules))}")
+        expect(len(set(self.modules)) == len(self.modules), "modules", "distinct names", list(self.modules))
         if taken := [name for name in self.modules if hasattr(nn.ParameterDict(), name)]:
             raise ConfigError(f"modules: expected names of linears, got {taken}, which torch's ParameterDict does not allow")
         self._check_paths()
         for name in ("in_features", "out_features"):
-            if len(getattr(self, name)) != len(self.modules):
-                raise ConfigError(
-                    f"{name}: expected {len(self.modules)} values, one a module, got {len(getattr(self, name))}"
-                )
-            for value in getattr(self, name):
+            values = getattr(self, name)
+            expect(len(values) == len(self.modules), name, f"{len(self.modules)} values, one a module", len(values))
+            for value in values:
                 positive_int(name, value)
         positive_int("num_layers", self.num_layers, MAX_LAYERS)
         positive_int("rank", self.rank, MAX_RANK)
@@ -97,10 +95,8 @@ class TargetConfig:
         if not isinstance(self.paths, (list, tuple)) or not all(isinstance(path, str) for path in self.paths):
             raise ConfigError(f"paths: expected a list of strings or null, got {short_repr(self.paths)}")
         object.__setattr__(self, "paths", tuple(self.paths))
-        if len(self.paths) != len(self.modules) or len(set(self.paths)) != len(self.paths):
-            raise ConfigError(
-                f"paths: expected {len(self.modules)} different ones, one a module, got {short_repr(self.paths)}"
-            )
+        one_each = len(self.modules) == len(self.paths) == len(set(self.paths))
+        expect(one_each, "paths", f"{len(self.modules)} different ones, one a module", self.paths)
         for path in self.paths:
             error = path_error(path)
             if error is None and LAYER not in path and self.num_layers != 1:
@@ -164,10 +160,9 @@ class HyperNetworkConfig(TargetConfig):
         one_of("task_encoder", self.task_encoder, TASK_ENCODERS)
         for name in ("embed_dim", "latent_size", "head_in_size"):
             positive_int(name, getattr(self, name))
-        if self.latent_size < 4:
-            raise ConfigError(f"latent_size: expected at least 4, got {self.latent_size}")
-        if self.task_encoder == "discrete" and self.task_width != NUM_CLASSES:
-            raise ConfigError(f"latent_size: expected 128 or 129 with the discrete task encoder, got {self.latent_size}")
+        expect(self.latent_size >= 4, "latent_size", "at least 4", self.latent_size)
+        fits = self.task_encoder != "discrete" or self.task_width == NUM_CLASSES
+        expect(fits, "latent_size", "128 or 129 with the discrete task encoder", self.latent_size)
         if self.variant.endswith("rotary") and self.width % 2:
             raise ConfigError(f"latent_size: expected an even trunk width for {self.variant}, got width {self.width}")
         positive_number("output_scale", self.output_scale)
@@ -288,8 +283,8 @@ class PerceiverConfig(TargetConfig):
             positive_int(name, getattr(self, name))
         whole_number("num_self_attention", self.num_self_attention, MAX_BLOCKS)
         whole_number("num_mlps", self.num_mlps, MAX_BLOCKS)
-        if (layers := self.num_blocks * (1 + self.num_self_attention)) > MAX_BLOCKS:
-            raise ConfigError(f"num_blocks, num_self_attention: expected at most {MAX_BLOCKS} layers, got {layers}")
+        layers = self.num_blocks * (1 + self.num_self_attention)
+        expect(layers <= MAX_BLOCKS, "num_blocks, num_self_attention", f"at most {MAX_BLOCKS} layers", layers)
         for name in ("shared_blocks", "per_layer_mlps", "bias"):
             boolean(name, getattr(self, name))
         self._check_parameters(self.num_parameters)
