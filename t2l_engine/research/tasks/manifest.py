@@ -147,8 +147,7 @@ def read(path_or_name: str | Path, examples: int | None = None) -> Manifest:
         from t2l_specs import fixed  # the generator, which imports this module
 
         return fixed.read(values, examples, str(path))
-    if examples is not None:
-        raise ConfigError(f"examples: expected none with manifest {path}, which fixes them, got {examples}")
+    expect(examples is None, "examples", f"none with manifest {path}, which fixes them", examples)
     return _parse(values, str(path))
 
 
