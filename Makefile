@@ -32,7 +32,7 @@ endef
 demo: override export TEXT := $(value TEXT)
 demo: $(VENV)/.built
 	@echo "==> demo: sentences change what SmolLM2-135M does"
-	@$(BIN)/python -m t2l_engine.cli.demo --text "$$TEXT"
+	@$(BIN)/python examples/demo.py --text "$$TEXT"
 
 # The first request to name a sentence as its model makes the adapter; README.md has a curl line to try.
 serve: $(SERVE)/.built

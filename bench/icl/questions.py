@@ -21,7 +21,7 @@ from bench.harness import Context, Record, record
 from bench.icl.first import tokens_of, uncached
 from bench.models import shared
 from bench.timing import elapsed_us
-from t2l_engine.cli import demo
+from examples import demo
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.research.evaluation.answers import cache_argument

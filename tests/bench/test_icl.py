@@ -16,8 +16,8 @@ from bench.icl import costs, first, names, questions
 from bench.models import Step
 from bench.records import ROOT, read
 from bench.timing import Dry
+from examples import demo
 from t2l_engine import ops
-from t2l_engine.cli import demo
 from t2l_engine.lora import layer
 
 #: One for each class of CPUs.

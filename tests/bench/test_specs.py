@@ -9,7 +9,7 @@ import pytest
 
 from bench.harness import BenchError
 from bench.specs import plan, runs
-from t2l_engine.cli import demo
+from examples import demo
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Example, Task, load_tasks, read_descriptions, write_tasks

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import t2l_engine as t2l
-from t2l_engine.cli import demo
+from examples import demo
 from t2l_engine.text import packaged
 from tests.llamacpp.running import LlamaCpp, write_base
 

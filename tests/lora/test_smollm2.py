@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import t2l_engine as t2l
-from t2l_engine.cli import demo
+from examples import demo
 from t2l_engine.testing import numerics
 from t2l_engine.text import packaged
 

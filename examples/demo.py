@@ -1,4 +1,4 @@
-"""``python -m t2l_engine.cli.demo``: effect and cost of adapters that are generated from sentences."""
+"""Effect and cost of adapters that are generated from sentences (``make demo``)."""
 
 from __future__ import annotations
 
