@@ -148,7 +148,7 @@ def careful(net: HyperNetwork) -> Callable[[Tensor], Adapters]:
 
 
 def perceiver(net: PerceiverHyperNetwork) -> Callable[[Tensor], Adapters]:
-    """A perceiver with one for each layer as SakanaAI's code runs it: all in the dtype of ``net``, keys and values repeated.
+    """A perceiver and MLPs a layer as SakanaAI's code runs them: all in the dtype of ``net``, keys and values repeated.
 
     Contexts of one chunk each, without padding: ``states [N, layers, L, f]``.  No norm is a product of torch.
     """

@@ -16,11 +16,10 @@ from transformers.utils import logging
 
 import t2l_engine as t2l
 from t2l_engine import ops
-from t2l_engine.cli.common import FREE_TEXT_CHECKPOINT
 from t2l_engine.text import packaged
 from t2l_engine.text.prompts import raw_prompt
 
-CHECKPOINT = FREE_TEXT_CHECKPOINT
+CHECKPOINT = "smollm2-135m-specs"
 IN_FAMILY, OUT_OF_FAMILY = "in-family", "out-of-family"
 
 #: Description -> (its split, (input, correct answer) of each row).  The checkpoint was not trained on these sentences.

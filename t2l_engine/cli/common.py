@@ -24,7 +24,7 @@ from t2l_engine.ops import native
 from t2l_engine.text import packaged
 
 DEFAULT_CHECKPOINT = "smollm2-135m"
-#: What ``t2l ui`` and the demo start with: a checkpoint for sentences of the user's own.
+#: What ``t2l ui`` starts with: a checkpoint for sentences of the user's own.
 FREE_TEXT_CHECKPOINT = "smollm2-135m-specs"
 
 
@@ -150,9 +150,10 @@ class EngineOptions:
             gone = name == (about.get("base_model") or "").rstrip("/") and not Path(packaged.resolve(name)).is_dir()
             if gone and Path(given := packaged.resolve(self.base_model)).is_dir():
                 encoder = given
-        scaling: Any = self.scaling or None
-        with contextlib.suppress(TypeError, ValueError):  # none, or a name
-            scaling = float(scaling)
+        scaling: str | float | None = self.scaling or None
+        if scaling not in (None, "rslora", "plain"):
+            with contextlib.suppress(ValueError):  # the engine refuses other words
+                scaling = float(scaling)
         engine = TextToLoRA.from_pretrained(
             folder, encoder=encoder or None, scaling=scaling, device=device, trust_remote_code=self.trust_remote_code
         )

@@ -38,7 +38,7 @@ def short_repr(value: Any) -> str:
 
 
 def expect(holds: object, name: str, expected: str, got: object) -> None:
-    """ConfigError naming ``name``, what was expected and what it got, unless it ``holds``."""
+    """ConfigError naming ``name``, the expected and the actual value, unless ``holds``."""
     if not holds:
         raise ConfigError(f"{name}: expected {expected}, got {short_repr(got)}")
 

@@ -26,8 +26,11 @@ INITIAL_B = INITIAL_READ = 0.3
 
 
 class RMSNorm(nn.RMSNorm):
+    def __init__(self, width: int):
+        super().__init__(width, RMS_EPS)
+
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight.shape, self.weight.to(x.dtype), RMS_EPS)
+        return rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -117,13 +120,19 @@ class LayerNorm(nn.LayerNorm):
 
 
 class LayerLinear(nn.Module):
-    """``x W + b`` of ``x [layers, rows, in]``, with W and b of their own for each layer; ``layers`` None: of one linear."""
+    """``x W + b`` of ``x [layers, rows, in]``, with W and b of their own for each layer.
+
+    ``layers`` None: one linear, whose weight is ``[out, in]``, for ``x [1, rows, in]``.
+    """
 
     def __init__(self, layers: int | None, n_in: int, n_out: int):
         super().__init__()
+        if layers is None:
+            weight, bias = torch.empty(n_out, n_in), torch.zeros(n_out)
+        else:  # as SakanaAI's code has them
+            weight, bias = torch.empty(layers, n_in, n_out), torch.zeros(1, layers, 1, 1, n_out)
         bound = 1 / math.sqrt(n_in)
-        weight, bias = ((n_out, n_in), (n_out,)) if layers is None else ((layers, n_in, n_out), (1, layers, 1, 1, n_out))
-        self.weight, self.bias = nn.Parameter(torch.empty(weight).uniform_(-bound, bound)), nn.Parameter(torch.zeros(bias))
+        self.weight, self.bias = nn.Parameter(weight.uniform_(-bound, bound)), nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight if self.weight.dim() == 3 else self.weight.mT[None]
@@ -131,7 +140,7 @@ class LayerLinear(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """``x + LN(W2 silu(W1 LN(x) + b1) + b2)`` of ``x [layers, rows, d]``; ``layers`` None: ``[1, rows, d]``."""
+    """``x + LN(W2 silu(W1 LN(x) + b1) + b2)`` of ``x [layers, rows, d]``; ``layers`` None: one MLP, ``x [1, rows, d]``."""
 
     def __init__(self, layers: int | None, width: int):
         super().__init__()
@@ -182,8 +191,8 @@ class PerceiverHyperNetwork(nn.Module):
             head[:, k, :, :n_in] /= math.sqrt(n_in)
             head[:, k, :, n_in:] *= INITIAL_B / math.sqrt(n_out)
         self.head = nn.Parameter(head.squeeze(1))
-        scales = [nn.ParameterDict({m: torch.ones(1, layers, rank, 1) for m in c.modules}) for _ in range(2)]
-        self.scale_A, self.scale_B = scales
+        self.scale_A = nn.ParameterDict({m: torch.ones(1, layers, rank, 1) for m in c.modules})
+        self.scale_B = nn.ParameterDict({m: torch.ones(1, layers, rank, 1) for m in c.modules})
         self.bias_A = nn.ParameterDict({m: torch.randn(layers, rank, n) / math.sqrt(n) for m, n, _ in sizes})
         self.bias_B = nn.ParameterDict({m: torch.zeros(layers, rank, n) for m, _, n in sizes})
         self._paths = {name: path for path, name in module_names(c.module_paths.values()).items()}

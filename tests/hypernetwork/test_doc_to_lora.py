@@ -17,7 +17,7 @@ from t2l_engine.files.torch_file import read_torch_file, write_torch_file
 from t2l_engine.hypernetwork import d2l
 from t2l_engine.hypernetwork.checkpoint import read
 from t2l_engine.hypernetwork.convert import convert
-from t2l_engine.hypernetwork.network import build
+from t2l_engine.hypernetwork.network import build, load
 
 GOLDEN = Path(__file__).parents[1] / "data" / "doc_to_lora"
 #: The layer-to-layer form with shared blocks and bias; the flat form with three modules and no bias.
@@ -188,6 +188,7 @@ MANY = functools.reduce(lambda value, _: (value, value), range(64), ())
     (field("latent_size", "24"), "latent_size: expected a positive integer"),
     (field("feature_sizes", (1, 2)), "feature_sizes: expected two dicts of the modules"),
     (field("latent_size", 2**31 - 1), "hypernet_config: expected sizes of at most 1099511627776 parameters"),
+    (field("per_layer_processing", False), r"keys \['layers.0.mlp.0.bias', 'layers.0.mlp.0.weight', 'layers.0.mlp.2.bias'"),
     (field("num_blocks", 129, "aggregator_config"), "num_self_attention: expected at most 256 layers, got 258"),
     (tensor("_orig_mod.head.weight", torch.ones(2)), r"unexpected keys \['_orig_mod.head.weight'\]"),
     (tensor(SHARED, torch.ones(24, dtype=torch.float64)), f"{SHARED}: expected the values of"),
@@ -242,6 +243,10 @@ def test_members_of_enumerations_and_bfloat16_are_read_and_written_as_they_are(t
     convert(tmp_path / "native", tmp_path / "back", to="doc-to-lora")
     again, records_again = read_torch_file(tmp_path / "back" / d2l.D2L_NAME, t2l.CheckpointError, d2l.KINDS)
     assert all(torch.equal(tensors[key], again[key]) for key in tensors) and encoded(records) == encoded(records_again)
+
+    write_torch_file(tmp_path / d2l.D2L_NAME, tensors | {"head.weight": tensors["head.weight"].float()} | records)
+    with pytest.raises(t2l.CheckpointError, match="expected matrices of one dtype.*bfloat16.*float32.*pass dtype"):
+        load(read(tmp_path))
 
 
 def test_contexts_that_cannot_be_read_are_errors():

@@ -117,9 +117,9 @@ class TrainingContext:
             if not task.examples:
                 raise ConfigError(f"{tasks_folder}: expected examples of split 'train' of task {task.name}, got none")
         validation = [_of_split(task, "val" if settings.validate_every else None) for task in loaded]
-        none = f"0, since no task of {tasks_folder} has examples of split 'val'"
-        validated = any(task.examples for task in validation)
-        expect(validated or not settings.validate_every, "validate_every", none, settings.validate_every)
+        if settings.validate_every and not any(task.examples for task in validation):
+            expected = f"0, since no task of {tasks_folder} has examples of split 'val'"
+            raise ConfigError(f"validate_every: expected {expected}, got {settings.validate_every}")
         # On CPUs the backward pass of SDPA in bfloat16 is slower than eager attention at these lengths.
         attention = "eager" if device.type == "cpu" and settings.dtype == "bfloat16" else None
         dtype = getattr(torch, settings.dtype)

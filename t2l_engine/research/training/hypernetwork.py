@@ -371,7 +371,10 @@ class HyperNetworkJob(loop.Job):
         self._conditions: Conditions
         if settings.encoder != LLM:
             self._conditions = TaskEmbeddings(settings, tasks, device)
-        elif settings.variant in PERCEIVERS:
+            return
+        assert base_model is not None  # encoder llm is the base model
+        if settings.variant in PERCEIVERS:
+            assert isinstance(settings, SFTSettings)
             self._conditions = Documents(settings, tasks, base_model, device)
         else:
             self._conditions = HiddenStates(settings, tasks, base_model, device, folder)

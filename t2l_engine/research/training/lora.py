@@ -61,11 +61,11 @@ class LoRABank(nn.Module):
 
         Raises FileNotFoundError for a missing one, ConfigError if rank, scaling, modules or layers are not the bank's.
         """
-        single = (folder / "adapter_config.json").is_file()
+        single, wanted = (folder / "adapter_config.json").is_file(), _shapes(self())
         for i, name in enumerate(names):
             path = folder if single else folder / name
             stack = AdapterStack.from_peft(path)
-            wanted, got, scaling = _shapes(self()), _shapes(stack), float(stack.scaling[0])
+            got, scaling = _shapes(stack), float(stack.scaling[0])
             if got != wanted or not same_scaling(scaling, self._scaling):
                 raise ConfigError(
                     f"initial: {path}: expected the shapes of A and B and the scaling of this run, {wanted} and "

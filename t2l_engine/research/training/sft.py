@@ -62,8 +62,8 @@ class SFT(HyperNetworkJob):
         ):
             # How many examples are read changes no parameter.
             other = {key for key in got.keys() | expected if got.get(key) != expected.get(key)} - {"max_examples"}
-            got, expected = ({key: of[key] for key in sorted(other & of.keys())} for of in (got, expected))
-            expect(not other, "initial", f"a checkpoint with the {what} {short_repr(expected)} of this run", got or None)
+            differing, wanted = ({key: of[key] for key in sorted(other & of.keys())} for of in (got, expected))
+            expect(not other, "initial", f"a checkpoint with the {what} {short_repr(wanted)} of this run", differing or None)
         self._initial = hashlib.sha256(contents.path.read_bytes()).hexdigest()
         self._before = checkpoint.trained_tasks(contents.blocks)
         pooling = build_pooling(contents, encoder) if isinstance(encoder, LLMEncoderConfig) else None

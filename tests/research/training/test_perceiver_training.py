@@ -37,12 +37,13 @@ def test_trains_and_the_checkpoint_reads_documents(base_model, tasks, tmp_path, 
         sft.train(reading(base_model, form, steps=1, llm_queries=4, initial=str(out)), tasks, tmp_path / "other")
 
 
-def test_gradients_are_those_of_differences():
+@pytest.mark.parametrize("per_layer_mlps", [True, False])
+def test_gradients_are_those_of_differences(per_layer_mlps):
     """Of every kind of parameter, in float64."""
     config = t2l.PerceiverConfig(
         variant="perceiver-layers", modules=("q_proj", "v_proj"), in_features=(6, 6), out_features=(6, 4), num_layers=2,
         rank=2, lora_alpha=4, feature_size=5, latent_size=4, num_latents=3, num_blocks=3, num_self_attention=1,
-        shared_blocks=True, num_mlps=1, per_layer_mlps=True,
+        shared_blocks=True, num_mlps=1, per_layer_mlps=per_layer_mlps,
     )  # fmt: skip
     torch.manual_seed(0)
     net = t2l.PerceiverHyperNetwork(config).double()
