@@ -76,7 +76,7 @@ format: setup
 # The documentation as a site, in build/site; a broken link or anchor fails.
 docs: setup
 	$(call step,documentation tools,$(PIP) install -q "t2l_engine[docs]")
-	$(WITH_BIN) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+	$(WITH_BIN) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: setup
 	$(BIN)/python -m pytest -q bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name

@@ -248,7 +248,7 @@ def test_subdirectory_builds_and_runs(user):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+@pytest.mark.parametrize("sanitizer", ["address", pytest.param("thread", marks=pytest.mark.release)])
 def test_sanitizers(tmp_path, sanitizer):
     """The ctest suite, the example as a separate project included, with every finding an error."""
     if sanitizer == "thread":

@@ -57,8 +57,8 @@ class Run:
 
 RUNS = (
     Run("all", ALL, files=(OPS, *HERE)),
-    Run("few_sms", KERNELS, num_sms=1),
-    Run("reverse", KERNELS, "reverse"),
+    Run("reverse", KERNELS, "reverse", num_sms=1),
+    Run("few_sms", KERNELS, num_sms=1, release=True),
     Run("eager_copies", KERNELS, "forward+eager", num_sms=2, release=True),
     Run("shuffled", KERNELS, "seed=1", release=True),
     Run("compute_8_6", SMALL, max_cluster=1, shared_kib=99),
