@@ -50,8 +50,9 @@ def generation(context: Context, count: int) -> Iterator[Record]:
     size = count, config.num_layers, TOKENS, config.feature_size
     fresh, timed = (torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(net.dtype) for seed in (2, 3))
     with tolerant(COMPILED, skipped):
-        ways[COMPILED] = torch.compile(ways["eager"], dynamic=False)
-        ways[COMPILED](fresh)
+        if context.full:  # compiling takes longer than all that is tiny
+            ways[COMPILED] = torch.compile(ways["eager"], dynamic=False)
+            ways[COMPILED](fresh)
     exact = baselines.perceiver(copy.deepcopy(net).set_dtype(torch.float64))
     errors = generate.adapter_errors(exact, ways, fresh, net.dtype, skipped, other="eager", chunk=1)
     del exact
