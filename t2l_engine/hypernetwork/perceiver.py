@@ -147,7 +147,7 @@ class ResidualMLP(nn.Module):
         linears = LayerLinear(layers, width, 4 * width), LayerLinear(layers, 4 * width, width)
         dropout = [nn.Identity()] if layers is None else []  # for the places that parameters have in SakanaAI's code
         branch = nn.Sequential(LayerNorm(width), *dropout, linears[0], nn.SiLU(), *dropout, linears[1], LayerNorm(width))
-        self.add_module("mlp" if layers is None else "layers", branch)
+        self.add_module("mlp" if layers is None else "layers", branch)  # its name there, so that keys map by their prefix
 
     def forward(self, x: Tensor) -> Tensor:
         (branch,) = self.children()

@@ -157,7 +157,7 @@ class HiddenStates(Conditions):
 
     ``tasks``: with the examples that sets are drawn from, if any (a reconstruction has no sets); ``folder``: of the files.
 
-    Raises ConfigError, too, if encoder and base model do not fit together.
+    Also raises ConfigError if encoder and base model do not fit together.
     """
 
     def __init__(
@@ -251,7 +251,7 @@ class HiddenStates(Conditions):
 class Documents(Conditions):
     """Hidden states of the descriptions' tokens, which a perceiver reads; read when a batch needs them.
 
-    Raises ConfigError, too, if encoder and base model do not fit together.
+    Also raises ConfigError if encoder and base model do not fit together.
     """
 
     def __init__(self, settings: SFTSettings, tasks: Sequence[Task], base_model: str, device: torch.device):
