@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from t2l_specs.draw import Draw
+
 _DATA: dict[str, Any] = json.loads((Path(__file__).parent / "words.json").read_text(encoding="utf-8"))
 
 #: Kind of thing -> its words.  No word is in two kinds, and no kind is part of another.
@@ -33,6 +35,22 @@ VERB_WORDS, ADJECTIVE_WORDS = list(VERBS), list(ADJECTIVES)
 GOOD, BAD, REVIEWED = _DATA["good_words"], _DATA["bad_words"], _DATA["reviewed"]
 #: Words and short phrases that a specification may ask to write.
 STRINGS, REPLIES = _DATA["strings"], _DATA["replies"]
+
+
+def _made_up(count: int) -> list[str]:
+    """Different strings of two or three syllables that are no words; to copy one, no list of words helps."""
+    draw, found = Draw("made-up words"), {}
+    starts = "b br c d dr f fl g gr h j k l m n p pl r s sk st t tr v w z".split()
+    while len(found) < count:
+        syllables = (draw.pick(starts) + draw.pick("aeiou") for _ in range(draw.number(2, 3)))
+        word = "".join(syllables) + draw.pick(["", "", "l", "m", "n", "r", "s"])
+        if word not in KIND_OF and word not in NOUNS:
+            found[word] = None
+    return list(found)
+
+
+_MADE = _made_up(1000)
+MADE_WORDS, MADE_NAMES = _MADE[:600], [word.capitalize() for word in _MADE[600:]]
 #: What a description says -> what it means: a place its index, letters their regular expression, a time its hours.
 MAPS: dict[str, dict[str, Any]] = _DATA["maps"]
 #: (unit, smaller unit) -> how many of the latter one of the former is.

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from t2l_engine.files.errors import ConfigError, expect
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Example
+from t2l_specs import english
 from t2l_specs.draw import Draw
 from t2l_specs.english import KIND_NAMES, KINDS, MAPS, NAMES, NOUNS, POOLS, REPLIES, STRINGS, TOPICS, UNITS, values_of
 from t2l_specs.inputs import FIELDS, READERS, Maker
@@ -127,7 +128,8 @@ def _pools() -> dict[str, tuple[Any, ...]]:
     ends = ("com", "org", "net", "co.uk", "io", "edu")
     pairs = Draw("label pairs")
     listed = {"kinds": KIND_NAMES, "containers": KINDS["container"], "fields": FIELDS, "conversions": UNITS, "nouns": NOUNS,
-              "names": NAMES, "strings": STRINGS, "replies": REPLIES}  # fmt: skip
+              "names": NAMES, "strings": STRINGS, "replies": REPLIES, "made_words": english.MADE_WORDS,
+              "made_names": english.MADE_NAMES}  # fmt: skip
     return {
         **POOLS,
         **{name: tuple(values) for name, values in (MAPS | listed).items()},

@@ -21,7 +21,7 @@ from t2l_specs.wordings import further as further_wordings
 
 FAMILIES: dict[str, Family] = read_families(rules.LISTS | rules.WORDS | rules.RECORDS | rules.TEXTS)
 #: Version of families, phrases, words and rules: another one makes another suite.
-VERSION = 1
+VERSION = 2
 SPECIFICATIONS, EXAMPLES = 2400, 60
 #: Descriptions of a task, of which the last HELD_OUT are held out.
 DESCRIPTIONS, HELD_OUT = len(FRAMES) + len(HELD_FRAMES), len(HELD_FRAMES)
