@@ -132,9 +132,16 @@ def learning_rate(settings: Settings, step: int) -> float:
     """Learning rate of optimiser step ``step`` (from 0): a linear warm-up, then ``settings.schedule``."""
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
-    if settings.schedule == "constant":
+    constant = settings.schedule == "constant"
+    decay = settings.decay_steps if constant else settings.steps - settings.warmup_steps
+    if constant and step < settings.steps - decay:
         return settings.learning_rate
-    return settings.learning_rate * max(0.0, (settings.steps - step) / max(1, settings.steps - settings.warmup_steps))
+    return settings.learning_rate * max(0.0, (settings.steps - step) / max(1, decay))
+
+
+def _constant_until(settings: Mapping[str, Any]) -> int:
+    """The step before which the learning rate does not depend on the number of steps, 0 where it always does."""
+    return settings["steps"] - settings.get("decay_steps", 0) if settings["schedule"] == "constant" else 0
 
 
 def expect_same(
@@ -306,8 +313,10 @@ class _Run:
             content = torch.load(path, weights_only=True, map_location="cpu")
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ConfigError(f"{path}: cannot be read, perhaps cut short: {short_repr(str(error))}") from None
-        data = json.loads(content["data"])
-        expect_same(path, self.job.settings, json.loads(content["settings"]), self.job.data(), data)
+        theirs, data = json.loads(content["settings"]), json.loads(content["data"])
+        if content["step"] <= min(_constant_until(theirs), _constant_until(ours := self.job.settings.model_dump())):
+            theirs |= {name: ours[name] for name in ("steps", "decay_steps")}  # without effect so far
+        expect_same(path, self.job.settings, theirs, self.job.data(), data)
         self.job.model.load_state_dict(content["trained"])
         for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
             optimizer.load_state_dict(saved)

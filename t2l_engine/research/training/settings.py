@@ -62,6 +62,7 @@ class Settings(BaseModel):
     learning_rate: Rate = field(1e-3, "reached after the warm-up")
     warmup_steps: Count = field(50, "steps of linear rise from zero")
     schedule: Literal["linear", "constant"] = field("linear", "after the warm-up: linear decay to zero, or none")
+    decay_steps: Count = field(0, "last steps of schedule constant, with linear decay to zero")
     weight_decay: NotNegative = field(0.01, "decoupled, on every trained parameter")
     grad_clip: NotNegative = field(1.0, "largest L2 norm of a step's gradient; 0: no clipping")
     tasks_per_batch: Positive = field(8, "tasks in a batch through the model")
@@ -82,6 +83,8 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _validated(self):
         expect(self.validate_every or not self.patience, "patience", "0 with validate_every 0", self.patience)
+        most = max(0, self.steps - self.warmup_steps) if self.schedule == "constant" else 0
+        expect(self.decay_steps <= most, "decay_steps", f"at most {most} with schedule {self.schedule}", self.decay_steps)
         return self
 
     @property

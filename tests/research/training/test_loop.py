@@ -91,8 +91,25 @@ def test_learning_rates():
     )
     constant = Settings(steps=10, warmup_steps=2, learning_rate=8.0, schedule="constant")
     assert [loop.learning_rate(constant, step) for step in range(4)] == [4, 8, 8, 8]
+    decaying = Settings(steps=8, warmup_steps=2, learning_rate=8.0, schedule="constant", decay_steps=4)
+    assert [loop.learning_rate(decaying, step) for step in range(8)] == [4, 8, 8, 8, 8, 6, 4, 2]
     assert loop.learning_rate(Settings(steps=3, warmup_steps=0, learning_rate=8.0), 0) == 8
     assert loop.learning_rate(Settings(steps=3, warmup_steps=6, learning_rate=6.0), 2) == 3  # a warm-up that does not end
+
+
+def test_a_run_may_get_longer_until_it_decays(tmp_path):
+    """The longer run is, bit for bit, one that was to be so long from the start."""
+    constant = {"schedule": "constant", "decay_steps": 2}
+    stopped = pytest.raises(RuntimeError, match="for the test")
+    with stopped:
+        train(tmp_path / "resumed", steps=8, at={5: fail}, **constant)  # saved after step 3
+    resumed = train(tmp_path / "resumed", steps=12, **constant)
+    whole = train(tmp_path / "whole", steps=12, **constant)
+    assert torch.equal(resumed.model.weight, whole.model.weight)
+    with stopped:
+        train(tmp_path / "decaying", steps=8, save_every=7, at={7: fail}, **constant)
+    with pytest.raises(ConfigError, match="steps: 8 then, 12 now"):
+        train(tmp_path / "decaying", steps=12, save_every=7, **constant)
 
 
 def test_the_log_says_what_a_step_did(tmp_path):
