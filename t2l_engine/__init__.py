@@ -5,10 +5,11 @@ from t2l_engine.adapters.shard import Shard
 from t2l_engine.adapters.stack import AdapterError, AdapterStack
 from t2l_engine.engine import DocToLoRA, TextToLoRA
 from t2l_engine.files.errors import ConfigError
-from t2l_engine.hypernetwork.config import HyperNetworkConfig, PerceiverConfig
+from t2l_engine.hypernetwork.config import HyperNetworkConfig, PerceiverConfig, PointerConfig
 from t2l_engine.hypernetwork.folder import CheckpointError, bundled_checkpoints
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
+from t2l_engine.hypernetwork.pointer import PointerHyperNetwork
 from t2l_engine.library import AdapterLibrary
 from t2l_engine.lora.handle import LoRAHandle, attach
 from t2l_engine.lora.layer import LoRALinear
@@ -41,6 +42,8 @@ __all__ = [
     "LLMEncoderConfig",
     "PerceiverConfig",
     "PerceiverHyperNetwork",
+    "PointerConfig",
+    "PointerHyperNetwork",
     "Shard",
     "TextEncoder",
     "LLMEncoder",

@@ -16,12 +16,12 @@ from t2l_engine.files.text import to_json
 from t2l_engine.hypernetwork.checkpoint import has_described_prompts, read
 from t2l_engine.hypernetwork.folder import CheckpointError, Contents, UndefinedEncoder, resolve_checkpoint
 from t2l_engine.hypernetwork.network import HyperNetwork, build_pooling, load, save
-from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
+from t2l_engine.hypernetwork.tokens import TokenHyperNetwork
 from t2l_engine.library import AdapterLibrary, Match
 from t2l_engine.lora.handle import LoRAHandle
 from t2l_engine.text.config import AnyEncoderConfig, DocumentEncoderConfig, LLMEncoderConfig, OneHotConfig
 from t2l_engine.text.documents import DocumentEncoder
-from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder, WorkedExamples, refuse_examples
+from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder, WorkedExamples
 from t2l_engine.text.llm_encoder import LLMEncoder
 from t2l_engine.text.prompts import CHAT, prompt_of
 
@@ -118,7 +118,7 @@ class TextToLoRA:
         folder = resolve_checkpoint(checkpoint)
         contents = read(folder, module_order)
         hypernetwork = load(contents, scaling=scaling, dtype=dtype, device=device)
-        reads = "documents" if isinstance(hypernetwork, PerceiverHyperNetwork) else "descriptions"
+        reads = "documents" if isinstance(hypernetwork, TokenHyperNetwork) else "descriptions"
         if encoder is None or isinstance(encoder, (str, Path)):
             config = _encoder_config(contents, folder, encoder)
             if isinstance(config, DocumentEncoderConfig) != (reads == "documents"):
@@ -132,15 +132,15 @@ class TextToLoRA:
                 encoder = DocumentEncoder.from_config(config, device=device, trust_remote_code=trust_remote_code)
             else:
                 encoder = TextEncoder.from_pretrained(config or MINILM, device=device, trust_remote_code=trust_remote_code)
-            width = 0 if isinstance(hypernetwork, PerceiverHyperNetwork) else hypernetwork.config.embed_dim
+            width = 0 if isinstance(hypernetwork, TokenHyperNetwork) else hypernetwork.config.embed_dim
             if config is None and isinstance(encoder, TextEncoder) and encoder.embed_dim != width:
                 raise ValueError(
                     f"{folder}: names no text encoder and needs embeddings of width {width}, "
                     f"which the default, {MINILM.name!r} of width {encoder.embed_dim}, does not give; pass encoder=..."
                 )
-        if isinstance(encoder, DocumentEncoder) and isinstance(hypernetwork, PerceiverHyperNetwork):
+        if isinstance(encoder, DocumentEncoder) and isinstance(hypernetwork, TokenHyperNetwork):
             return DocToLoRA(encoder, hypernetwork, contents.prompt_form)
-        if isinstance(encoder, DocumentEncoder) or isinstance(hypernetwork, PerceiverHyperNetwork):
+        if isinstance(encoder, DocumentEncoder) or isinstance(hypernetwork, TokenHyperNetwork):
             raise ValueError(f"encoder: expected one that reads {reads}, as {folder}, got {type(encoder).__name__}")
         described = has_described_prompts(contents.blocks)
         return cls(encoder, hypernetwork, contents.prompt_form, description_in_prompt=described)
@@ -259,9 +259,9 @@ class DocToLoRA(TextToLoRA):
     """
 
     encoder: DocumentEncoder  # pyright: ignore[reportIncompatibleVariableOverride]
-    hypernetwork: PerceiverHyperNetwork  # pyright: ignore[reportIncompatibleVariableOverride]
+    hypernetwork: TokenHyperNetwork  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def __init__(self, encoder: DocumentEncoder, hypernetwork: PerceiverHyperNetwork, prompt_form: str = CHAT):
+    def __init__(self, encoder: DocumentEncoder, hypernetwork: TokenHyperNetwork, prompt_form: str = CHAT):
         """``prompt_form``: as in :class:`TextToLoRA`.
 
         Raises ValueError if the hidden states that the encoder reads are not those that the hypernetwork was trained with.
@@ -330,8 +330,7 @@ class DocToLoRA(TextToLoRA):
         ``max_chunk_tokens``: a longer text is cut into chunks of equal length, at most this; None: as the encoder's
         configuration says.  ``progress``: called with the number of chunks read so far and of all.
         """
-        refuse_examples(self.encoder.config.name, examples)
-        return self.embed_ids(self.encoder.chunks(texts, max_chunk_tokens), progress)
+        return self.embed_ids(self.encoder.chunks(texts, max_chunk_tokens, examples), progress)
 
     def _like(self, embeddings: list[torch.Tensor]) -> AdapterStack:
         return self.hypernetwork.meta_stack([len(latents) for latents in embeddings])

@@ -15,7 +15,7 @@ from t2l_engine.cli.common import Checkpoint, Json, choices, console, print_json
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import to_json
 from t2l_engine.hypernetwork import checkpoint
-from t2l_engine.hypernetwork.config import PerceiverConfig
+from t2l_engine.hypernetwork.config import TokenConfig
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.research import costs
 from t2l_engine.text.config import EncoderConfig
@@ -85,7 +85,7 @@ def _setup(options: Options) -> tuple[dict[str, Any], costs.Setup]:
     sizes = {name: value for name, value in sizes.items() if value}
     if options.checkpoint:
         contents = checkpoint.read(resolve_checkpoint(options.checkpoint))
-        if isinstance(contents.config, PerceiverConfig):
+        if isinstance(contents.config, TokenConfig):
             raise ConfigError(f"--checkpoint: {options.checkpoint}: reads documents, whose cost is not counted")
         model = options.model or contents.blocks.get("base_model")
         if not model:

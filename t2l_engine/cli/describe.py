@@ -10,9 +10,10 @@ from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import read_json
 from t2l_engine.hypernetwork import checkpoint
+from t2l_engine.hypernetwork.config import PerceiverConfig
 from t2l_engine.hypernetwork.folder import CONFIG_NAME, D2L_NAME, SAKANA_NAMES, WEIGHTS_NAME, Contents, format_of
 from t2l_engine.hypernetwork.network import HyperNetwork, check_encoder, hypernet_flops, load
-from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
+from t2l_engine.hypernetwork.tokens import TokenHyperNetwork
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -83,15 +84,17 @@ def _of_task_embedding(net: HyperNetwork, contents: Contents) -> dict[str, Any]:
     }
 
 
-def _of_documents(net: PerceiverHyperNetwork) -> dict[str, Any]:
+def _of_documents(net: TokenHyperNetwork) -> dict[str, Any]:
     c = net.config
     parts = {name: sum(p.numel() for p in module.parameters()) for name, module in net.named_children()}
-    return {
-        "feature_size": c.feature_size,
+    about = {"feature_size": c.feature_size, "parameters": {"total": c.num_parameters, **parts}}
+    if not isinstance(c, PerceiverConfig):
+        return about | {"blocks": c.num_blocks, "copied": list(c.copied), "first_layer": c.first_layer}
+    about["parameters"]["head"] = net.get_parameter("head").numel()
+    return about | {
         "latents": {"queries": c.num_latents, "blocks": c.num_blocks, "self_attention": c.num_self_attention},
         "mlps": {"count": c.num_mlps, "per_layer": c.per_layer_mlps},
         "bias": c.bias,
-        "parameters": {"total": c.num_parameters, "head": net.head.numel(), **parts},
     }
 
 

@@ -10,7 +10,7 @@ import typer
 
 from t2l_engine.cli.common import Json, print_json, say
 from t2l_engine.hypernetwork import checkpoint as checkpoints
-from t2l_engine.hypernetwork.config import PerceiverConfig
+from t2l_engine.hypernetwork.config import TokenConfig
 from t2l_engine.hypernetwork.folder import bundled_checkpoints, resolve_checkpoint
 from t2l_engine.serving.vllm.settings import Settings
 
@@ -52,13 +52,13 @@ def collect(sources: Sequence[str], max_loras: int, max_cpu_loras: int, chunks: 
     """Flags and variables for adapters of all ``sources``; the endpoint is that of the first, the default."""
     folders = [resolve_checkpoint(source) for source in sources]
     found = [checkpoints.read(folder) for folder in folders]
-    if chunks > 1 and not any(isinstance(of.config, PerceiverConfig) for of in found):
+    if chunks > 1 and not any(isinstance(of.config, TokenConfig) for of in found):
         raise ValueError(f"--chunks: expected a checkpoint that reads documents, got {list(sources)}")
-    ranks = [of.config.total_rank(chunks) if isinstance(of.config, PerceiverConfig) else of.config.rank for of in found]
+    ranks = [of.config.total_rank(chunks) if isinstance(of.config, TokenConfig) else of.config.rank for of in found]
     for folder, config, rank in zip(folders, [of.config for of in found], ranks, strict=True):
         if rank > VLLM_RANKS[-1]:
             error = f"{folder}: rank {rank}: vLLM takes adapters up to rank {VLLM_RANKS[-1]}"
-            if isinstance(config, PerceiverConfig):
+            if isinstance(config, TokenConfig):
                 error += f": --chunks: expected at most {max(0, VLLM_RANKS[-1] // config.rank - config.bias)}, got {chunks}"
             raise ValueError(error)
     rank = next(rank for rank in VLLM_RANKS if rank >= max(ranks))

@@ -295,6 +295,16 @@ class PerceiverConfig(TargetConfig):
         return self.variant == PERCEIVERS[0]
 
     @property
+    def first_layer(self) -> int:
+        """The first layer that gets an adapter."""
+        return 0
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """Of the latents of a chunk, ``[layers, modules, rank, d]``."""
+        return self.num_layers, len(self.modules), self.rank, self.latent_size
+
+    @property
     def num_parameters(self) -> int:
         """Number of parameters; layers that are shared count once."""
         f, d, n, k = self.feature_size, self.latent_size, self.num_layers, len(self.modules)
@@ -313,13 +323,108 @@ class PerceiverConfig(TargetConfig):
         return (chunks + self.bias) * self.rank
 
 
-AnyConfig = HyperNetworkConfig | PerceiverConfig
+POINTER = "pointer"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PointerConfig(TargetConfig):
+    """The structure of a hypernetwork that reads tokens and copies some of them into B.
+
+    ``variant``: "pointer".
+    ``feature_size`` f: width of the hidden states of a token, which begin with its embedding.
+    ``latent_size`` d: of the latents, one for every adapted layer and rank, in ``num_blocks`` blocks of cross-attention with
+    ``num_heads`` heads.
+    ``copied``: modules that write into the residual stream, each of whose columns of B gets token embeddings.
+    ``first_layer``: layers below it have no adapter.
+
+    Source: the attention to tokens of a perceiver (arXiv 2103.03206), copies of pointer-generators (arXiv 1704.04368).
+
+    Raises:
+        ConfigError: a field has a wrong type or value; the message names it.
+
+    >>> config = PointerConfig(variant="pointer", modules=("q_proj", "down_proj"), in_features=(576, 1536),
+    ...     out_features=(576, 576), num_layers=30, rank=8, lora_alpha=16, feature_size=1728, latent_size=192,
+    ...     copied=("down_proj",), first_layer=16)
+    >>> config.latent_shape, config.num_parameters
+    ((14, 8, 768), 2286448)
+    """
+
+    variant: str
+    feature_size: int
+    latent_size: int
+    num_blocks: int = 2
+    num_heads: int = 4
+    copied: tuple[str, ...] = ()
+    first_layer: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("variant", self.variant, (POINTER,))
+        for name in ("feature_size", "latent_size", "num_heads"):
+            positive_int(name, getattr(self, name))
+        positive_int("num_blocks", self.num_blocks, MAX_BLOCKS)
+        divides = self.latent_size % self.num_heads == 0
+        expect(divides, "latent_size", f"a multiple of the {self.num_heads} heads", self.latent_size)
+        whole_number("first_layer", self.first_layer)
+        expect(self.first_layer < self.num_layers, "first_layer", f"below the {self.num_layers} layers", self.first_layer)
+        known = isinstance(self.copied, (list, tuple)) and [name for name in self.modules if name in self.copied]
+        expect(known == list(self.copied), "copied", f"some of the modules {self.modules}, in their order", self.copied)
+        object.__setattr__(self, "copied", tuple(self.copied))
+        sizes = {self.out_features[self.modules.index(name)] for name in self.copied}
+        expect(len(sizes) < 2, "copied", "modules with out_features of one size, that of an embedding", sorted(sizes))
+        expect(self.copied_size <= self.feature_size, "feature_size", f"at least {self.copied_size}", self.feature_size)
+        self._check_parameters(self.num_parameters)
+
+    @property
+    def bias(self) -> bool:
+        """Whether adapters have ranks that do not depend on the text: no, they are in the sums A and B."""
+        return False
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether it reads the states of every layer apart."""
+        return False
+
+    @property
+    def copied_size(self) -> int:
+        """Width of a token embedding; 0 if none is copied."""
+        return self.out_features[self.modules.index(self.copied[0])] if self.copied else 0
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Of the latents of a chunk, ``[adapted layers, rank, d + copied modules * copied_size]``."""
+        width = self.latent_size + len(self.copied) * self.copied_size
+        return self.num_layers - self.first_layer, self.rank, width
+
+    @property
+    def adapter_values(self) -> int:
+        """As of every hypernetwork, of the adapted layers."""
+        return super().adapter_values // self.num_layers * (self.num_layers - self.first_layer)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters."""
+        layers, r, _ = self.latent_shape
+        d, sizes = self.latent_size, sum(self.in_features + self.out_features)
+        blocks = self.num_blocks * (12 * d * d + 15 * d)
+        pointers = len(self.copied) * (2 * d * (d + 1) + layers * r)
+        return (self.feature_size + 1) * d + (layers + r + 2) * d + blocks + pointers + sizes * (d + 1 + layers * r)
+
+    def total_rank(self, chunks: int) -> int:
+        """Rank of the adapter of a text of ``chunks`` chunks."""
+        return chunks * self.rank
+
+
+#: Of hypernetworks that read the tokens of a text.
+TokenConfig = PerceiverConfig | PointerConfig
+AnyConfig = HyperNetworkConfig | TokenConfig
 
 
 def config_from_json(values: Any, where: str) -> AnyConfig:
-    """A PerceiverConfig or HyperNetworkConfig, as its ``variant`` says; ``where`` names the source in errors."""
-    perceiver = isinstance(values, dict) and values.get("variant") in PERCEIVERS
-    return from_json(PerceiverConfig if perceiver else HyperNetworkConfig, values, where)
+    """The configuration that ``variant`` names; ``where`` names the source in errors."""
+    variant = values.get("variant") if isinstance(values, dict) else None
+    kind = PointerConfig if variant == POINTER else PerceiverConfig if variant in PERCEIVERS else HyperNetworkConfig
+    return from_json(kind, values, where)
 
 
 def same_scaling(a: float, b: float) -> bool:

@@ -19,7 +19,7 @@ from t2l_engine.adapters.shard import Shard
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.weights import cast_matrices
 from t2l_engine.hypernetwork.checkpoint import read, write_native
-from t2l_engine.hypernetwork.config import HyperNetworkConfig, PerceiverConfig
+from t2l_engine.hypernetwork.config import AnyConfig, HyperNetworkConfig, PerceiverConfig
 from t2l_engine.hypernetwork.folder import (
     BLOCKS,
     POOLING_PREFIX,
@@ -33,6 +33,8 @@ from t2l_engine.hypernetwork.folder import (
 from t2l_engine.hypernetwork.modules import MLP, TASK_ENCODERS, Folded, NormedEmbedding, Offsets
 from t2l_engine.hypernetwork.output import check_out, meta_stack
 from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
+from t2l_engine.hypernetwork.pointer import PointerHyperNetwork
+from t2l_engine.hypernetwork.tokens import TokenHyperNetwork
 from t2l_engine.ops import reference
 from t2l_engine.ops.reference import without_autocast
 from t2l_engine.ops.segments import is_capturing
@@ -347,7 +349,7 @@ def _rows(tensor: Tensor, per_latent: int, features: tuple[int, int], shard: Sha
 
 
 def save(
-    net: HyperNetwork | PerceiverHyperNetwork,
+    net: HyperNetwork | TokenHyperNetwork,
     folder: Path,
     metadata: dict[str, Any],
     pooling: AttentionPooling | None = None,
@@ -366,11 +368,18 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in module.state_dict().items() if key in names}
 
 
-def build(contents: Contents) -> HyperNetwork | PerceiverHyperNetwork:
+def new(config: AnyConfig) -> HyperNetwork | TokenHyperNetwork:
+    """A hypernetwork of ``config`` with random parameters."""
+    if isinstance(config, HyperNetworkConfig):
+        return HyperNetwork(config)
+    return PerceiverHyperNetwork(config) if isinstance(config, PerceiverConfig) else PointerHyperNetwork(config)
+
+
+def build(contents: Contents) -> HyperNetwork | TokenHyperNetwork:
     """A hypernetwork with exactly the tensors ``contents.state``; CheckpointError names missing, extra and misfit keys."""
     config, state, path, key_in_file = contents.config, contents.state, contents.path, contents.key_in_file
     with torch.device("meta"):
-        net = PerceiverHyperNetwork(config) if isinstance(config, PerceiverConfig) else HyperNetwork(config)
+        net = new(config)
     if isinstance(net, HyperNetwork):
         _add_offsets(net, contents)
     _assign(net, state, path, key_in_file)
@@ -432,7 +441,7 @@ def load(
     scaling: str | float | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-) -> HyperNetwork | PerceiverHyperNetwork:
+) -> HyperNetwork | TokenHyperNetwork:
     """See :meth:`HyperNetwork.from_pretrained`; drops the tensors of ``contents``."""
     if scaling is not None:
         contents = dataclasses.replace(contents, config=dataclasses.replace(contents.config, scaling=scaling))

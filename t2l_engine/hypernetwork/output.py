@@ -10,8 +10,10 @@ from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.hypernetwork.config import TargetConfig
 
 
-def meta_stack(config: TargetConfig, paths: Mapping[str, str], ranks: Sequence[int], dtype: torch.dtype) -> AdapterStack:
-    """A stack of adapters of ``ranks``: A, B and scaling on the meta device, ranks on the CPU.
+def meta_stack(
+    config: TargetConfig, paths: Mapping[str, str], ranks: Sequence[int], dtype: torch.dtype, first_layer: int = 0
+) -> AdapterStack:
+    """A stack of adapters of ``ranks``, 0 below ``first_layer``: A, B and scaling on the meta device, ranks on the CPU.
 
     ``paths``: of the stack, in the order of ``config.modules``.
     """
@@ -19,7 +21,8 @@ def meta_stack(config: TargetConfig, paths: Mapping[str, str], ranks: Sequence[i
     for name, n_in, n_out in zip(paths, config.in_features, config.out_features, strict=True):
         lora_A[name] = torch.empty(count, layers, rank, n_in, dtype=dtype, device="meta")
         lora_B[name] = torch.empty(count, layers, n_out, rank, dtype=dtype, device="meta")
-    of_layers = torch.tensor(ranks, dtype=torch.int32)[:, None].expand(-1, layers)
+    of_layers = torch.tensor(ranks, dtype=torch.int32)[:, None].repeat(1, layers)
+    of_layers[:, :first_layer] = 0
     scaling = torch.empty(count, dtype=torch.float32, device="meta")
     return AdapterStack(lora_A, lora_B, scaling, {name: of_layers.clone() for name in paths}, dict(paths))
 

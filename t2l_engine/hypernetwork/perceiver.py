@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, normalize, pad, rms_norm, scaled_dot_product_attention, silu
 
-from t2l_engine.adapters.paths import module_names
-from t2l_engine.adapters.stack import AdapterStack
-from t2l_engine.files.weights import cast_matrices
 from t2l_engine.hypernetwork.config import HEAD_WIDTH, HEADS, KEY_VALUE_HEADS, PerceiverConfig
-from t2l_engine.hypernetwork.output import check_out, meta_stack
+from t2l_engine.hypernetwork.tokens import TokenHyperNetwork
 
 RMS_EPS = 1e-6
 #: Tokens that are projected at once without gradients: few enough for a cache, enough to read the weights seldom.
@@ -154,11 +151,10 @@ class ResidualMLP(nn.Module):
         return x + branch(x)
 
 
-class PerceiverHyperNetwork(nn.Module):
+class PerceiverHyperNetwork(TokenHyperNetwork):
     """Doc-to-LoRA's hypernetwork: a perceiver of token states, residual MLPs and one head for all layers.
 
     A text is read in chunks; the adapters of its chunks, and a learned bias, follow each other along the rank.
-    :meth:`latents` reads chunks, :meth:`generate` makes adapters of latents, :meth:`forward` is both with gradients.
 
     Source: arXiv 2602.15902.
 
@@ -174,9 +170,8 @@ class PerceiverHyperNetwork(nn.Module):
     """
 
     def __init__(self, config: PerceiverConfig):
-        super().__init__()
-        self.config = c = config
-        layers, rank, d = c.num_layers, c.rank, c.latent_size
+        super().__init__(config)
+        c, layers, rank, d = config, config.num_layers, config.rank, config.latent_size
         queries = len(c.modules) * rank * (1 if c.per_layer else layers)
         self.projection = SwiGLU(c.feature_size, 4 * c.feature_size, d)
         self.encoder = Resampler(c.num_latents, d, c.num_blocks, c.num_self_attention, c.shared_blocks)
@@ -195,29 +190,10 @@ class PerceiverHyperNetwork(nn.Module):
         self.scale_B = nn.ParameterDict({m: torch.ones(1, layers, rank, 1) for m in c.modules})
         self.bias_A = nn.ParameterDict({m: torch.randn(layers, rank, n) / math.sqrt(n) for m, n, _ in sizes})
         self.bias_B = nn.ParameterDict({m: torch.zeros(layers, rank, n) for m, _, n in sizes})
-        self._paths = {name: path for path, name in module_names(c.module_paths.values()).items()}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weight matrices and of generated adapters."""
-        return self.head.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """That of its parameters."""
-        return self.head.device
 
     def matrices(self) -> list[Tensor]:
         """The weight matrices."""
         return [self.head, *(of.weight for of in self.modules() if isinstance(of, (nn.Linear, LayerLinear)))]
-
-    def set_dtype(self, dtype: torch.dtype) -> PerceiverHyperNetwork:
-        """Cast the weight matrices to ``dtype``; norms, queries, scales and biases stay float32 (or float64).
-
-        Raises ValueError if ``dtype`` is not floating point or values exceed its range; nothing changes then.
-        """
-        cast_matrices(self, dtype, self.matrices())
-        return self
 
     def latents(self, states: Tensor, mask: Tensor) -> Tensor:
         """``[chunks, layers, modules, rank, d]`` of the states of the tokens of chunks.
@@ -238,7 +214,7 @@ class PerceiverHyperNetwork(nn.Module):
         tokens = flat.new_zeros(*mask.shape, c.latent_size)
         tokens[mask] = projected
         latents = self.decoder(self.encoder(tokens, mask[:, None, None]))
-        return latents.view(chunks, c.num_layers, len(c.modules), c.rank, c.latent_size)
+        return latents.view(chunks, *c.latent_shape)
 
     def _project(self, tokens: Tensor) -> Tensor:
         if torch.is_grad_enabled():
@@ -253,91 +229,7 @@ class PerceiverHyperNetwork(nn.Module):
             made.append(of.down_proj(silu(gate, inplace=True).mul_(up)))
         return torch.cat(made)
 
-    def read(self, batches: Iterable[tuple[Sequence[int], Tensor, Tensor]]) -> list[Tensor]:
-        """:meth:`latents` of each chunk, in order; ``batches``: as of :meth:`DocumentEncoder.read`."""
-        found: dict[int, Tensor] = {}
-        for indices, states, mask in batches:
-            found |= zip(indices, self.latents(states.to(self.device), mask.to(self.device)), strict=True)
-        return [found[i] for i in range(len(found))]
-
-    def forward(self, batches: Iterable[tuple[Sequence[int], Tensor, Tensor]]) -> AdapterStack:
-        """Adapters with gradients, of texts of one chunk each, which :meth:`read` takes."""
-        return self._stack([latents[None] for latents in self.read(batches)], None, 1.0, 1.0)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        latents: Sequence[Tensor],
-        out: AdapterStack | None = None,
-        *,
-        chunk_scale: float = 1.0,
-        bias_scale: float = 1.0,
-    ) -> AdapterStack:
-        """Adapters of texts: a stack of ``len(latents)``, of rank ``(chunks + bias) * rank`` each.
-
-        Args:
-            latents: of each text, those of its chunks ``[chunks, layers, modules, rank, d]``, as :meth:`latents` gives them.
-            out: a stack of the same modules and at least the largest rank, such as :meth:`LoRAHandle.borrow_slots` gives,
-                that is overwritten and returned; None: a new one.
-            chunk_scale: multiplies A of every chunk.
-            bias_scale: multiplies A and B of the bias, as in SakanaAI's code.
-
-        Raises ValueError for no text, latents of another shape or device, or an ``out`` that does not fit.
-        """
-        return self._stack(latents, out, chunk_scale, bias_scale)
-
-    def meta_stack(self, chunks: int | Sequence[int]) -> AdapterStack:
-        """A stack with the shapes and ranks of :meth:`generate` for texts of ``chunks`` chunks each, without memory.
-
-        A number: so many texts of one chunk.  A, B and scaling are on the meta device, ranks on the CPU;
-        :meth:`LoRAHandle.borrow_slots` takes it.
-        """
-        counts = [1] * chunks if isinstance(chunks, int) else chunks
-        return meta_stack(self.config, self._paths, [*map(self.config.total_rank, counts)], self.dtype)
-
-    def _stack(
-        self, latents: Sequence[Tensor], out: AdapterStack | None, chunk_scale: float, bias_scale: float
-    ) -> AdapterStack:
-        c, device = self.config, self.device
-        if not len(latents):
-            raise ValueError("latents: expected those of one or more texts, got none")
-        shape = (c.num_layers, len(c.modules), c.rank, c.latent_size)
-        for of in latents:
-            if not len(of) or of.shape[1:] != shape or of.device != device:
-                expected, got = f"[chunks, {', '.join(map(str, shape))}] on {device}", f"{tuple(of.shape)} on {of.device}"
-                raise ValueError(f"latents: expected {expected}, got {got}")
-        counts = [len(of) for of in latents]
-        like = self.meta_stack(counts)
-        if out is None:
-            lora_A = {name: torch.zeros_like(a, device=device) for name, a in like.lora_A.items()}
-            # Transposed views: rows of B are written in one piece, as the head makes them.
-            lora_B = {name: torch.zeros_like(b.mT, device=device).mT for name, b in like.lora_B.items()}
-            scaling = torch.full((len(counts),), c.scaling_value, dtype=torch.float32, device=device)
-            ranks = {name: of.to(device) for name, of in like.ranks.items()}
-            out = AdapterStack(lora_A, lora_B, scaling, ranks, self._paths)
-        else:
-            check_out(out, c, self._paths, [*map(c.total_rank, counts)], device, higher_rank=True)
-            out.scaling.fill_(c.scaling_value)
-            for name, of in like.ranks.items():
-                out.ranks[name].copy_(of)
-        last = torch.tensor(counts, device=device)
-        texts = torch.repeat_interleave(torch.arange(len(counts), device=device), last)
-        places = torch.arange(len(texts), device=device) - (last.cumsum(0) - last)[texts]
-        for i, (name, A, B) in enumerate(self._heads(torch.cat([*latents]))):
-            module = c.modules[i]
-            for target, made, bias, scale in (
-                (out.lora_A[name], A, self.bias_A[module], chunk_scale),
-                (out.lora_B[name].mT, B, self.bias_B[module], 1.0),
-            ):
-                whole = target.shape[2] // c.rank * c.rank
-                blocks = target[:, :, :whole].unflatten(2, (-1, c.rank)).transpose(1, 2)  # [texts, chunks, layers, r, size]
-                blocks[texts, places] = (made if scale == 1.0 else made * scale).to(target.dtype)
-                if c.bias:
-                    blocks[torch.arange(len(counts), device=device), last] = (bias * bias_scale).to(target.dtype)
-        return out
-
-    def _heads(self, latents: Tensor):
-        """Of each module its name in stacks, A ``[chunks, layers, r, in]`` and B ``[chunks, layers, r, out]``."""
+    def _heads(self, latents: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
         c = self.config
         x = latents.to(self.dtype).transpose(0, 1).contiguous()  # [layers, chunks, modules, r, d]
         rows = x.view(c.num_layers if c.per_layer_mlps else 1, -1, c.latent_size)

@@ -108,9 +108,10 @@ class LoRAHandle:
             key, _ = matched[name]
             # unbind, not a slice per layer, whose backward would write a full-size gradient for every layer.
             layers = zip(a.unbind(1), stack.lora_B[name].unbind(1), stack.ranks[name].T.contiguous(), strict=True)
+            adapted = stack.ranks[name].any(dim=0).tolist()  # a layer without an adapter needs no gradients
             for layer, (A, B, ranks) in enumerate(layers):
                 device = self._slots[key].device(layer)
-                if device is not None:
+                if device is not None and adapted[layer]:
                     tensors = {"lora_A": A, "lora_B": B, "scaling": stack.scaling, "ranks": ranks}
                     overrides[device][key, layer] = {k: t.to(device) for k, t in tensors.items()}
         before = self._state()

@@ -25,7 +25,7 @@ from t2l_engine.engine import TextToLoRA
 from t2l_engine.files.text import to_json
 from t2l_engine.files.weights import content_checksum
 from t2l_engine.hypernetwork.network import HyperNetwork
-from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
+from t2l_engine.hypernetwork.tokens import TokenHyperNetwork
 from t2l_engine.serving import names
 from t2l_engine.serving.store import DTYPE, EMBEDDING, EMBEDDING_NAME, NOTE_NAME, AdapterStore
 from t2l_engine.text.documents import DocumentEncoder
@@ -37,7 +37,7 @@ BATCH = 64  # texts in a pass of the encoder
 
 
 @torch.inference_mode(False)
-def adapter(hypernetwork: HyperNetwork | PerceiverHyperNetwork, embedding: Tensor) -> AdapterStack:
+def adapter(hypernetwork: HyperNetwork | TokenHyperNetwork, embedding: Tensor) -> AdapterStack:
     """The adapter of one text's embedding, with the same bits in every process of a machine.
 
     Alone and on one thread: the rounding of the task encoder, torch's matrix product, depends on the number of rows and
@@ -51,7 +51,7 @@ def adapter(hypernetwork: HyperNetwork | PerceiverHyperNetwork, embedding: Tenso
         torch._C.set_num_threads(threads)
 
 
-def fingerprint(hypernetwork: HyperNetwork | PerceiverHyperNetwork) -> str:
+def fingerprint(hypernetwork: HyperNetwork | TokenHyperNetwork) -> str:
     """SHA-256 (hex) of a hypernetwork's configuration and tensors."""
     config = json.dumps(to_json(hypernetwork.config), sort_keys=True)
     return names.digest("hypernetwork", config, content_checksum(hypernetwork.state_dict()))

@@ -19,7 +19,7 @@ ENCODER_POOLINGS, ENCODER_DTYPES = ("cls", "mean", "last"), ("float32", "bfloat1
 MAX_READ_LAYERS, MAX_LLM_ENCODER_SIZE = 16, 1 << 16
 
 #: Hidden states that a document encoder reads.
-READ_STATES = ("all", "last", "embeddings")
+READ_STATES = ("all", "last", "embeddings", "layers")
 #: sentence-transformers' pooling -> ours.
 _POOLINGS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 
@@ -147,17 +147,7 @@ class LLMEncoderConfig:
 
     def __post_init__(self) -> None:
         non_empty_text("encoder.name", self.name)
-        layers = self.layers
-        if (
-            not isinstance(layers, (list, tuple))
-            or not 0 < len(layers) <= MAX_READ_LAYERS
-            or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MAX_LLM_ENCODER_SIZE for i in layers)
-            or sorted(set(layers)) != list(layers)
-        ):
-            raise ConfigError(
-                f"encoder.layers: expected 1 to {MAX_READ_LAYERS} increasing numbers from 0, got {short_repr(layers)}"
-            )
-        object.__setattr__(self, "layers", tuple(layers))
+        object.__setattr__(self, "layers", _checked_layers(self.layers))
         for name in ("queries", "width", "heads", "blocks", "max_length"):
             positive_int(f"encoder.{name}", getattr(self, name), MAX_LLM_ENCODER_SIZE)
         whole_number("encoder.max_examples", self.max_examples)
@@ -177,11 +167,13 @@ class DocumentEncoderConfig:
 
     ``name``: of the language model that reads: ``"smollm2-135m"`` (packaged), a local folder, or a hub name.
     ``states``: ``"all"``: of the embeddings and of every layer that runs; ``"last"``: of the last layer that runs, after the
-    final norm; ``"embeddings"``.
-    ``num_layers``: how many layers run; None: all but the last.  Without effect for embeddings.
+    final norm; ``"embeddings"``; ``"layers"``: those of ``layers`` side by side, each divided by its RMS.
+    ``num_layers``: how many layers run; None: all but the last.  Without effect for embeddings and ``layers``.
+    ``layers``: of states "layers": 0 the token embeddings, i the output of the i-th layer.
     ``max_chunk_tokens``: a longer text is cut into chunks of equal length, at most this; None: it is not cut.
     ``prefix``, ``suffix``: what surrounds every chunk; None: the model's chat template with an empty system message.
     ``dtype``: "float32", "bfloat16" or "float16", of the language model's weights.
+    ``max_examples``: most worked examples beside a text; 0: it was trained on texts alone.
 
     Raises:
         ConfigError: a field has a wrong type or value; the message names it.
@@ -193,14 +185,21 @@ class DocumentEncoderConfig:
     name: str
     states: str
     num_layers: int | None = None
+    layers: tuple[int, ...] | None = None
     max_chunk_tokens: int | None = None
     prefix: str | None = None
     suffix: str | None = None
     dtype: str = "float32"
+    max_examples: int = 0
 
     def __post_init__(self) -> None:
         non_empty_text("encoder.name", self.name)
         one_of("encoder.states", self.states, READ_STATES)
+        if self.states == "layers":
+            object.__setattr__(self, "layers", _checked_layers(self.layers))
+        elif self.layers is not None:
+            raise ConfigError(f"encoder.layers: expected null with states {self.states!r}, got {short_repr(self.layers)}")
+        whole_number("encoder.max_examples", self.max_examples)
         one_of("encoder.dtype", self.dtype, ENCODER_DTYPES)
         for name in ("num_layers", "max_chunk_tokens"):
             if getattr(self, name) is not None:
@@ -212,13 +211,26 @@ class DocumentEncoderConfig:
             raise ConfigError("encoder.prefix, encoder.suffix: expected both or neither")
 
 
+def _checked_layers(layers: Any) -> tuple[int, ...]:
+    """``layers``, whose hidden states are read; ConfigError unless they are increasing numbers."""
+    if (
+        not isinstance(layers, (list, tuple))
+        or not 0 < len(layers) <= MAX_READ_LAYERS
+        or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MAX_LLM_ENCODER_SIZE for i in layers)
+        or sorted(set(layers)) != list(layers)
+    ):
+        expected = f"1 to {MAX_READ_LAYERS} increasing numbers from 0"
+        raise ConfigError(f"encoder.layers: expected {expected}, got {short_repr(layers)}")
+    return tuple(layers)
+
+
 AnyEncoderConfig = EncoderConfig | LLMEncoderConfig | OneHotConfig | DocumentEncoderConfig
 
 
 def encoder_config_from_json(block: Any, where: str) -> AnyEncoderConfig:
     """The configuration in the "encoder" block of a checkpoint.
 
-    A OneHotConfig if its name is "one-hot", an LLMEncoderConfig if it has layers, a DocumentEncoderConfig if it has states,
+    A OneHotConfig if its name is "one-hot", an LLMEncoderConfig if it has queries, a DocumentEncoderConfig if it has states,
     else an EncoderConfig.
 
     ``where`` names the source in errors.  Raises ConfigError for a block that is none of them.
@@ -235,7 +247,7 @@ def encoder_config_from_json(block: Any, where: str) -> AnyEncoderConfig:
 
 def is_llm_encoder(block: Any) -> bool:
     """Whether the "encoder" block of a checkpoint states an LLMEncoderConfig."""
-    return isinstance(block, dict) and "layers" in block
+    return isinstance(block, dict) and "queries" in block
 
 
 def _read(path: Path, kind: type = dict) -> Any:

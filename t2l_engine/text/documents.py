@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 
 from t2l_engine.files.errors import ConfigError, positive_int, short_repr
 from t2l_engine.text.config import DocumentEncoderConfig
-from t2l_engine.text.encoder import Modules, WorkedExamples, check_list, check_text, load, positions, refuse_examples
-from t2l_engine.text.llm_encoder import pad_states, recorded
+from t2l_engine.text.encoder import Modules, WorkedExamples, load, positions, refuse_examples
+from t2l_engine.text.llm_encoder import EPS, pad_states, recorded, with_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,14 +39,12 @@ class DocumentEncoder:
     [([0, 1, 2], torch.Size([3, 3, 576]))]
     """
 
-    max_examples = 0  # of a text, as of a TextEncoder
-
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: DocumentEncoderConfig):
         """``model``: a transformers decoder, set to eval mode; ``tokenizer``: its tokenizer, or None to read ids alone.
 
         Raises ConfigError if ``model`` is no decoder with layers and a final norm, or has fewer than ``num_layers``.
         """
-        self.config, self.tokenizer = config, tokenizer
+        self.config, self.tokenizer, self.max_examples = config, tokenizer, config.max_examples
         self.model = (model.get_decoder() if hasattr(model, "get_decoder") else model).eval()
         layers = getattr(self.model, "layers", None)
         self.norm: Any = getattr(self.model, "norm", None)  # the final one
@@ -54,7 +53,10 @@ class DocumentEncoder:
         count = len(layers) - 1 if config.num_layers is None else config.num_layers
         if count > len(layers):
             raise ConfigError(f"encoder.num_layers: expected at most the {len(layers)} of {config.name!r}, got {count}")
-        self.num_layers = 0 if config.states == "embeddings" else count
+        first, last = {"all": (0, count), "embeddings": (0, 0)}.get(config.states, (count, count))
+        self._read_layers: Sequence[int] = config.layers or range(first, last + 1)
+        if self._read_layers[-1] > len(layers):
+            raise ConfigError(f"encoder.layers: expected at most the {len(layers)} of {config.name!r}, got {config.layers}")
         self._lock = threading.Lock()
 
     @classmethod
@@ -74,36 +76,38 @@ class DocumentEncoder:
 
     @property
     def feature_size(self) -> int:
-        """Hidden size of the language model."""
-        return self.model.config.get_text_config().hidden_size
+        """Width of the states of a token: the language model's hidden size, or with states "layers" that of all of them."""
+        return self.model.config.get_text_config().hidden_size * len(self.config.layers or (0,))
 
     @property
     def num_states(self) -> int:
         """Hidden states of a token that are read."""
-        return self.num_layers + 1 if self.config.states == "all" else 1
+        return len(self._read_layers) if self.config.states == "all" else 1
 
     def weights(self) -> dict[str, Tensor]:
         """All tensors of the language model, by name."""
         return dict(self.model.state_dict())
 
     def prepare(self, texts: Sequence[str], examples: WorkedExamples = None) -> list[str]:
-        """Each text as it is tokenized, without prefix and suffix.
+        """Each text with its examples, as it is tokenized, without prefix and suffix.
 
-        Raises ValueError for anything but a list of texts, an empty text, and examples, of which it reads none.
+        Raises ValueError for anything but a list of texts, an empty text without examples, and more examples than it reads.
         """
-        check_list(texts)
-        refuse_examples(self.config.name, examples)
-        for i, text in enumerate(texts):
-            check_text(f"texts[{i}]", text, "text")
-        return [text.strip() for text in texts]
+        if not self.max_examples:
+            refuse_examples(self.config.name, examples)
+        return with_examples(texts, examples, self.max_examples)
 
-    def chunks(self, texts: Sequence[str], max_chunk_tokens: int | None = None) -> list[list[list[int]]]:
+    def chunks(
+        self, texts: Sequence[str], max_chunk_tokens: int | None = None, examples: WorkedExamples = None
+    ) -> list[list[list[int]]]:
         """Token ids of the chunks of each text, with prefix and suffix; ``max_chunk_tokens``: None: as configured.
+
+        ``examples``: of each text, worked examples (input, answer) or None; they follow the text.
 
         Raises ValueError for an empty list or text, without a tokenizer, and for a text that is longer than the model's
         positions and is not cut.
         """
-        texts = self.prepare(texts)
+        texts = self.prepare(texts, examples)
         most = self.config.max_chunk_tokens if max_chunk_tokens is None else max_chunk_tokens
         if most is not None:
             positive_int("max_chunk_tokens", most)
@@ -186,10 +190,11 @@ class DocumentEncoder:
     def _states(self, chunks: list[Tensor]) -> tuple[Tensor, Tensor]:
         Modules(self.model).refuse_adapters(self.config.name)
         ids, mask = (of.to(self.model.device) for of in pad_states(chunks))
-        first = 0 if self.config.states == "all" else self.num_layers
-        with self._lock, recorded(self.model, range(first, self.num_layers + 1)) as outputs:
+        with self._lock, recorded(self.model, self._read_layers) as outputs:
             self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
-        states = [state.to(ids.device) for state in outputs.values()]
+        states = [outputs[i].to(ids.device) for i in self._read_layers]
+        if self.config.states == "layers":
+            return torch.cat([rms_norm(state, state.shape[-1:], eps=EPS) for state in states], dim=-1), mask
         if self.config.states != "embeddings":
             states[-1] = self.norm(states[-1])
         return torch.stack(states, dim=1) if self.config.states == "all" else states[0], mask

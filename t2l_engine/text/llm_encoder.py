@@ -159,17 +159,7 @@ class LLMEncoder(TextEncoder):
 
         A description may be empty where there are examples.
         """
-        check_list(texts)
-        given = [None] * len(texts) if examples is None else examples
-        if isinstance(given, str) or not isinstance(given, Sequence) or len(given) != len(texts):
-            got = f"{len(given)}" if isinstance(given, Sequence) else type(given).__name__
-            raise ValueError(f"examples: expected a list of {len(texts)}, one entry a text, got {got}")
-        prepared = []
-        for i, (text, shots) in enumerate(zip(texts, given, strict=True)):
-            if not (shots and text == ""):
-                check_text(f"texts[{i}]", text, "description")
-            prepared.append(condition_text(text, _checked(f"examples[{i}]", shots, self.max_examples)))
-        return prepared
+        return with_examples(texts, examples, self.max_examples)
 
     def states(self, texts: Sequence[str]) -> list[Tensor]:
         """Hidden states ``[tokens, layers * hidden]`` in bfloat16 of each prepared text, computed in one batch; not kept.
@@ -238,6 +228,25 @@ def recorded(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int
             hook.remove()
     if len(outputs) < len(layers):
         raise ConfigError(f"encoder: expected a decoder with a list of its {depth} layers, got {type(model).__name__}")
+
+
+def with_examples(texts: Sequence[str], examples: WorkedExamples, most: int) -> list[str]:
+    """The :func:`condition_text` of each text and its examples, of which it may have ``most``.
+
+    Raises ValueError for anything but a list of texts with a list of examples or None for each, and for an empty text
+    without examples.
+    """
+    check_list(texts)
+    given = [None] * len(texts) if examples is None else examples
+    if isinstance(given, str) or not isinstance(given, Sequence) or len(given) != len(texts):
+        got = f"{len(given)}" if isinstance(given, Sequence) else type(given).__name__
+        raise ValueError(f"examples: expected a list of {len(texts)}, one entry a text, got {got}")
+    prepared = []
+    for i, (text, shots) in enumerate(zip(texts, given, strict=True)):
+        if not (shots and text == ""):
+            check_text(f"texts[{i}]", text, "description")
+        prepared.append(condition_text(text, _checked(f"examples[{i}]", shots, most)))
+    return prepared
 
 
 def condition_text(description: str, examples: Sequence[tuple[str, str]] = ()) -> str:

@@ -24,9 +24,9 @@ from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError, expect
 from t2l_engine.files.text import to_json
 from t2l_engine.files.weights import read_safetensors, replacing
-from t2l_engine.hypernetwork.config import PERCEIVERS, AnyConfig, HyperNetworkConfig, PerceiverConfig
-from t2l_engine.hypernetwork.network import HyperNetwork, save
-from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
+from t2l_engine.hypernetwork.config import PERCEIVERS, POINTER, AnyConfig, HyperNetworkConfig, PerceiverConfig, PointerConfig
+from t2l_engine.hypernetwork.network import HyperNetwork, new, save
+from t2l_engine.hypernetwork.tokens import TokenHyperNetwork
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Task
 from t2l_engine.research.training import loop
@@ -249,27 +249,51 @@ class HiddenStates(Conditions):
 
 
 class Documents(Conditions):
-    """Hidden states of the descriptions' tokens, which a perceiver reads; read when a batch needs them.
+    """Hidden states of the descriptions' tokens; read when a batch needs them.
 
     Also raises ConfigError if encoder and base model do not fit together.
     """
 
     def __init__(self, settings: SFTSettings, tasks: Sequence[Task], base_model: str, device: torch.device):
         super().__init__(settings, tasks, device)
-        count = None if settings.variant == PERCEIVERS[0] else settings.llm_layers[0]
-        states = "all" if count is None else "last" if count else "embeddings"
+        layers, reads = settings.llm_layers, {}
+        if settings.variant == POINTER:
+            reads = {"states": "layers", "layers": layers}
+        elif settings.variant == PERCEIVERS[0]:
+            reads = {"states": "all"}
+        else:
+            reads = {"states": "last", "num_layers": layers[0]} if layers[0] else {"states": "embeddings"}
         plain = {"prefix": "", "suffix": ""} if settings.prompt_form == RAW else {}
+        self._share, most = settings.example_share, settings.max_examples
         self.encoder_config = DocumentEncoderConfig(
-            base_model.rstrip("/"), states, count or None, dtype=settings.dtype, **plain
+            base_model.rstrip("/"), dtype=settings.dtype, max_examples=most if self._share else 0, **reads, **plain
         )
         self._encoder = DocumentEncoder.from_config(self.encoder_config, device=device)
+        fits = self._encoder.model.config.get_text_config().tie_word_embeddings or not settings.copied
+        expect(fits, "copied", f"none, since {base_model} does not tie its embeddings", settings.copied)
         self.embed_dim = self._encoder.feature_size
+        self._tasks = tasks
         self._ids = [[chunk for (chunk,) in self._encoder.chunks(task.descriptions)] for task in tasks]
 
     def clean(self, groups: Sequence[Group]) -> list[tuple[list[int], Tensor, Tensor]]:
         return list(self._encoder.read([[self._ids[g.task][g.description]] for g in groups]))
 
-    augmented = clean
+    def augmented(self, groups: Sequence[Group]) -> list[tuple[list[int], Tensor, Tensor]]:
+        """As :meth:`clean`; ``example_share`` of the groups read an example set."""
+        return list(self._encoder.read([[self._drawn(g)] for g in groups]))
+
+    def _drawn(self, group: Group) -> list[int]:
+        """Token ids that ``group`` reads; its example set is drawn anew, and has no example that the group learns from."""
+        task, draw = self._tasks[group.task], random.Random(seeded("condition", group.key))
+        learnt = {normalise(sample.input) for sample in group.samples}
+        others = [example for example in task.examples if normalise(example.input) not in learnt]
+        if not others or draw.random() >= self._share:
+            return self._ids[group.task][group.description]
+        chosen = draw.sample(others, min(draw.randint(1, self._settings.max_examples), len(others)))
+        about = "" if draw.randrange(_WITHOUT_DESCRIPTION) == 0 else task.descriptions[group.description]
+        shots = [(example.input, example.outputs[0]) for example in chosen]
+        ((ids,),) = self._encoder.chunks([about], examples=[shots])
+        return ids
 
 
 def read_states(encoder: LLMEncoder, texts: Sequence[Mapping[int, str]], folder: Path) -> dict[tuple[int, int], Tensor]:
@@ -337,7 +361,7 @@ def initialise_discriminant(linear: nn.Linear, classes: Sequence[Tensor], seed: 
 # --- the job ------------------------------------------------------------------------------------------------------------
 
 #: A hypernetwork, and the pooling of encoder "llm" that is trained with it.
-Trained = tuple[HyperNetwork | PerceiverHyperNetwork, AttentionPooling | None]
+Trained = tuple[HyperNetwork | TokenHyperNetwork, AttentionPooling | None]
 
 
 class PooledHyperNetwork(nn.Module):
@@ -373,7 +397,7 @@ class HyperNetworkJob(loop.Job):
             self._conditions = TaskEmbeddings(settings, tasks, device)
             return
         assert base_model is not None  # encoder llm is the base model
-        if settings.variant in PERCEIVERS:
+        if settings.variant in (*PERCEIVERS, POINTER):
             assert isinstance(settings, SFTSettings)
             self._conditions = Documents(settings, tasks, base_model, device)
         else:
@@ -390,6 +414,9 @@ class HyperNetworkJob(loop.Job):
         if s.variant in PERCEIVERS:
             sizes = {"num_latents": s.llm_queries, "num_blocks": s.llm_blocks, "num_mlps": s.llm_mlps}
             return PerceiverConfig(feature_size=width, **sizes, **shared)
+        if s.variant == POINTER:
+            sizes = {"num_blocks": s.llm_blocks, "num_heads": s.llm_heads}
+            return PointerConfig(feature_size=width, copied=s.copied, first_layer=s.first_layer, **sizes, **shared)
         return HyperNetworkConfig(embed_dim=width, head_in_size=s.head_in_size, **shared)
 
     def _new(self, config: AnyConfig, *, hyperinit: bool) -> Trained:
@@ -397,20 +424,20 @@ class HyperNetworkJob(loop.Job):
         seed = self.settings.seed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if isinstance(config, PerceiverConfig):
-                return PerceiverHyperNetwork(config), None
-            net = HyperNetwork(config)
+            net = new(config)
+            if isinstance(net, TokenHyperNetwork):
+                return net, None
             if hyperinit:
                 net.bias_hyperinit(torch.Generator().manual_seed(seed))
             return net, self._conditions.start(net.task_encoder.linear)
 
-    def _train(self, net: HyperNetwork | PerceiverHyperNetwork, pooling: AttentionPooling | None) -> None:
+    def _train(self, net: HyperNetwork | TokenHyperNetwork, pooling: AttentionPooling | None) -> None:
         """Let this job train ``net`` and ``pooling``."""
         self._net, self._pooling = net, pooling
         self.model = net if pooling is None else PooledHyperNetwork(pooling, net)
         self.model.to(self._device)
 
-    def _write(self, net: HyperNetwork | PerceiverHyperNetwork, folder: Path, step: int, **stated: Any) -> None:
+    def _write(self, net: HyperNetwork | TokenHyperNetwork, folder: Path, step: int, **stated: Any) -> None:
         """A checkpoint of ``net``; ``stated``: what its training block says beside the settings."""
         training = {"steps_done": step, **self.settings.model_dump(mode="json"), **stated}
         blocks = {"encoder": to_json(self._conditions.encoder_config), "base_model": self._base_model, "training": training}

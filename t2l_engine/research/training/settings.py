@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from t2l_engine.files.errors import MAX_NUMBER, MAX_RANK, MAX_SIZE, MIN_NUMBER, ConfigError, expect, short_repr
 from t2l_engine.files.text import is_unicode
 from t2l_engine.files.yaml import parse_yaml, read_yaml
-from t2l_engine.hypernetwork.config import PERCEIVERS, VARIANTS, resolve_scaling
+from t2l_engine.hypernetwork.config import PERCEIVERS, POINTER, VARIANTS, resolve_scaling
 from t2l_engine.text.prompts import PROMPT_FORMS
 
 
@@ -127,9 +127,9 @@ class _Model(BaseModel):
 class HyperNetworkSettings(Settings):
     """Settings of the hypernetwork and its task embeddings."""
 
-    variant: Literal[VARIANTS + PERCEIVERS] = field(
+    variant: Literal[(*VARIANTS, *PERCEIVERS, POINTER)] = field(
         "L",
-        "of the hypernetwork; perceiver-layers, perceiver-flat (Doc-to-LoRA): it reads the tokens' states of encoder llm",
+        "of the hypernetwork; perceiver-layers, perceiver-flat (Doc-to-LoRA), pointer: of the tokens' states of encoder llm",
     )
     latent_size: Annotated[int, Field(ge=4, lt=MAX_SIZE)] = field(128, "width of the trunk, or of a perceiver's latents")
     head_in_size: Positive = field(256, "width of the heads' input")
@@ -148,13 +148,15 @@ class HyperNetworkSettings(Settings):
     )
     mix_descriptions: bool = field(False, "random convex mixes of two descriptions of a task")
     llm_layers: Annotated[tuple[Count, ...], Field(min_length=1)] = field(
-        (0, 10, 20), "hidden states that encoder llm pools: 0 token embeddings, i output of layer i; perceiver-flat: one"
+        (0, 10, 20), "hidden states that encoder llm reads: 0 token embeddings, i output of layer i; perceiver-flat: one"
     )
     llm_queries: Positive = field(8, "vectors that its attention pooling gives, or latents of the perceiver")
     llm_width: Positive = field(192, "width of each of them")
-    llm_heads: Positive = field(4, "attention heads of the pooling")
-    llm_blocks: Positive = field(1, "attention blocks of the pooling or the perceiver")
+    llm_heads: Positive = field(4, "attention heads of the pooling or of variant pointer")
+    llm_blocks: Positive = field(1, "attention blocks of the pooling, the perceiver or variant pointer")
     llm_mlps: Count = field(1, "residual MLPs after the perceiver")
+    copied: tuple[Text, ...] = field((), "pointer: target modules whose columns of B get token embeddings, in their order")
+    first_layer: Count = field(0, "pointer: layers below have no adapter")
     llm_descriptions: Count = field(0, "training descriptions of a task that encoder llm reads, by the seed; 0: all")
 
     @model_validator(mode="after")
@@ -162,10 +164,16 @@ class HyperNetworkSettings(Settings):
         if self.encoder == "one-hot":
             self._expect(task_init="random", held_out_descriptions=0, embedding_noise=0.0, mix_descriptions=False)
         if self.encoder != LLM:
-            expect(self.variant not in PERCEIVERS, "encoder", f"{LLM!r} with variant {self.variant}", self.encoder)
+            expect(self.variant in VARIANTS, "encoder", f"{LLM!r} with variant {self.variant}", self.encoder)
             self._expect_defaults(*(name for name in type(self).model_fields if name.startswith("llm_")))
             return self
         self._expect(embedding_noise=0.0, mix_descriptions=False)
+        if self.variant == POINTER:
+            unused = "head_in_size", "task_init", "llm_width", "llm_queries", "llm_mlps", "llm_descriptions"
+            self._expect_defaults(*unused, when="with pointer")
+            expect(not self.copied or self.llm_layers[0] == 0, "llm_layers", "0 first, what is copied", self.llm_layers)
+            return self
+        self._expect_defaults("copied", "first_layer", when=f"with {self.variant}")
         if self.variant in PERCEIVERS:
             unused, flat = ["head_in_size", "task_init", "llm_width", "llm_heads"], self.variant == "perceiver-flat"
             self._expect_defaults(*unused, *([] if flat else ["llm_layers"]), when=f"with {self.variant}")
@@ -201,7 +209,9 @@ class SFTSettings(_Model, HyperNetworkSettings):
     example_share: Annotated[float, Field(ge=0, le=1)] = field(
         0.0, "share of the groups whose adapter is generated from an example set (encoder llm)"
     )
-    example_sets: Positive = field(8, "example sets per task, each of worked examples with or without a description")
+    example_sets: Positive = field(
+        8, "example sets per task, each of worked examples with or without a description; pointer draws a new one each time"
+    )
     max_examples: Positive = field(6, "most worked examples in an example set")
     token_dropout: Share = field(0.0, "share of a text's tokens that the pooling does not see in training (encoder llm)")
 
@@ -209,8 +219,9 @@ class SFTSettings(_Model, HyperNetworkSettings):
     def _condition(self):
         if self.encoder == LLM:
             self._expect(condition="description")
-            if self.variant in PERCEIVERS:
-                self._expect_defaults("example_share", "token_dropout", when=f"with {self.variant}")
+            if self.variant not in VARIANTS:
+                unused = ["token_dropout", "example_sets"] if self.variant == POINTER else ["token_dropout", "example_share"]
+                self._expect_defaults(*unused, when=f"with {self.variant}")
         else:
             self._expect_defaults("example_share", "example_sets", "max_examples", "token_dropout")
         if self.encoder == "one-hot":

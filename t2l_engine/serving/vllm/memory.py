@@ -13,7 +13,7 @@ from t2l_engine.files.weights import read_safetensors
 from t2l_engine.hypernetwork.checkpoint import read
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.hypernetwork.network import HyperNetwork, load
-from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
+from t2l_engine.hypernetwork.tokens import TokenHyperNetwork
 from t2l_engine.serving.checkpoints import adapter, fingerprint
 from t2l_engine.serving.store import DTYPE, EMBEDDING, EMBEDDING_NAME, NOTE_NAME
 from t2l_engine.serving.vllm.settings import Settings
@@ -47,7 +47,7 @@ def peft_tensors(folder: Path, settings: Settings, dtype: torch.dtype) -> dict[s
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
-def own_hypernetwork(sha256: str, settings: Settings, name: object = None) -> HyperNetwork | PerceiverHyperNetwork:
+def own_hypernetwork(sha256: str, settings: Settings, name: object = None) -> HyperNetwork | TokenHyperNetwork:
     """The hypernetwork of ``settings.checkpoints`` with this fingerprint; the checkpoint ``name`` is tried first.
 
     Raises ValueError if none has it, and as :meth:`TextToLoRA.from_pretrained` for the checkpoint's files.
@@ -64,6 +64,6 @@ def own_hypernetwork(sha256: str, settings: Settings, name: object = None) -> Hy
 
 @functools.cache
 @torch.inference_mode(False)  # parameters outlive the call
-def _load(source: str) -> tuple[HyperNetwork | PerceiverHyperNetwork, str]:
+def _load(source: str) -> tuple[HyperNetwork | TokenHyperNetwork, str]:
     hypernetwork = load(read(resolve_checkpoint(source)))
     return hypernetwork, fingerprint(hypernetwork)
