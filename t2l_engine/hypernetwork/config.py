@@ -346,7 +346,7 @@ class PointerConfig(TargetConfig):
     ...     out_features=(576, 576), num_layers=30, rank=8, lora_alpha=16, feature_size=1728, latent_size=192,
     ...     copied=("down_proj",), first_layer=16)
     >>> config.latent_shape, config.num_parameters
-    ((14, 8, 768), 2286448)
+    ((14, 8, 768), 2293552)
     """
 
     variant: str
@@ -408,7 +408,7 @@ class PointerConfig(TargetConfig):
         d, sizes = self.latent_size, sum(self.in_features + self.out_features)
         blocks = self.num_blocks * (12 * d * d + 15 * d)
         pointers = len(self.copied) * (2 * d * (d + 1) + layers * r)
-        return (self.feature_size + 1) * d + (layers + r + 2) * d + blocks + pointers + sizes * (d + 1 + layers * r)
+        return (self.feature_size + 1) * d + (layers + r + 2) * d + blocks + pointers + sizes * (d + layers * r)
 
     def total_rank(self, chunks: int) -> int:
         """Rank of the adapter of a text of ``chunks`` chunks."""

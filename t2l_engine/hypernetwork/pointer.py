@@ -47,8 +47,8 @@ class CrossBlock(nn.Module):
 class PointerHyperNetwork(TokenHyperNetwork):
     """Queries of every adapted layer and rank attend to the tokens of a text; each makes a row of A and a column of B.
 
-    In every module ``A_j = bias_A_j + W_A x_j`` and ``B_j = bias_B_j + W_B x_j``, with x_j the latent that query j becomes;
-    layers share the linears, which are zero at the start.  In the modules ``copied``, column B_j gets besides
+    In every module ``A_j = bias_A_j + W_A x_j`` and ``B_j = bias_B_j + W_B x_j``, with x_j the latent that query j becomes, of
+    norm 1; layers share the linears, which are zero at the start.  In the modules ``copied``, column B_j gets besides
     ``gate_j * sum_t a_jt e_t``: a mean of the text's token embeddings, each of norm 1, by an attention of its own.  Where a
     language model ties its embeddings, such a column makes token t likelier, also one that training never had.
 
@@ -72,7 +72,7 @@ class PointerHyperNetwork(TokenHyperNetwork):
         self.layer_emb, self.rank_emb = (nn.Parameter(torch.randn(n, d) * INITIAL_QUERY) for n in (layers, rank))
         self.blocks = nn.ModuleList(CrossBlock(d, c.num_heads) for _ in range(c.num_blocks))
         self.norm = LayerNorm(d)
-        self.heads = nn.ModuleDict({m: Linear(d, n_in + n_out) for m, n_in, n_out in sizes})
+        self.heads = nn.ModuleDict({m: nn.Linear(d, n_in + n_out, bias=False) for m, n_in, n_out in sizes})
         for parameter in self.heads.parameters():
             nn.init.zeros_(parameter)
         self.bias_A = nn.ParameterDict({m: (torch.rand(layers, rank, n) * 2 - 1) / math.sqrt(n) for m, n, _ in sizes})
@@ -83,7 +83,7 @@ class PointerHyperNetwork(TokenHyperNetwork):
 
     def matrices(self) -> list[Tensor]:
         """The weight matrices."""
-        return [module.weight for module in self.modules() if isinstance(module, Linear)]
+        return [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
 
     def latents(self, states: Tensor, mask: Tensor) -> Tensor:
         """``[chunks, adapted layers, rank, d + copied modules * copied_size]`` of chunks: what is read, and what is copied.
@@ -101,7 +101,9 @@ class PointerHyperNetwork(TokenHyperNetwork):
         read = queries.flatten(0, 1).expand(len(states), -1, -1)
         for block in self.blocks:
             read = block(read, tokens, mask[:, None, None])
-        parts = [read := self.norm(read)]
+        read = self.norm(read)
+        # Of norm 1: then a step of Muon changes A and B no faster than one of AdamW does their biases.
+        parts = [read / math.sqrt(c.latent_size)]
         embeddings = states[..., : c.copied_size] / math.sqrt(max(1, c.copied_size))  # of norm 1
         for name in c.copied:
             query, key = self.pointer_query[name](read), self.pointer_key[name](tokens)

@@ -68,7 +68,7 @@ def by_hand(net, states):
         for k, module in enumerate(c.modules):
             A, B = [], []
             for j, x in enumerate(rows):
-                row = apply(f"heads.{module}", x)
+                row = linear(x / math.sqrt(c.latent_size), p[f"heads.{module}.weight"])
                 A.append(row[: c.in_features[k]] + p[f"bias_A.{module}"][layer, j])
                 B.append(row[c.in_features[k] :] + p[f"bias_B.{module}"][layer, j])
                 if module in c.copied:

@@ -40,6 +40,21 @@ def stack(make_stack):
     return AdapterStack.cat([stack[0], stack[1], stack[3]])  # ranks 4, 4, 6 in storage of 6
 
 
+def test_layers_without_adapters_keep_no_graph(stack):
+    """Where an adapter begins above the first layer, a training step costs no backward pass below it."""
+    for ranks in stack.ranks.values():
+        ranks[:, 0] = 0
+    model = TwoLinears().requires_grad_(False)
+    handle, (own, own_leaves) = attach(model, stack), leaves(stack)
+    x, graphs = torch.randn(len(IDS), 5, 16), []
+    for layer in model.layers:
+        layer["o_proj"].register_forward_hook(lambda module, args, out: graphs.append(out.requires_grad))
+    with handle.differentiable(own, IDS):
+        model(x).sum().backward()
+    assert graphs == [False, True]
+    assert all(leaf.grad[:, 0].abs().max() == 0 < leaf.grad[:, 1].abs().max() for leaf in own_leaves)
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_gradients(stack, frozen):
     x = torch.randn(len(IDS), 5, 16, generator=torch.Generator().manual_seed(1))
