@@ -285,10 +285,13 @@ class Documents(Conditions):
     def _drawn(self, group: Group) -> list[int]:
         """Token ids that ``group`` reads; its example set is drawn anew, and has no example that the group learns from."""
         task, draw = self._tasks[group.task], random.Random(seeded("condition", group.key))
+        plain = self._ids[group.task][group.description]
+        if draw.random() >= self._share:
+            return plain
         learnt = {normalise(sample.input) for sample in group.samples}
         others = [example for example in task.examples if normalise(example.input) not in learnt]
-        if not others or draw.random() >= self._share:
-            return self._ids[group.task][group.description]
+        if not others:
+            return plain
         chosen = draw.sample(others, min(draw.randint(1, self._settings.max_examples), len(others)))
         about = "" if draw.randrange(_WITHOUT_DESCRIPTION) == 0 else task.descriptions[group.description]
         shots = [(example.input, example.outputs[0]) for example in chosen]
