@@ -47,8 +47,8 @@ class CrossBlock(nn.Module):
 class PointerHyperNetwork(TokenHyperNetwork):
     """Queries of every adapted layer and rank attend to the tokens of a text; each makes a row of A and a column of B.
 
-    In every module ``A_j = bias_A_j + W_A x_j`` and ``B_j = bias_B_j + W_B x_j``, with x_j the latent that query j becomes, of
-    norm 1; layers share the linears, which are zero at the start.  In the modules ``copied``, column B_j gets besides
+    In every module ``A_j = bias_A_j + W_A x_j`` and ``B_j = bias_B_j + W_B x_j``, with x_j the latent of norm 1 that query j
+    becomes; layers share the linears, which are zero at the start.  In the modules ``copied``, column B_j gets besides
     ``gate_j * sum_t a_jt e_t``: a mean of the text's token embeddings, each of norm 1, by an attention of its own.  Where a
     language model ties its embeddings, such a column makes token t likelier, also one that training never had.
 
