@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.report.data import Data
 from bench.report.tables import Line, derived
-from t2l_engine.research.evaluation.metrics import Interval, interval
+from t2l_engine.research.evaluation.metrics import Interval, by_family, interval
 
 #: Split -> part of the records of ``specs``.
 SPLITS = {"trained tasks": "trained", "development tasks": "development", "in-family": "sibling", "out-of-family": "novel"}
@@ -77,11 +77,8 @@ def gap(found: Scores, ours: str, theirs: str) -> Interval | None:
 
 
 def gap_over_families(found: Scores, ours: str, theirs: str) -> Interval:
-    """The same difference with an interval over families, whose tasks are alike: each has its name before the last dash."""
-    families: dict[str, list[float]] = {}
-    for task, of in found.items():
-        families.setdefault(task.rpartition("-")[0], []).append(of[ours] - of[theirs])
-    return interval([sum(of) for of in families.values()], [len(of) for of in families.values()])
+    """The same difference with an interval over families, whose tasks are alike."""
+    return interval(*by_family({task: of[ours] - of[theirs] for task, of in found.items()}))
 
 
 def tokens(data: Data, run: str, suite: str = "specs") -> float:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from t2l_engine.research.tasks.folder import parse_number
+from t2l_engine.research.tasks.folder import family_of, parse_number
 
 _NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")  # "-" after a digit or a letter is a hyphen
 _WORD = re.compile(r"\w+")
@@ -92,13 +92,24 @@ class Interval:
 def interval(values: Sequence[float], counts: Sequence[float] | None = None) -> Interval:
     """The mean of ``values``, one per task; of differences of two methods on the same tasks for a paired interval.
 
-    ``counts``: how many tasks each of ``values`` is the sum over, such as those of a family; None: one.
+    ``counts``: how many tasks each of ``values`` is the sum over, as :func:`by_family` gives them; None: one.
 
     Raises ValueError for no values, or another number of counts.
     """
     if not len(values):
         raise ValueError("values: expected one a task, got none")
     return _interval(tuple(map(float, values)), None if counts is None else tuple(counts))
+
+
+def by_family(values: Mapping[str, float]) -> tuple[list[float], list[int]]:
+    """``values`` by task -> (sum over the tasks, number of tasks) of each family.
+
+    :func:`interval` of these draws families, each with all of its tasks, which are alike.
+    """
+    found: dict[str, list[float]] = {}
+    for task, value in values.items():
+        found.setdefault(family_of(task), []).append(value)
+    return [sum(of) for of in found.values()], [len(of) for of in found.values()]
 
 
 @functools.lru_cache(maxsize=1 << 12)  # the pages of a report ask for the same ones again

@@ -65,6 +65,11 @@ class Task:
     examples: tuple[Example, ...]
 
 
+def family_of(name: str) -> str:
+    """The family of the task ``name``: of ``"keep_kind-007"`` what is before the number, else the name itself."""
+    return re.sub(r"-[0-9]+$", "", name)
+
+
 def load_tasks(
     folder: str | Path, split: str | None, *, names: Sequence[str] | None = None, required: bool = True
 ) -> list[Task]:

@@ -9,6 +9,7 @@ import pytest
 from t2l_engine.research.evaluation import metrics
 from t2l_engine.research.evaluation.metrics import (
     Interval,
+    by_family,
     containment,
     exact_match,
     interval,
@@ -16,6 +17,7 @@ from t2l_engine.research.evaluation.metrics import (
     number_match,
     rouge_l,
 )
+from t2l_engine.research.tasks.folder import family_of
 
 
 def test_examples_run():
@@ -116,3 +118,15 @@ def test_values_may_be_sums_over_several_tasks():
     assert found.mean == 1.0 and found.low < 1 < found.high
     assert interval([2.0 * b for b in below], below) == Interval(2.0, 2.0, 2.0)  # paired: nothing varies
     assert interval([1.0, 4.0], [1, 2]) == Interval(5 / 3, 1.0, 2.0)  # either task alone is the widest there is
+
+
+def test_families_are_drawn_with_all_of_their_tasks():
+    """Of two families either alone is the widest there is; the mean is that over tasks."""
+    assert [family_of(name) for name in ("keep_kind-007", "a-b-1000", "syn_plural", "arc-easy", "x-1.5")] == [
+        "keep_kind", "a-b", "syn_plural", "arc-easy", "x-1.5",
+    ]  # fmt: skip
+    values = {"a-000": 0.0, "b-000": 10.0, "a-001": 20.0, "a-002": 40.0}
+    assert by_family(values) == ([60.0, 10.0], [3, 1])
+    assert interval(*by_family(values)) == Interval(17.5, 10.0, 20.0)
+    alone = {"x": 1.0, "y": 5.0, "z": 3.0}  # tasks without a family are one each
+    assert interval(*by_family(alone)) == interval([1.0, 5.0, 3.0])
