@@ -219,6 +219,8 @@ def _write(options: Options, result: dict[str, Any]) -> None:
     if precision := result["settings"]["precision"]:
         asked, left = len(result["tasks"]), len(result["not_asked"])
         say(f"asked {asked} of {asked + left} tasks, for intervals of at most +-{precision:g} points")
+    for method, count in result["no_adapter"].items():
+        say(f"{method} has no adapter for {count} of {len(result['tasks'])} tasks, which are not compared with it")
     if options.json_file is not None:  # before the table, whose pipe may be closed
         text = common.json_text(result) + "\n"
         if options.json_file.exists() and not options.json_file.is_file():  # a device or a pipe
@@ -243,11 +245,22 @@ def _table(result: dict[str, Any], measure: str) -> Any:
     def cells(values: dict[str, float | None]) -> list[str]:
         return ["" if values.get(method) is None else f"{values[method]:.1f}" for method in methods]
 
+    def add_over_families(of: dict[str, Any], statistic: str, form: str) -> None:
+        if found := of.get("over_families", {}).get(statistic):
+            spans = {m: f"[{d['low']:{form}}, {d['high']:{form}}]" for m, d in found.items()}
+            most = max(d["families"] for d in found.values())
+            table.add_row(f"95 % CI over families ({most})", *(spans.get(method, "") for method in methods))
+
     for name in result["tasks"]:
         table.add_row(name, *cells({m: result["details"][m]["tasks"].get(name, {}).get(measure) for m in methods}))
     for group, of in result["summary"].items() if measure == "score" else ():
         table.add_section()
         table.add_row(f"mean: {group} ({of['tasks']})", *cells(of["mean"]), style="bold")
-        spans = {m: f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" for m, d in of["difference"].items()}
+        add_over_families(of, "mean", ".1f")
+        spans = {
+            m: f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" + f" ({d['tasks']})" * (d["tasks"] < of["tasks"])
+            for m, d in of["difference"].items()
+        }
         table.add_row(f"{methods[0]} minus this method", *(spans.get(method, "") for method in methods))
+        add_over_families(of, "difference", "+.1f")
     return table

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from t2l_engine.lora.handle import attach
 from t2l_engine.research.evaluation.answers import Adapters, Use
 from t2l_engine.research.evaluation.library import arrow, average
 from t2l_engine.research.tasks.examples import normalise
-from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Example, Task
+from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Example, Task, family_of
 from t2l_engine.research.training.runs import ADAPTERS, MULTI_TASK, Prompt, descriptions_of, prompt_of_run, settings_of
 from t2l_engine.text.encoder import TextEncoder
 from t2l_engine.text.llm_encoder import condition_text
@@ -38,6 +39,12 @@ from t2l_engine.text.prompts import CHAT, RAW
 SHOTS = 3
 #: The constant baseline: a description without information about the task.
 CONSTANT = "Answer the question."
+#: Baselines of another task's description: the end of their names -> (the group of a task, by name, in which the other one
+#: is drawn; what they need).
+OTHERS: dict[str, tuple[Callable[[str], str], str]] = {
+    "-shuffled": (lambda name: "", "at least two tasks"),
+    "-same-family": (family_of, "at least two tasks of one family"),
+}
 
 Key = Callable[[Task, Example, int], "str | None"]  # (task, example, repeat) -> key of the adapter, None if it has none
 ANY: Key = lambda task, example, repeat: ""  # noqa: E731
@@ -89,11 +96,15 @@ def junk(task: Task, repeat: int) -> str:
     return " ".join(word() for _ in range(8)).capitalize() + "."
 
 
-def partners(names: Sequence[str], repeat: int) -> dict[str, str]:
-    """Task -> another task, of at least two: a derangement drawn by repeat."""
-    order = list(names)
-    random.Random(f"shuffled/{repeat}").shuffle(order)
-    return dict(zip(order, order[1:] + order[:1], strict=True))
+def partners(names: Iterable[str], repeat: int, group: Callable[[str], str] = lambda name: "") -> dict[str, str]:
+    """Task -> another task of its group: a derangement of each group of at least two, drawn by repeat."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(group(name), []).append(name)
+    for name, order in groups.items():
+        random.Random(f"shuffled/{repeat}{name}").shuffle(order)
+    pairs = (zip(order, order[1:] + order[:1], strict=True) for order in groups.values() if len(order) > 1)
+    return dict(itertools.chain.from_iterable(pairs))
 
 
 # --- adapters ------------------------------------------------------------------------------------------------------
@@ -229,8 +240,8 @@ class Candidates:
         """A checkpoint's adapters, generated from the task's description, and their baselines.
 
         One that was trained with condition "input" has the input's adapter and no baselines; one with a one-hot encoder
-        those of the tasks that it knows, and no baseline but the shuffled one.  One that reads examples also has
-        "-examples", generated from description and few-shot examples, and its shuffled baseline.
+        those of the tasks that it knows, and no baselines but OTHERS.  One that reads examples also has "-examples",
+        generated from description and few-shot examples, and its OTHERS.
 
         Raises ValueError for a one-hot encoder that knows none of the tasks.  Warns of held-out descriptions that the
         checkpoint was trained on.
@@ -250,13 +261,14 @@ class Candidates:
         add = functools.partial(self._add, adapters=Generated(engine), prompt=prompt)
         if training.get("condition") == "input":
             return add(name, key=lambda task, example, repeat: example.input)
-        partners_of = functools.cache(lambda repeat: partners(list(by_name), repeat))
+        partner_of = functools.cache(functools.partial(partners, by_name))
 
-        def text_of(task: Task, example: Example, repeat: int, shuffled: bool, count: int) -> str | None:
-            """The text of the task, or of its partner, with ``count`` worked examples."""
-            if task.name not in by_name:
+        def text_of(task: Task, example: Example, repeat: int, group: Callable | None, count: int) -> str | None:
+            """The text of the task, or of its partner in the group, with ``count`` worked examples."""
+            name = partner_of(repeat, group).get(task.name) if group else task.name
+            if name not in by_name:
                 return None
-            of = by_name[partners_of(repeat)[task.name]] if shuffled else task
+            of = by_name[name]
             text = description_of(of, repeat) if known is None else of.name
             shots = shots_of(of, self._pools[of.name], repeat, count, example.input) if count else []
             return condition_text(text, shots) if count else text
@@ -267,12 +279,12 @@ class Candidates:
             reasons = self._short | {n: f"the checkpoint reads at most {most} examples" for n in self._shots if n > most}
             self.left_out |= {f"{name}-examples{_counted(n)}": reason for n, reason in reasons.items()}
         for ending, count in counts.items():
-            add(name + ending, key=functools.partial(text_of, shuffled=False, count=count), repeats=known is None)
-            if len(by_name) > 1:
-                shuffled = functools.partial(text_of, shuffled=True, count=count)
-                add(f"{name}{ending}-shuffled", key=shuffled, repeats=True)
-            else:
-                self.left_out[f"{name}{ending}-shuffled"] = "it needs at least two tasks"
+            add(name + ending, key=functools.partial(text_of, group=None, count=count), repeats=known is None)
+            for other, (group, needs) in OTHERS.items():
+                if partner_of(0, group):
+                    add(name + ending + other, key=functools.partial(text_of, group=group, count=count), repeats=True)
+                else:
+                    self.left_out[name + ending + other] = f"it needs {needs}"
             if not ending and known is None:
                 add(f"{name}-junk", key=lambda task, example, repeat: junk(task, repeat), repeats=True)
                 add(f"{name}-constant", key=lambda task, example, repeat: CONSTANT)

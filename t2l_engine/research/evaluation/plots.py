@@ -37,7 +37,7 @@ def means(result: Mapping[str, Any], path: Path) -> None:
 
 
 def _colour(method: str) -> str:
-    if method.endswith(("-shuffled", "-junk", "-constant")):
+    if method.endswith(("-shuffled", "-same-family", "-junk", "-constant")):
         return _LIGHT
     if method.startswith(("base", "icl")):
         return _GREY

@@ -113,6 +113,7 @@ class Evaluation:
             "items": {name: len(kept[name]) for name in scores},
             "left_out": {name: count for name, count in short.items() if count},
             "not_asked": [task.name for task in self.tasks if task.name not in scores],
+            "no_adapter": {m: count for m, of in details.items() if (count := len(scores) - len(of["tasks"]))},
             "forms": templates,
             "details": details,
         }
@@ -283,17 +284,36 @@ def summary(scores: Mapping[str, Mapping[str, float]], groups: Mapping[str, Sequ
 
     Returns ``{group: {"tasks": count, "mean": {method: percent}, "difference": {method: interval}}}``, an interval being
     ``{"tasks", "mean", "low", "high"}``.  Differences are ``baseline`` minus the method, in percentage points, over the
-    tasks that both answered, with a 95 % bootstrap interval over tasks.
+    tasks that both answered, with a 95 % bootstrap interval over tasks.  Where at least two families have several tasks,
+    "over_families" has ``{"mean": {method: interval}, "difference": {method: interval}}``, with "families" for "tasks".
     """
     result = {}
     for group, names in groups.items():
-        rows = [scores[name] for name in names]
-        methods = list(dict.fromkeys(method for row in rows for method in row))
-        means = {method: statistics.fmean(row[method] for row in rows if method in row) for method in methods}
-        differences = {}
-        for method in methods:
-            paired = [row[baseline] - row[method] for row in rows if method in row and baseline in row]
-            if method != baseline and paired:
-                differences[method] = {"tasks": len(paired), **dataclasses.asdict(interval(paired))}
-        result[group] = {"tasks": len(names), "mean": means, "difference": differences}
+        rows = {name: scores[name] for name in names}
+        methods = dict.fromkeys(method for row in rows.values() for method in row)
+        values = {method: {name: row[method] for name, row in rows.items() if method in row} for method in methods}
+        paired = {
+            method: {name: rows[name][baseline] - value for name, value in of.items() if baseline in rows[name]}
+            for method, of in values.items()
+            if method != baseline
+        }
+        result[group] = {
+            "tasks": len(names),
+            "mean": {method: statistics.fmean(of.values()) for method, of in values.items()},
+            "difference": {
+                m: {"tasks": len(of), **dataclasses.asdict(interval([*of.values()]))} for m, of in paired.items() if of
+            },
+        }
+        if over := _over_families(values):
+            result[group]["over_families"] = {"mean": over, "difference": _over_families(paired)}
     return result
+
+
+def _over_families(values: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """By method, the mean of ``values`` with an interval over families, where two of these have several tasks."""
+    found = {}
+    for method, of in values.items():
+        sums, counts = metrics.by_family(of)
+        if sum(count > 1 for count in counts) > 1:
+            found[method] = {"families": len(counts), **dataclasses.asdict(interval(sums, counts))}
+    return found

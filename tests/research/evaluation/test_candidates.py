@@ -18,7 +18,7 @@ from t2l_engine.research.evaluation.methods import (
     shots_of,
     without_chat,
 )
-from t2l_engine.research.tasks.folder import Example
+from t2l_engine.research.tasks.folder import Example, family_of
 from t2l_engine.research.training import lora
 from t2l_engine.text.llm_encoder import condition_text
 from tests.research.evaluation.conftest import DESCRIPTIONS, random_stack, task
@@ -27,6 +27,7 @@ from tests.research.training import small_runs
 RED = Example("red", ("red",), "test")
 TASKS = [task(f"task{i}", RED, descriptions=[f"Do {i}.", f"Do {i}, please."][: 1 + i % 2]) for i in range(5)]
 ASKED = [task(name, RED) for name in DESCRIPTIONS]
+NO_FAMILY = "it needs at least two tasks of one family"
 POOLS = {t.name: [Example(f"{t.name} {i}", (str(i),), "train") for i in range(5)] for t in TASKS}
 
 
@@ -106,7 +107,9 @@ def test_a_checkpoint_that_reads_examples(engine, checkpoint, reading):
     assert [m.name for m in made.methods[4:]] == [
         "mine-examples", "mine-examples-shuffled", "mine-examples-2", "mine-examples-2-shuffled",
     ]  # fmt: skip
-    assert made.left_out == {"mine-examples-4": "the checkpoint reads at most 3 examples"}
+    assert made.left_out == {"mine-examples-4": "the checkpoint reads at most 3 examples"} | {
+        f"mine{ending}-same-family": NO_FAMILY for ending in ("", "-examples", "-examples-2")
+    }
     for (own, other), count in ((made.methods[4:6], 3), (made.methods[6:], 2)):
         for repeat in range(2):
             texts = keys(own, TASKS, repeat)
@@ -117,7 +120,25 @@ def test_a_checkpoint_that_reads_examples(engine, checkpoint, reading):
     assert keys(made.methods[4], TASKS[:1]) == [text]
     assert len(of_checkpoint(engine, checkpoint, pools=POOLS).methods) == 4
     without = of_checkpoint(reading, checkpoint)
-    assert without.left_out == {"mine-examples": "fewer than 3 examples of split 'train' of task task0"}
+    assert without.left_out["mine-examples"] == "fewer than 3 examples of split 'train' of task task0"
+
+
+def test_another_description_of_the_same_family(engine, checkpoint, reading):
+    """Of another specification, with its examples where the checkpoint reads any; none of a task alone in its family."""
+    names = ["a-000", "a-001", "b-000", "a-002"]
+    tasks = [task(name, RED, descriptions=[f"{name}, {r}." for r in range(2)]) for name in names]
+    pools = {t.name: [Example(f"{t.name} {i}", (str(i),), "train") for i in range(5)] for t in tasks}
+    made = of_checkpoint(engine, checkpoint, tasks)
+    assert [m.name for m in made.methods[1:3]] == ["mine-shuffled", "mine-same-family"] and made.left_out == {}
+    examples = of_checkpoint(reading, checkpoint, tasks, pools).methods[-1]
+    assert examples.name == "mine-examples-same-family" and examples.repeats and made.methods[2].repeats
+    for repeat in range(2):
+        drawn = partners(["a-000", "a-001", "a-002"], repeat, family_of)
+        others = [drawn.get(name) for name in names]
+        assert others[2] is None
+        assert keys(made.methods[2], tasks, repeat) == [of and f"{of}, {repeat}." for of in others]
+        for of, text in zip(others, keys(examples, tasks, repeat), strict=True):
+            assert (text or "").count(of or "none") == (1 + 3 if of else 0)
 
 
 def test_checkpoints_of_names_and_of_inputs(one_hot, by_input):
@@ -125,7 +146,9 @@ def test_checkpoints_of_names_and_of_inputs(one_hot, by_input):
     made = of_checkpoint(known, one_hot, ASKED)
     assert shown(made) == {"mine": (("chat",), False, 0, False), "mine-shuffled": (("chat",), False, 0, True)}
     assert [keys(method, ASKED, 1) for method in made.methods] == [[None, "first", "last"], [None, "last", "first"]]
-    assert of_checkpoint(known, one_hot, ASKED[:2]).left_out == {"mine-shuffled": "it needs at least two tasks"}
+    assert of_checkpoint(known, one_hot, ASKED[:2]).left_out == {
+        "mine-shuffled": "it needs at least two tasks", "mine-same-family": NO_FAMILY,
+    }  # fmt: skip
     with pytest.raises(ValueError, match="its one-hot encoder knows none of the tasks"):
         of_checkpoint(known, one_hot, ASKED[:1])
     (method,) = of_checkpoint(t2l.TextToLoRA.from_pretrained(by_input), by_input, ASKED).methods

@@ -40,13 +40,14 @@ def evaluate(run, checkpoint, tasks, tmp_path):
 
 @pytest.fixture
 def refuse(run, checkpoint, tasks, monkeypatch):
-    """Run a command that fails before anything is asked, with one line on stderr; gives the line."""
+    """Run a command that fails before anything is asked; gives its line on stderr, beside those of methods left out."""
     monkeypatch.setattr(Answerer, "ask", lambda *arguments: pytest.fail("a model was asked"))
 
     def call(*options, tasks=tasks, checkpoint=checkpoint):
         code, out, err = run("evaluate", "--checkpoint", checkpoint, "--tasks", tasks, *options)
-        assert code == 1 and out == "" and err.startswith("t2l: ") and err.count("\n") == 1, err
-        return err[len("t2l: ") : -1]
+        lines = [line for line in err.splitlines() if "-same-family left out: " not in line]
+        assert code == 1 and out == "" and len(lines) == 1 and lines[0].startswith("t2l: ") and err.endswith("\n"), err
+        return lines[0][len("t2l: ") :]
 
     return call
 
@@ -86,6 +87,7 @@ def test_the_contract_with_a_test_split_alone(run, checkpoint, base_model, tmp_p
         "items": dict.fromkeys(DESCRIPTIONS, 3),
         "left_out": {},
         "not_asked": [],
+        "no_adapter": {},
         "forms": {a: {"form": "raw" if a in BASE else "chat", "validation": None} for a in methods},
     }  # fmt: skip
     for group, of in result["summary"].items():
@@ -104,9 +106,11 @@ def test_all_methods(evaluate, one_hot, by_input, adapters, shared, base_model, 
     named = [*OURS, "names", "names-shuffled", "inputs", "oracle", "average", "arrow", "nearest", "multi-task", *BASE[:2],
              "icl-2", "icl"]  # fmt: skip
     lacking = {"names", "names-shuffled", "oracle"}
-    assert list(result["details"]) == named and result["dtype"] == "bfloat16" and "left out" not in err
+    assert list(result["details"]) == named and result["dtype"] == "bfloat16" and err.count("left out") == 2
     assert list(result["tasks"]["again"]) == [name for name in named if name not in lacking]
     assert list(result["tasks"]["first"]) == named
+    assert result["no_adapter"] == dict.fromkeys(["names", "names-shuffled", "oracle"], 1)
+    assert "t2l: oracle has no adapter for 1 of 3 tasks" in err
     differences = result["summary"]["all"]["difference"].items()
     assert {a: of["tasks"] for a, of in differences} == {name: 3 - (name in lacking) for name in named[1:]}
     repeats = {name: len(of["tasks"]["first"]["by_repeat"]) for name, of in result["details"].items()}
@@ -114,6 +118,24 @@ def test_all_methods(evaluate, one_hot, by_input, adapters, shared, base_model, 
     assert repeats == {name: 1 if name in once else 2 for name in named}
     assert result["forms"]["base"]["validation"].keys() == {"raw", "chat"}  # there is a split val
     assert result["forms"]["inputs"] == {"form": "chat", "validation": None}
+
+
+def test_families(evaluate, tmp_path):
+    """A baseline of the same family, without the task that is alone, and intervals over families beside those over tasks."""
+    names = [*(f"{family}-{i:03}" for family in ("cut", "wrap") for i in range(2)), "alone-000"]
+    made = all_tasks()
+    write_tasks(tmp_path / "tasks", [replace(made[i % 3], name=name) for i, name in enumerate(names)])
+    options = ("--methods", "t2l,t2l-same-family,base", *QUICK)
+    result, out, err = evaluate(*options, tasks=tmp_path / "tasks")
+    assert result["no_adapter"] == {"t2l-same-family": 1}
+    assert "t2l: t2l-same-family has no adapter for 1 of 5 tasks, which are not compared with it\n" in err
+    of = result["summary"]["all"]
+    assert {m: d["tasks"] for m, d in of["difference"].items()} == {"t2l-same-family": 4, "base": 5}
+    families = {"t2l": 3, "t2l-same-family": 2, "base": 3}
+    assert {m: d["families"] for m, d in of["over_families"]["mean"].items()} == families
+    assert {m: d["families"] for m, d in of["over_families"]["difference"].items()} == {"t2l-same-family": 2, "base": 3}
+    rows = [line for line in out.splitlines() if "95 % CI over families (3)" in line]
+    assert [row.count("[") for row in rows] == 2 * [3, 2] and out.count("] (4)") == 2  # in groups all and not trained
 
 
 def test_documents(evaluate, base_model, tasks, tmp_path):

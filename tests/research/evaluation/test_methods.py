@@ -8,7 +8,7 @@ import torch
 
 import t2l_engine as t2l
 from t2l_engine.research.evaluation.methods import SHOTS, Generated, Routed, Stored, junk, partners, shots_of
-from t2l_engine.research.tasks.folder import Example
+from t2l_engine.research.tasks.folder import Example, family_of
 from t2l_specs import synthetic
 from tests.research.evaluation.conftest import random_stack, task
 
@@ -25,6 +25,19 @@ def test_partners_are_a_derangement(count):
     assert drawn[0] == partners(list(names), 0)
     if count > 3:
         assert all(a != b for i, a in enumerate(drawn) for b in drawn[:i])
+
+
+def test_partners_of_the_same_family():
+    """A derangement of each family; a task that is alone in its family has none."""
+    families = {"cut": 2, "keep_kind": 6, "wrap": 6, "alone": 1}
+    names = [f"{family}-{i:03}" for i in range(6) for family, count in families.items() if i < count] + ["other"]
+    drawn = [partners(names, repeat, family_of) for repeat in range(4)]
+    for found in drawn:
+        assert set(found) == set(found.values()) == {*names} - {"alone-000", "other"}
+        assert all(name != other and family_of(name) == family_of(other) for name, other in found.items())
+    keep, wrap = ([other[-3:] for name, other in sorted(drawn[0].items()) if name.startswith(f)] for f in ("keep", "wrap"))
+    assert keep != wrap and drawn[0] != drawn[1] and drawn[0] == partners(names, 0, family_of)
+    assert partners(["a-1", "b-1"], 0, family_of) == {}
 
 
 def test_junk_says_nothing():

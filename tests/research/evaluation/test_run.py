@@ -9,7 +9,7 @@ from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.evaluation import sandbox
 from t2l_engine.research.evaluation.answers import NOT_ACCEPTED, Answer
 from t2l_engine.research.evaluation.methods import Method, Stored
-from t2l_engine.research.evaluation.metrics import interval
+from t2l_engine.research.evaluation.metrics import by_family, interval
 from t2l_engine.research.evaluation.run import Evaluation, Settings, summary
 from t2l_engine.research.tasks.folder import Example
 from tests.research.evaluation.conftest import DESCRIPTIONS, random_stack, task
@@ -209,7 +209,7 @@ def test_tasks_without_an_adapter_are_not_asked_and_absent():
     tasks = [task(name, *words("x")) for name in DESCRIPTIONS]
     result = evaluation(answerer, tasks, [Method("other", repeats=False), method]).run()
     assert result["tasks"] == {"again": {"other": 100.0}} | {n: {"other": 100.0, "oracle": 100.0} for n in ("first", "last")}
-    assert result["details"]["oracle"]["tasks"].keys() == {"first", "last"}
+    assert result["details"]["oracle"]["tasks"].keys() == {"first", "last"} and result["no_adapter"] == {"oracle": 1}
     assert [(a, [q.adapter for q in queries]) for a, queries in answerer.asked] == [
         (None, ["", "", ""]), (method.adapters, ["first", "last"]),
     ]  # fmt: skip
@@ -385,3 +385,23 @@ def test_differences_are_paired_on_the_tasks_that_both_answered():
     }  # fmt: skip
     assert found["without"]["difference"] == {}
     assert summary(scores, {"all": list("abcd")}, "base")["all"]["difference"]["t2l"]["mean"] == pytest.approx(-40 / 3)
+
+
+def test_intervals_over_families():
+    """Where two families have several tasks, of a method's own tasks; beside intervals over tasks with the same means."""
+    rows = {
+        f"{family}-{i:03}": {"t2l": 10.0 * i + 40 * (family == "b"), "base": 5.0 * i} for family in "ab" for i in range(3)
+    }
+    rows["c-000"] = {"t2l": 100.0, "base": 0.0}
+    rows = {name: of | ({} if name in ("b-001", "b-002") else {"few": 0.0}) for name, of in rows.items()}
+    found = summary(rows, {"all": list(rows), "one": [name for name in rows if name[0] != "b"]}, "t2l")
+    assert found["one"].keys() == {"tasks", "mean", "difference"}
+    of = found["all"]
+    assert {statistic: list(over) for statistic, over in of["over_families"].items()} == {
+        "mean": ["t2l", "base"], "difference": ["base"],
+    }  # fmt: skip
+    over = of["over_families"]["difference"]["base"]
+    paired = {name: of["t2l"] - of["base"] for name, of in rows.items()}
+    assert over == {"families": 3, **dataclasses.asdict(interval(*by_family(paired)))}
+    assert over["mean"] == pytest.approx(of["difference"]["base"]["mean"]) and of["difference"]["base"]["tasks"] == 7
+    assert of["over_families"]["mean"]["t2l"]["mean"] == pytest.approx(of["mean"]["t2l"])
