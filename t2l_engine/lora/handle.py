@@ -108,7 +108,9 @@ class LoRAHandle:
             key, _ = matched[name]
             # unbind, not a slice per layer, whose backward would write a full-size gradient for every layer.
             layers = zip(a.unbind(1), stack.lora_B[name].unbind(1), stack.ranks[name].T.contiguous(), strict=True)
-            adapted = stack.ranks[name].any(dim=0).tolist()  # a layer without an adapter needs no gradients
+            # A layer without an adapter needs no gradients.  Fake tensors, of which compilers trace, have no values.
+            known = type(stack.ranks[name]) is Tensor
+            adapted = stack.ranks[name].any(dim=0).tolist() if known else [True] * a.shape[1]
             for layer, (A, B, ranks) in enumerate(layers):
                 device = self._slots[key].device(layer)
                 if device is not None and adapted[layer]:

@@ -95,7 +95,7 @@ class DocumentEncoder:
         """
         if not self.max_examples:
             refuse_examples(self.config.name, examples)
-        return with_examples(texts, examples, self.max_examples)
+        return with_examples(texts, examples, self.max_examples, "text")
 
     def chunks(
         self, texts: Sequence[str], max_chunk_tokens: int | None = None, examples: WorkedExamples = None

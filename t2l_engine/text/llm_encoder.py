@@ -230,8 +230,8 @@ def recorded(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int
         raise ConfigError(f"encoder: expected a decoder with a list of its {depth} layers, got {type(model).__name__}")
 
 
-def with_examples(texts: Sequence[str], examples: WorkedExamples, most: int) -> list[str]:
-    """The :func:`condition_text` of each text and its examples, of which it may have ``most``.
+def with_examples(texts: Sequence[str], examples: WorkedExamples, most: int, what: str = "description") -> list[str]:
+    """The :func:`condition_text` of each text and its examples, of which it may have ``most``; ``what``: a text, in errors.
 
     Raises ValueError for anything but a list of texts with a list of examples or None for each, and for an empty text
     without examples.
@@ -244,7 +244,7 @@ def with_examples(texts: Sequence[str], examples: WorkedExamples, most: int) -> 
     prepared = []
     for i, (text, shots) in enumerate(zip(texts, given, strict=True)):
         if not (shots and text == ""):
-            check_text(f"texts[{i}]", text, "description")
+            check_text(f"texts[{i}]", text, what)
         prepared.append(condition_text(text, _checked(f"examples[{i}]", shots, most)))
     return prepared
 

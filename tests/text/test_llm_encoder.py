@@ -239,7 +239,7 @@ def _edit(folder, change):
 
 
 @pytest.mark.parametrize("change, match", [
-    (lambda e: e.pop("layers"), r"hypernet.safetensors: expected no pooling, as the encoder has no layers"),
+    (lambda e: e.pop("layers"), "encoder: missing field .layers."),
     (lambda e: e.update(blocks=1), r"unexpected keys \['pooling.blocks.1"),
     (lambda e: e.update(blocks=3), r"missing keys \['pooling.blocks.2"),
     (lambda e: e.update(queries=4), r"pooling.queries: expected shape \(4, 8\), got \(3, 8\)"),
