@@ -1,15 +1,16 @@
 """Descriptions of a specification: sentences made of its family's phrases, frames around them, and its parameters.
 
 ``families.txt`` has the phrases of every family: ``do`` imperatives, ``noun`` what the answer is, ``ask`` questions,
-``held`` imperatives that are held out, and ``given`` what the input is called, if not as in section ``given``.  A phrase may
-have alternatives, ``[write|give] the word``, and parameters: ``{n}``, ``{text.q}`` (in quotation marks), ``{kind.plural}``,
-``{kind.a}`` (with its article), ``{n.word}`` (three) and ``{pair[0]}``.
+``held`` imperatives that are held out, and ``given`` what the input is called, if not as in section ``given``.  A ``held``
+phrase shares no content words with the family's other phrases, save those that name what the family reads, and the words
+after ``names``, without which the family cannot be described.  A phrase may have alternatives, ``[write|give] the word``,
+and parameters: ``{n}``, ``{text.q}`` (in quotation marks), ``{kind.plural}``, ``{kind.a}`` (with its article), ``{n.word}``
+(three) and ``{pair[0]}``.
 
 Frames name what they take: ``{do}``, ``{noun}``, ``{ask}``, ``{held}``, ``{given}``, ``{example}``; a capital letter begins
 a sentence.  Descriptions of training never use a ``held`` phrase or a frame of HELD_FRAMES.
 
-``further.txt`` has phrases and frames of further descriptions, which training may have besides: written later, without
-knowledge of what is held out.
+``further.txt`` has phrases and frames of further descriptions, which training may have besides.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from t2l_engine.files.text import read_rows
 from t2l_engine.research.tasks import manifest as manifests
 from t2l_engine.research.tasks.examples import normalise, shared_inputs
 from t2l_engine.research.tasks.folder import Task, load_tasks, write_tasks
-from t2l_specs import english, fixed, suite
-from t2l_specs.family import Specification
+from t2l_specs import english, fixed, suite, wordings
+from t2l_specs.family import FURTHER, Specification, sections
 from t2l_specs.suite import FAMILIES, HELD_OUT, digest, leaks, task
 
 #: What each family should answer, written by hand.
@@ -130,6 +130,13 @@ def alternatives(phrase):
     return [text for one in made for text in alternatives(one)]
 
 
+def test_no_frame_of_training_opens_like_one_that_is_held_out():
+    further = sections(FURTHER)["frames"]["frame"]
+    openings = tuple(text for f in wordings.HELD_FRAMES for text in alternatives(f.split("{")[0]) if text)
+    assert len(openings) == 5
+    assert not [text for f in (*wordings.FRAMES, *further) for text in alternatives(f) if text.startswith(openings)]
+
+
 def test_further_descriptions_are_distinct_and_use_nothing_that_is_held_out():
     """One trained specification of each family, and the phrases themselves, with each of their alternatives."""
     held = set()
@@ -224,7 +231,7 @@ def test_more_is_trained_but_what_is_held_out():
 
 def test_the_same_in_every_version_of_python():
     rows = [[t.name, t.descriptions, [(e.input, e.outputs, e.split) for e in t.examples]] for t in all_tasks().values()]
-    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == "b62846d9c6b1344e"
+    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == "1949d390a260be5b"
 
 
 # --- the manifest ------------------------------------------------------------------------------------------------------
