@@ -45,7 +45,7 @@ def adapt(
     changes = parse_overrides(overrides)
     engine, folder = engine_options.load()
     common.expect_descriptions(folder)
-    if isinstance(engine, DocToLoRA):  # of other ranks than the checkpoint's
+    if isinstance(engine, DocToLoRA) and engine.hypernetwork.config.bias:  # of other ranks than the checkpoint's
         raise ValueError(f"--checkpoint: expected one that reads descriptions, got {folder}, which reads documents")
     model = common.base_model_of(folder, engine_options.base_model)
     with named({"texts[0]": "DESCRIPTION", "settings": "--set"}):

@@ -4,11 +4,13 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.training import adapt, lora
 from t2l_engine.research.training.runs import settings_of
+from t2l_engine.text.base_model import load
 from tests.research.training import small_runs
 from tests.research.training.conftest import WORDS, reading_engine
 
@@ -19,6 +21,20 @@ QUICK = {"dtype": "float32", "learning_rate": 5e-3, "validate_every": 5, "steps"
 @pytest.fixture
 def engine(base_model):
     return reading_engine(base_model)
+
+
+@pytest.fixture
+def pointer_engine(base_model):
+    """Generates adapters of the second layer alone, from a description and up to two examples."""
+    model, tokenizer = load(str(base_model), torch.float32)
+    reads = t2l.DocumentEncoderConfig(str(base_model), "layers", layers=(0, 1), prefix="", suffix="", max_examples=2)
+    config = t2l.PointerConfig(
+        variant="pointer", modules=("o_proj", "down_proj"), in_features=(64, 96), out_features=(64, 64), num_layers=2,
+        rank=4, lora_alpha=8.0, feature_size=128, latent_size=16, copied=("down_proj",), first_layer=1,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return t2l.DocToLoRA(t2l.DocumentEncoder(model, tokenizer, reads), t2l.PointerHyperNetwork(config))
 
 
 def same(*folders):
@@ -32,8 +48,9 @@ def test_an_adapter_that_no_run_wrote_is_kept(engine, base_model, tmp_path):
     assert (tmp_path / "adapter_config.json").read_text() == "mine"
 
 
-def test_tunes_what_it_generates(engine, base_model, tmp_path):
-    out = tmp_path / "out"
+@pytest.mark.parametrize("kind", ["engine", "pointer_engine"])
+def test_tunes_what_it_generates(kind, base_model, tmp_path, request):
+    engine, out = request.getfixturevalue(kind), tmp_path / "out"
     report = adapt.adapt(engine, str(base_model), "Say the last word.", EXAMPLES, out, **QUICK)
     assert (report.examples, report.held_out, report.read) == (23, 7, 2)
     assert report.loss_after < 0.7 * report.loss_before and report.best_step > 0
