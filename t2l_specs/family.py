@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from t2l_engine.files.errors import ConfigError, expect
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Example
-from t2l_specs import english
+from t2l_specs import english, operators
 from t2l_specs.draw import Draw
 from t2l_specs.english import KIND_NAMES, KINDS, MAPS, NAMES, NOUNS, POOLS, REPLIES, STRINGS, TOPICS, UNITS, values_of
 from t2l_specs.inputs import FIELDS, READERS, Maker
@@ -38,11 +38,13 @@ class Rule(NamedTuple):
         answer: the answer for given parameters to what the family's reader makes of an input; a pure function that gives a
             text that is not empty, for every input of that kind, also of other families: so specifications can be compared.
         valid: whether parameters go together.
+        operators: whether the parameters are operators, some pairs of which training never has together.
     """
 
     make: Maker
     answer: Callable[[Any, Any], str]
     valid: Callable[[Any], bool] = lambda p: True
+    operators: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +131,9 @@ def _pools() -> dict[str, tuple[Any, ...]]:
     pairs = Draw("label pairs")
     listed = {"kinds": KIND_NAMES, "containers": KINDS["container"], "fields": FIELDS, "conversions": UNITS, "nouns": NOUNS,
               "names": NAMES, "strings": STRINGS, "replies": REPLIES, "made_words": english.MADE_WORDS,
-              "made_names": english.MADE_NAMES}  # fmt: skip
+              "made_names": english.MADE_NAMES, "word_changes": operators.WORD_CHANGES,
+              "noun_changes": operators.NOUN_CHANGES, "number_changes": operators.NUMBER_CHANGES,
+              "made_forms": operators.MADE_FORMS}  # fmt: skip
     return {
         **POOLS,
         **{name: tuple(values) for name, values in (MAPS | listed).items()},

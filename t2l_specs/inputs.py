@@ -58,12 +58,13 @@ def nouns(low: int, high: int) -> Maker:
     return lambda p, draw: listing(draw, draw.sample(NOUNS, draw.number(low, high)))
 
 
-def lengths(count: int) -> Maker:
-    """Lists of ``count`` nouns of different lengths."""
+def lengths(count: int | tuple[int, int]) -> Maker:
+    """Lists of ``count`` nouns of different lengths; a pair is bounds."""
 
     def make(p: Any, draw: Draw) -> str:
         words: list[str] = []
-        while len(words) < count:
+        wanted = _count(draw, count)
+        while len(words) < wanted:
             words += [w for w in [draw.pick(NOUNS)] if len(w) not in map(len, words)]
         return listing(draw, words)
 

@@ -3,7 +3,7 @@
 import datetime
 import re
 
-from t2l_specs import english, inputs
+from t2l_specs import english, inputs, operators
 from t2l_specs.english import KIND_NAMES, KIND_OF, KINDS, MAPS, NAMES, NOUNS, nouns_like, nouns_of, plural, with_article
 from t2l_specs.family import Rule
 from t2l_specs.inputs import NONE, at, capital, filled, first_or_last, mention, mentioned, of_kind, put, tokens, write_record
@@ -78,11 +78,7 @@ def _alphabetical(words, order):
     return sorted(words, key=str.lower, reverse=order.endswith("A"))
 
 
-def _alternating(word):
-    return re.sub("(.)(.?)", lambda pair: pair[1].upper() + pair[2], word)
-
-
-_CASES = {"capital letters": str.upper, "title case": str.title, "alternating case": _alternating}
+_CASES = {"capital letters": str.upper, "title case": str.title, "alternating case": operators.alternating}
 
 
 def _of_two_lengths(p, draw):
@@ -90,6 +86,10 @@ def _of_two_lengths(p, draw):
     while len(words[0]) == len(words[1]):
         words = draw.sample(NOUNS, 2)
     return inputs.listing(draw, words)
+
+
+def _by_length(words, which):
+    return (max if which == "longest" else min)(words, key=len)
 
 
 def _extreme(values, which):
@@ -114,7 +114,7 @@ LISTS = {
     "next_to": Rule(_with_neighbour, lambda p, words: _neighbour(words, KINDS[p.kind], 1 if p.side == "after" else -1)),
     "pick_initial": Rule(lambda p, draw: _with_one(draw, f"^{p.letter}"), lambda p, words: _like(words, f"^{p.letter}")),
     "pick_ending": Rule(lambda p, draw: _with_one(draw, f"{p.letter}$"), lambda p, words: _like(words, f"{p.letter}$")),
-    "pick_length": Rule(inputs.lengths(4), lambda p, words: (max if p.which == "longest" else min)(words, key=len)),
+    "pick_length": Rule(inputs.lengths(4), lambda p, words: _by_length(words, p.which)),
     "insert_word": Rule(inputs.nouns(3, 4), lambda p, words: put(_insert(words, p.new, p.where))),
     "odd_one_out": Rule(
         lambda p, draw: inputs.listing(draw, inputs.mixed(draw, draw.pick(KIND_NAMES), p.size - 1, 1)),
@@ -472,5 +472,28 @@ TEXTS = {
     "if_name": Rule(
         lambda p, draw: _about(draw, "note_or_more", p.name if draw.chance() else draw.pick(NAMES)),
         lambda p, text: p.labels[p.name not in tokens(text)],
+    ),
+}
+
+
+# --- operators --------------------------------------------------------------------------------------------------------
+
+
+def _composed(make, choose, valid=lambda p: True):
+    """What is chosen from an input, after the operators ``p.change`` and ``p.form``."""
+    return Rule(make, lambda p, read: operators.applied(choose(p, read), p.change, p.form), valid, operators=True)
+
+
+COMPOSED = {
+    "item_change_form": _composed(inputs.lengths((5, 6)), lambda p, words: operators.chosen(words, p.which, _by_length)),
+    "kind_change_form": _composed(
+        inputs.of_kinds(1, (2, 4)),
+        lambda p, words: at(of_kind(words, p.kind), 0),
+        valid=lambda p: p.change not in operators.NOUN_CHANGES or KINDS[p.kind][0] in NOUNS,
+    ),
+    "mention_change_form": _composed(mention, lambda p, text: mentioned(text, KINDS[p.kind])),
+    "field_change_form": _composed(inputs.record_with("field"), lambda p, fields: _value(fields, p.field)),
+    "number_change_form": _composed(
+        inputs.numbers_list(30, 99, 4), lambda p, values: str(operators.chosen(values, p.which, _extreme))
     ),
 }

@@ -19,7 +19,7 @@ from t2l_specs.family import Family, Specification, read_families
 from t2l_specs.wordings import FRAMES, HELD_FRAMES, wordings
 from t2l_specs.wordings import further as further_wordings
 
-FAMILIES: dict[str, Family] = read_families(rules.LISTS | rules.WORDS | rules.RECORDS | rules.TEXTS)
+FAMILIES: dict[str, Family] = read_families(rules.LISTS | rules.WORDS | rules.RECORDS | rules.TEXTS | rules.COMPOSED)
 #: Version of families, phrases, words and rules: another one makes another suite.
 VERSION = 2
 SPECIFICATIONS, EXAMPLES = 2400, 60
@@ -29,7 +29,7 @@ DESCRIPTIONS, HELD_OUT = len(FRAMES) + len(HELD_FRAMES), len(HELD_FRAMES)
 _MOST_OUT_OF_FAMILY = 6
 #: Draws of parameters without a new specification, after which a family has no more.
 _MAX_DRAWS = 60
-#: Share of a parameter's values that training never has, in 256ths.
+#: Share of a parameter's values, and of the pairs of operators, that training never has, in 256ths.
 _KEPT = 16
 #: Every so many specifications, a family has one of trained values in a new combination, which is held out.
 _COMBINED = 8
@@ -189,15 +189,22 @@ def _agrees(spec: Specification, probes: list[tuple[Any, str]]) -> bool:
 
 
 def _candidates(family: Family, draw: Draw, before: list[Placed], seed: int) -> Iterator[Placed]:
-    """Draws of ``family`` after those ``before``; in turns, those of trained values in a new combination come first."""
+    """Draws of ``family`` after those ``before``; in turns, those of trained values in a new combination come first.
+
+    Where the parameters are operators, a new combination has a pair of them that training never has.
+    """
+    apart = family.rule.operators
     several = sum(len(pool) > 1 for pool in family.params.values()) > 1
     if several and not family.held_out and len(before) % _COMBINED == _COMBINED - 1:
         trained = [placed.spec.values for placed in before if placed.task_split == "train"]
         pools = {name: [values[i] for values in trained] for i, name in enumerate(family.params)}
         for values in _draws(dataclasses.replace(family, params=pools), draw):
-            yield Placed(Specification(family, values, len(before)), "in-family", "combination")
+            if not apart or _has_kept_pair(family, values, seed):
+                yield Placed(Specification(family, values, len(before)), "in-family", "combination")
     for values in _draws(family, draw):
-        yield _placed(Specification(family, values, len(before)), seed)
+        placed = _placed(Specification(family, values, len(before)), seed)
+        if not (apart and placed.task_split == "train" and _has_kept_pair(family, values, seed)):
+            yield placed
 
 
 def _draws(family: Family, draw: Draw) -> Iterator[tuple[Any, ...]]:
@@ -214,5 +221,16 @@ def _placed(spec: Specification, seed: int) -> Placed:
 
 def _kept(value: Any, pool: Sequence[Any], where: str) -> bool:
     """Whether training never has ``value`` of a parameter; of a pool of n values at most n / 4 are kept."""
-    kept = [other for other in pool if hashlib.sha256(f"{where}/{other!r}".encode()).digest()[0] < _KEPT]
+    kept = [other for other in pool if _by_hash(f"{where}/{other!r}")]
     return value in kept[: len(pool) // 4]
+
+
+def _has_kept_pair(family: Family, values: tuple[Any, ...], seed: int) -> bool:
+    """Whether training never has some two of the ``values`` of different parameters together."""
+    pairs = itertools.combinations(zip(family.params, values, strict=True), 2)
+    return any(_by_hash(f"{seed}/{family.name}/{pair!r}") for pair in pairs)
+
+
+def _by_hash(what: str) -> bool:
+    """True for a share of _KEPT of all texts."""
+    return hashlib.sha256(what.encode()).digest()[0] < _KEPT
