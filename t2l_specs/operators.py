@@ -42,7 +42,8 @@ _PARTS = MAPS["letter_parts"].items()
 WORD_CHANGES: dict[str, _Change] = {
     "in capital letters": str.upper,
     "in alternating case": lambda word: alternating(word.lower()),
-    **{f"without its {part}": _replaced(pattern, "") for part, pattern in _PARTS},
+    # Words have three letters or more.
+    **{f"without its {part}": _replaced(regex, "") for part, regex in _PARTS if "three" not in part},
     **{f"cut to its {part}": _cut(pattern) for part, pattern in _PARTS},
     **{
         f"with its {part} in capital letters": _replaced(pattern, lambda found: found[0].upper()) for part, pattern in _PARTS
