@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +18,15 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class TokenHyperNetwork(nn.Module):
+class TokenHyperNetwork(nn.Module, ABC):
     """From the hidden states of a text's tokens to a LoRA adapter; the base of hypernetworks that read texts.
 
     :meth:`latents` reads chunks, :meth:`generate` makes adapters of latents, :meth:`forward` is both with gradients.
-    A subclass has ``bias_A``, ``bias_B``: of each module, ``[adapted layers, r, in]`` and ``[adapted layers, r, out]``.
+    A subclass has ``projection``, the linear or linears that tokens pass first, and ``bias_A``, ``bias_B``: of each module,
+    ``[adapted layers, r, in]`` and ``[adapted layers, r, out]``.
     """
 
+    projection: Any  # a module; Any, since nn.Module does not declare its linears
     bias_A: nn.ParameterDict
     bias_B: nn.ParameterDict
 
@@ -32,27 +35,27 @@ class TokenHyperNetwork(nn.Module):
         self.config: Any = config
         self._paths = {name: path for path, name in module_names(config.module_paths.values()).items()}
 
+    @abstractmethod
     def matrices(self) -> list[Tensor]:
         """The weight matrices."""
-        raise NotImplementedError
 
+    @abstractmethod
     def latents(self, states: Tensor, mask: Tensor) -> Tensor:
         """``[chunks, *config.latent_shape]`` of the states of the tokens of chunks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _heads(self, latents: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Of each module its name in stacks, A ``[chunks, layers, r, in]`` and B ``[chunks, layers, r, out]``."""
-        raise NotImplementedError
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weight matrices and of generated adapters."""
-        return self.matrices()[0].dtype
+        return next(self.projection.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
         """That of its parameters."""
-        return self.matrices()[0].device
+        return next(self.projection.parameters()).device
 
     def set_dtype(self, dtype: torch.dtype) -> Self:
         """Cast the weight matrices to ``dtype``; norms, queries, scales and biases stay float32 (or float64).
