@@ -106,27 +106,31 @@ def shown(records: Sequence[Record]) -> Table:
 
 
 @app.command()
-def specs(
+def quality(
     ctx: typer.Context,
     work: Work,
-    runs: Annotated[
-        str, typer.Option(help="comma-separated: train these runs of bench/specs/plan.yaml, judge nothing")
-    ] = "",
+    natural: Annotated[Path, typer.Option(help="task folder with the natural tasks of bench/quality/plan.yaml")],
+    runs: Annotated[str, typer.Option(help="comma-separated: train these runs of the plan, judge nothing")] = "",
+    parts: Annotated[str, typer.Option(help="comma-separated: judge these parts, by the runs that have finished")] = "",
     threads: Threads = DEFAULT_THREADS,
     out: Out = None,
 ) -> None:
-    """The training study of smollm2-135m-specs: trains the runs of the plan, and judges them; many hours on two cores."""
-    from bench.specs import runs as training
+    """The training study of the bundled checkpoints: trains and judges the runs of its plan; many hours on two cores."""
+    from bench.quality import runs as training
+    from bench.quality import tasks
+    from bench.quality.plan import PARTS
     from t2l_engine.cli.common import keep_freed_memory
 
     torch.set_num_threads(threads)
     keep_freed_memory()
-    training.tasks(work, training.specifications())
-    for name in runs.split(",") if runs else training.RUNS:
+    tasks.write(work, natural)
+    for name in runs.split(",") if runs else () if parts else training.RUNS:
         training.train(name, work)
     if not runs:
-        head = harness.head("specs", Context.of("full", threads), spelled(ctx))
-        harness.Log(out or RESULTS / "specs.jsonl").add(head, *training.records(work))
+        head = harness.head("quality", Context.of("full", threads), spelled(ctx))
+        harness.Log(out or RESULTS / "quality.jsonl").add(
+            head, *training.records(work, parts.split(",") if parts else PARTS)
+        )
 
 
 @app.command()

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Bundled checkpoints, of which some results are.
-BUNDLED, SPECS = "smollm2-135m", "smollm2-135m-specs"
+#: Bundled checkpoints, of which some results are; suites that time generation load the paper's.
+BUNDLED, PAPER = "smollm2-135m", "smollm2-135m-paper"
 OURS = "ours"
 #: The model without adapters: what a target may refer to; no competitor.
 BASE = "base"
@@ -40,7 +40,7 @@ BESIDE = {
 #: Suffix of the suite in the name of a file that was measured on a GPU.
 CUDA = "-cuda"
 #: Suites that time a CPU: one file for each class of CPUs, so that a run on one class never replaces that of another.
-OF_A_CPU = ("generate", "apply", "documents", "train", "icl", "serving", "levels", "costs")
+OF_A_CPU = ("generate", "apply", "documents", "train", "icl", "serving", "levels")
 #: CPU flag -> name of the class: the first flag that a CPU has names its class.
 CPU_FLAGS = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx512f": "avx512", "avx2": "avx2"}
 #: Suites that count instead of timing: uncommitted changes elsewhere do not matter.
@@ -228,6 +228,6 @@ def source() -> dict[str, Any]:
     return about | {"dirty": None if changed is None else bool(changed), "checkpoint": bundled()}
 
 
-def bundled(name: str = BUNDLED) -> str:
+def bundled(name: str = PAPER) -> str:
     """SHA-256 of the weights of a bundled checkpoint."""
     return hashlib.sha256((ROOT / "t2l_engine" / "checkpoints" / name / "hypernet.safetensors").read_bytes()).hexdigest()

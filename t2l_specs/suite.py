@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import hashlib
 import itertools
@@ -79,43 +78,6 @@ def stream(seed: int) -> Iterator[Placed]:
             else:
                 made[name].append(placed)
                 yield placed
-
-
-def more_out_of_family(found: Sequence[Placed], seed: int) -> list[Placed]:
-    """Out-of-family specifications that :func:`stream` gives by another ``seed``, beside those ``found`` by the first.
-
-    None is like one of train or of its own family among ``found``: that one does not give all its answers to its probe
-    inputs.  Their numbers go on after ``found``'s.
-    """
-    last = collections.Counter(placed.spec.family.name for placed in found if placed.task_split == "out-of-family")
-    made = []
-    turns = itertools.islice(stream(seed), len(FAMILIES) * _MOST_OUT_OF_FAMILY)  # which have all of them that the stream has
-    for placed in (placed for placed in turns if placed.task_split == "out-of-family"):
-        family = placed.spec.family
-        beside = [other for other in found if other.task_split == "train" or other.spec.family is family]
-        if not _like(placed, beside, seed):
-            made.append(dataclasses.replace(placed, spec=dataclasses.replace(placed.spec, number=last[family.name])))
-            last[family.name] += 1
-    return made
-
-
-def more_trained(found: Iterable[Placed], held_out: Iterable[Placed], seed: int) -> list[Placed]:
-    """Those of train among ``found`` that give other answers than each of ``held_out`` to its probe inputs.
-
-    ``held_out`` need not be of the same stream.  ``seed``: of the probe inputs.
-    """
-    trained = {placed.spec.name: placed for placed in found if placed.task_split == "train"}
-    for held in held_out:
-        for other in _like(held, trained.values(), seed):
-            del trained[other.spec.name]
-    return list(trained.values())
-
-
-def _like(placed: Placed, others: Iterable[Placed], seed: int) -> list[Placed]:
-    """Those of ``others`` that give all of its answers to the probe inputs of ``placed``."""
-    spec = placed.spec
-    probes = _probes(spec, seed)
-    return [o for o in others if o.spec.family.reads == spec.family.reads and _agrees(o.spec, probes)]
 
 
 def task(spec: Specification, examples: int, seed: int, further: int = 0) -> Task:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.records import BUNDLED, OF_A_CPU, ROOT, SPECS, Result, ResultError, Row, bundled, load
+from bench.records import BUNDLED, OF_A_CPU, PAPER, ROOT, Result, ResultError, Row, bundled, load
 
 FOLDER = Path("bench", "results")
 #: Results of a bundled checkpoint.
-OF_CHECKPOINT = dict.fromkeys(("icl", "study"), BUNDLED) | dict.fromkeys(("specs", "specs-other", "adapt", "costs"), SPECS)
+OF_CHECKPOINT = {"icl": PAPER, "study": PAPER, "quality": BUNDLED}
 
 
 class Data:

@@ -20,8 +20,8 @@ PAGES, DRAWN = Path("docs", "results"), Path("docs", "figures")
 BLOCKS = {
     "speed": "README.md",
     "quality": "README.md",
-    "study-card": "t2l_engine/checkpoints/smollm2-135m/README.md",
-    "specs-card": "t2l_engine/checkpoints/smollm2-135m-specs/README.md",
+    "card": "t2l_engine/checkpoints/smollm2-135m/README.md",
+    "study-card": "t2l_engine/checkpoints/smollm2-135m-paper/README.md",
 }
 AGAIN = "run: python -m bench report"
 

@@ -20,7 +20,7 @@ from bench.timing import Dry, Timing
 
 
 @pytest.mark.parametrize("words, text", [
-    ("specs --work w --runs first --out o", "specs --work WORK --runs first"),
+    ("quality --work w --natural n --runs t2l --out o", "quality --work WORK --natural NATURAL --runs t2l"),
     ("generate --size full --only 'a b' --resume", "generate --only 'a b'"),
 ])  # fmt: skip
 def test_the_command_of_a_result_is_one_that_runs(words, text):

@@ -89,7 +89,7 @@ def test_nothing_is_written_where_something_is_wrong(written):
 
 
 def test_templates_print_no_none(monkeypatch, tmp_path):
-    (tmp_path / "page.md.j2").write_text("On {{ results('specs')[0].machine }}")
+    (tmp_path / "page.md.j2").write_text("On {{ results('kernels')[0].machine }}")
     environment = pages._environment().overlay(loader=jinja2.FileSystemLoader(tmp_path))
     monkeypatch.setattr(pages, "_environment", lambda: environment)
     with pytest.raises(TypeError, match="None"):
@@ -156,34 +156,8 @@ def test_differences_are_of_tasks_that_both_methods_answered():
     assert quality.mean(found, "x") == pytest.approx(140 / 3) and quality.mean(found, "none") is None
     assert quality.gap(found, "x", "y").mean == 50 and quality.gap(found, "x", "none") is None
     of_families = {"a-1": {"x": 0.0, "y": 0.0}, "a-2": {"x": 0.0, "y": 0.0}, "b-1": {"x": 9.0, "y": 0.0}}
-    over = quality.gap_over_families(of_families, "x", "y")
+    over = quality.gap(of_families, "x", "y")
     assert (over.mean, over.low, over.high) == (3, 0, 9)  # of one family alone 0 or 9
-
-
-def test_tokens_are_those_of_a_run_and_of_all_before():
-    found = data.Data()
-    trained = {of["run"]: of["tokens"] for of in found.records("specs", "training")}
-    assert quality.tokens(found, "t2l-first") == (trained["t2l-constant"] + trained["t2l-first"]) / 1e6
-    rival, even = (quality.tokens(found, run) for run in ("multi-task-description", "t2l-first"))
-    assert rival == pytest.approx(even, rel=1 / 40)  # "at equal training tokens"
-
-
-def test_a_start_of_tuning_is_compared_with_the_same_seeds_of_another():
-    def run(start, right, losses, seed=0):
-        of = {"budget": 8, "start": start, "task": "a", "seed": seed, "right": right}
-        return of | {"losses": [[4 * i, loss] for i, loss in enumerate(losses)]}
-
-    class Fake:
-        def records(self, *_):
-            rest = [run(name, 90.0, [1.0, 0.5]) for name in ("generated", "multi-task-description")]
-            pefts = [run("peft", 50.0, [3.0, 2.0, 1.0]), run("peft", 70.0, [3.0, 1.0], seed=1)]
-            return [*pefts, run("generated-examples", 60.0, [2.0, 0.9]), *rest]
-
-    lines = {line["start"]: line for line in quality.tuning(Fake())}
-    peft, ours = lines["PEFT's start"], lines["generated from description and examples"]
-    assert (peft["right"], peft["steps"], ours["right"], ours["steps"]) == (60, (8 + 4) / 2, 60, 4)
-    assert ours["beside PEFT's start"].mean == 10
-    assert quality.steps_to([(0, 3.0), (4, 2.0)], 1.0) == 4  # a loss that is never reached counts with all steps
 
 
 def test_examples_in_the_prompt_are_compared_with_an_adapter():
@@ -245,7 +219,7 @@ def test_results_of_another_checkpoint_or_of_no_machine_are_refused(once_written
 def test_a_class_of_cpus_is_vendor_and_widest_instruction_set(vendor, flags, name):
     machine = {"vendor": vendor, "flags": flags}
     assert cpu_class(machine) == name
-    assert (stem("generate", machine), stem("specs", machine)) == (f"generate.{name}", "specs")
+    assert (stem("generate", machine), stem("quality", machine)) == (f"generate.{name}", "quality")
     assert stem("generate", machine | {"gpu": "A card"}) == "generate-cuda"
 
 

@@ -1,7 +1,6 @@
 """The suite of specifications: answers, inputs, descriptions, splits, and the packaged manifest."""
 
 import collections
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -225,27 +224,6 @@ def test_a_larger_suite_begins_with_the_smaller_and_other_seeds_make_others():
     for count in (20, True, "many"):
         with pytest.raises(ConfigError, match="specifications: expected a number of at least"):
             suite.suite(count)
-
-
-def test_more_specifications_of_families_that_are_held_out(monkeypatch):
-    found = placed_ones()
-    monkeypatch.setattr(suite, "_MOST_OUT_OF_FAMILY", 2)
-    more = suite.more_out_of_family(found, 1)
-    assert len(more) > 10 and {placed.task_split for placed in more} == {"out-of-family"}
-    names = {placed.spec.name for placed in (*found, *more)}
-    assert len(names) == len(found) + len(more)  # numbers go on
-    for placed in more:
-        family, pairs = placed.spec.family, [(e.input, e.outputs[0]) for e in placed.spec.examples(32, 1)]
-        beside = (o for o in found if o.task_split == "train" or o.spec.family == family)
-        assert not [o.spec.name for o in beside if o.spec.family.reads == family.reads and agrees(o, pairs)]
-    assert suite.more_out_of_family([*found, *more], 1) == []
-
-
-def test_more_is_trained_but_what_is_held_out():
-    trained = of_split("train")[:300]
-    assert suite.more_trained(placed_ones(), [], 0)[:300] == trained
-    held = [dataclasses.replace(p, task_split="in-family", new="value") for p in trained[::100]]  # as if drawn once more
-    assert suite.more_trained(trained, held, 1) == [placed for i, placed in enumerate(trained) if i % 100]
 
 
 def test_the_same_in_every_version_of_python():
