@@ -100,7 +100,7 @@ def lora(tasks: Tasks, run: Run) -> None:
 def reconstruction(
     adapters: Annotated[Path, typer.Option(help="Folder of PEFT adapter folders and descriptions.json.")], run: Run
 ) -> None:
-    """Train a hypernetwork to reproduce a library of adapters; only encoder llm loads the base model."""
+    """Train a hypernetwork to reproduce a library of adapters; no base model is loaded."""
     _train("reconstruction", run, adapters, split_names(run.names) or None)
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import t2l_engine as t2l
-from t2l_engine.files.text import to_json
 from t2l_engine.research.evaluation.answers import Answerer
 from tests.research.training import conftest as shared
 from tests.research.training.conftest import WORDS
@@ -18,8 +17,7 @@ save_model, base_model, one_thread = shared.save_model, shared.base_model, share
 @pytest.fixture
 def checkpoint(engine, base_model, tmp_path):  # noqa: F811
     """The folder of a checkpoint that reads two examples, and a file of 30."""
-    blocks = {"encoder": to_json(engine.encoder.config), "base_model": str(base_model), "training": {"prompt_form": "chat"}}
-    engine.hypernetwork.save_pretrained(tmp_path / "checkpoint", blocks, engine.encoder.pooling)
+    engine.save_pretrained(tmp_path / "checkpoint", base_model=str(base_model))
     rows = [{"input": f"{a} {b}", "output": [b]} for a in WORDS for b in WORDS if a != b]
     (tmp_path / "shots.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, rows[:2])))
@@ -87,6 +85,7 @@ def test_generate_from_examples(run, checkpoint, tmp_path):
     expected = made.generate(["Say the last word."] * 2, [None, shots])
     for i, name in enumerate(("plain", "shown")):
         got = t2l.AdapterStack.from_peft(tmp_path / name)
-        torch.testing.assert_close(got.lora_B["q_proj"][0], expected.lora_B["q_proj"][i])
+        torch.testing.assert_close(got.lora_B["down_proj"][0], expected.lora_B["down_proj"][i])
+    assert not torch.equal(*expected.lora_B["down_proj"])
     code, _, err = run("generate", "Say it.", "-o", str(tmp_path / "x"), "--examples", str(tmp_path / "two.jsonl"))
     assert code == 1 and err.startswith("t2l: --examples: expected none, since the encoder of this checkpoint, 'minilm', ")

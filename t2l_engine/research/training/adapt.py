@@ -101,8 +101,8 @@ def adapt(
 ) -> Report:
     """Write the PEFT folder ``output``: the adapter that ``engine`` generates, tuned on ``examples``.
 
-    The held-out examples decide which step is kept and when to stop.  An LLM encoder also generates from as many of the
-    other examples as it was trained with.  The same call resumes an interrupted run.
+    The held-out examples decide which step is kept and when to stop.  An encoder that reads examples gets as many of
+    the others as it was trained with.  The same call resumes an interrupted run.
 
     Args:
         base_model: "smollm2-135m" or a local transformers folder.

@@ -1,29 +1,23 @@
 """What both ways to train a hypernetwork share: what adapters are generated from, the trained modules, the checkpoint.
 
-Conditions are embeddings of texts, or hidden states that the LLM encoder's attention pooling reads.
+Conditions are embeddings of texts, or the hidden states of their tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from t2l_engine.adapters.stack import AdapterStack
-from t2l_engine.files.errors import ConfigError, expect
+from t2l_engine.files.errors import expect
 from t2l_engine.files.text import to_json
-from t2l_engine.files.weights import read_safetensors, replacing
 from t2l_engine.hypernetwork.config import PERCEIVERS, POINTER, AnyConfig, HyperNetworkConfig, PerceiverConfig, PointerConfig
 from t2l_engine.hypernetwork.network import HyperNetwork, new, save
 from t2l_engine.hypernetwork.tokens import TokenHyperNetwork
@@ -33,23 +27,13 @@ from t2l_engine.research.training import loop
 from t2l_engine.research.training.context import Modules
 from t2l_engine.research.training.sampling import Group, seeded, trained_descriptions
 from t2l_engine.research.training.settings import BASE_MODEL, LLM, HyperNetworkSettings, SFTSettings
-from t2l_engine.text.config import (
-    SAKANA_MAX_LENGTH,
-    AnyEncoderConfig,
-    DocumentEncoderConfig,
-    EncoderConfig,
-    LLMEncoderConfig,
-    OneHotConfig,
-)
+from t2l_engine.text.config import SAKANA_MAX_LENGTH, AnyEncoderConfig, DocumentEncoderConfig, EncoderConfig, OneHotConfig
 from t2l_engine.text.documents import DocumentEncoder
 from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder
-from t2l_engine.text.llm_encoder import AttentionPooling, LLMEncoder, condition_text, pad_states
 from t2l_engine.text.prompts import RAW
 
 #: One example set in this many has no description.
 _WITHOUT_DESCRIPTION = 8
-#: Tasks of a file of hidden states, and the most texts of a batch.
-CHUNK, BATCH = 16, 48
 #: Of linear discriminants: what is added to the within-task variance along every axis, which few descriptions underestimate,
 #: per mean square of embeddings; least variance of an axis before scaling, in units of the within-task variance.
 WORDING_VARIANCE, MIN_VARIANCE = 0.1, 0.01
@@ -80,13 +64,6 @@ class Conditions(ABC):
     def augmented(self, groups: Sequence[Group]) -> Any:
         """As :meth:`clean`, with the settings' augmentation, drawn from a seed by each group's key."""
 
-    def start(self, linear: nn.Linear) -> AttentionPooling | None:
-        """A new pooling with random parameters, on the CPU; None where nothing is pooled.
-
-        With ``task_init`` "discriminant", initialises the task encoder's ``linear`` by the training descriptions.
-        """
-        return None
-
 
 class TaskEmbeddings(Conditions):
     """``task_emb [groups, embed_dim]``: the embedding of a group's description or, with ``condition`` "input", of its input.
@@ -109,6 +86,7 @@ class TaskEmbeddings(Conditions):
         self._rows = [] if by_input else [encoder.encode(list(task.descriptions)).cpu() for task in tasks]
 
     def start(self, linear: nn.Linear) -> None:
+        """With ``task_init`` "discriminant", initialise the task encoder's ``linear`` by the training descriptions."""
         if self._settings.task_init == "discriminant":
             classes = [rows[: len(of)] for rows, of in zip(self._rows, self.train, strict=True)]
             initialise_discriminant(linear, classes, self._settings.seed)
@@ -148,113 +126,13 @@ def _encoder(settings: HyperNetworkSettings) -> str | EncoderConfig:
     return name
 
 
-class HiddenStates(Conditions):
-    """Hidden states of what adapters are generated from: of each task, its descriptions and some *example sets*.
-
-    An example set is one of the task's training descriptions, or none, with 1 to ``max_examples`` of its training examples.
-    All are read once, at the start, into files, which a resumed run reads.  Batches are formed in the tasks' order, so
-    states do not depend on the order of training.
-
-    ``tasks``: with the examples that sets are drawn from, if any (a reconstruction has no sets); ``folder``: of the files.
-
-    Also raises ConfigError if encoder and base model do not fit together.
-    """
-
-    def __init__(
-        self, settings: HyperNetworkSettings, tasks: Sequence[Task], base_model: str, device: torch.device, folder: Path
-    ):
-        super().__init__(settings, tasks, device)
-        self._example_share = getattr(settings, "example_share", 0.0)
-        self._token_dropout = getattr(settings, "token_dropout", 0.0)
-        if settings.llm_descriptions:
-            self.train = [self._sampled(task, of) for task, of in zip(tasks, self.train, strict=True)]
-        if not settings.held_out_descriptions:
-            self.val = self.train
-        self._sets = [self._example_sets(task, of) for task, of in zip(tasks, self.train, strict=True)]
-        #: Of each task, the texts that are read, by number: descriptions by their index, example set i as ~i.
-        texts = [
-            {i: condition_text(task.descriptions[i]) for i in ([*own, *val] if settings.validate_every else own)}
-            | {~i: text for i, (text, _) in enumerate(sets)}
-            for task, own, val, sets in zip(tasks, self.train, self.val, self._sets, strict=True)
-        ]
-        self.encoder_config = LLMEncoderConfig(
-            base_model.rstrip("/"), settings.llm_layers, settings.llm_queries, settings.llm_width,
-            settings.llm_heads, settings.llm_blocks,
-            dtype=settings.dtype if isinstance(settings, SFTSettings) else "bfloat16",
-            max_examples=settings.max_examples if self._example_share else 0,
-        )  # fmt: skip
-        # A second copy of the base model: that of the run may use another attention than one loaded from the checkpoint.
-        with torch.random.fork_rng(devices=[]):
-            try:
-                encoder = LLMEncoder.from_config(self.encoder_config, device=device, cache_size=0)
-            except ConfigError as error:  # of a model with fewer layers
-                raise ConfigError(str(error).replace("encoder.layers", "llm_layers")) from error
-        self._hidden_size = encoder.model.config.get_text_config().hidden_size
-        self.embed_dim = self.encoder_config.embed_dim
-        self._states = read_states(encoder, texts, folder)
-
-    @torch.no_grad()
-    def start(self, linear: nn.Linear) -> AttentionPooling:
-        """LDA is of what the pooling makes of the descriptions: with untrained queries most of that is common to all."""
-        pooling = AttentionPooling(self.encoder_config, self._hidden_size)
-        if self._settings.task_init == "discriminant":
-            classes = [pooling(*self._padded([(task, i) for i in of])) for task, of in enumerate(self.train)]
-            centre = torch.stack([rows.mean(dim=0) for rows in classes]).mean(dim=0)
-            scale = torch.cat([rows - centre for rows in classes]).square().mean().sqrt()
-            initialise_discriminant(linear, classes, self._settings.seed, float(scale))
-        return pooling
-
-    def _sampled(self, task: Task, descriptions: Sequence[int]) -> Sequence[int]:
-        """``llm_descriptions`` of a task's training descriptions."""
-        s = self._settings
-        draw, count = random.Random(seeded(s.seed, "read", task.name)), s.llm_descriptions
-        return sorted(draw.sample(descriptions, count)) if count < len(descriptions) else descriptions
-
-    def _example_sets(self, task: Task, descriptions: Sequence[int]) -> list[tuple[str, frozenset[str]]]:
-        """Text and normalised inputs of each example set."""
-        s, sets = self._settings, []
-        for i in range(s.example_sets if self._example_share else 0):
-            draw = random.Random(seeded(s.seed, "example set", task.name, i))
-            chosen = draw.sample(task.examples, min(draw.randint(1, s.max_examples), len(task.examples)))
-            about = task.descriptions[draw.choice(descriptions)]
-            if draw.randrange(_WITHOUT_DESCRIPTION) == 0:
-                about = ""
-            text = condition_text(about, [(e.input, e.outputs[0]) for e in chosen])
-            sets.append((text, frozenset(normalise(e.input) for e in chosen)))
-        return sets
-
-    def clean(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
-        """States and mask of the groups' descriptions."""
-        states, mask = self._padded([(g.task, g.description) for g in groups])
-        return states.to(self._device), mask.to(self._device)
-
-    def augmented(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
-        """As :meth:`clean`; ``example_share`` of groups read an example set, ``token_dropout`` of tokens are masked."""
-        states, mask = self._padded([(g.task, self._drawn(g)) for g in groups])
-        if self._token_dropout:
-            generators = [torch.Generator().manual_seed(seeded("token dropout", g.key)) for g in groups]
-            mask &= torch.stack([torch.rand(mask.shape[1], generator=of) >= self._token_dropout for of in generators])
-        return states.to(self._device), mask.to(self._device)
-
-    def _drawn(self, group: Group) -> int:
-        """Number of the text that ``group`` reads: an example set never has an example that the group learns from."""
-        draw = random.Random(seeded("condition", group.key))
-        learnt = {normalise(sample.input) for sample in group.samples}
-        sets = [~i for i, (_, inputs) in enumerate(self._sets[group.task]) if not inputs & learnt]
-        return draw.choice(sets) if sets and draw.random() < self._example_share else group.description
-
-    def _padded(self, chosen: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Padded states and mask of texts (task, number), on the CPU."""
-        return pad_states([self._states[of] for of in chosen])
-
-
 class Documents(Conditions):
     """Hidden states of the descriptions' tokens; read when a batch needs them.
 
     Also raises ConfigError if encoder and base model do not fit together.
     """
 
-    def __init__(self, settings: SFTSettings, tasks: Sequence[Task], base_model: str, device: torch.device):
+    def __init__(self, settings: SFTSettings, tasks: Sequence[Task], device: torch.device):
         super().__init__(settings, tasks, device)
         layers, reads = settings.llm_layers, {}
         if settings.variant == POINTER:
@@ -266,11 +144,11 @@ class Documents(Conditions):
         plain = {"prefix": "", "suffix": ""} if settings.prompt_form == RAW else {}
         self._share, most = settings.example_share, settings.max_examples
         self.encoder_config = DocumentEncoderConfig(
-            base_model.rstrip("/"), dtype=settings.dtype, max_examples=most if self._share else 0, **reads, **plain
+            settings.base_model.rstrip("/"), dtype=settings.dtype, max_examples=most if self._share else 0, **reads, **plain
         )
         self._encoder = DocumentEncoder.from_config(self.encoder_config, device=device)
         fits = self._encoder.model.config.get_text_config().tie_word_embeddings or not settings.copied
-        expect(fits, "copied", f"none, since {base_model} does not tie its embeddings", settings.copied)
+        expect(fits, "copied", f"none, since {settings.base_model} does not tie its embeddings", settings.copied)
         self.embed_dim = self._encoder.feature_size
         self._tasks = tasks
         self._ids = [[chunk for (chunk,) in self._encoder.chunks(task.descriptions)] for task in tasks]
@@ -299,49 +177,18 @@ class Documents(Conditions):
         return ids
 
 
-def read_states(encoder: LLMEncoder, texts: Sequence[Mapping[int, str]], folder: Path) -> dict[tuple[int, int], Tensor]:
-    """Hidden states ``[tokens, width]`` of the texts of each task, by (task, number), mapped from files in ``folder``.
-
-    What an interrupted run left there is not read again.
-    """
-    digest = hashlib.sha256(json.dumps([to_json(encoder.config), CHUNK, BATCH, texts]).encode()).hexdigest()[:16]
-    found = {}
-    for start in tqdm(range(0, len(texts), CHUNK), desc="reading", unit=f"{CHUNK} tasks"):
-        path = folder / f"{digest}-{start}.safetensors"
-        if not path.is_file():
-            chunk = {
-                f"{task} {number}": text
-                for task, of in enumerate(texts[start : start + CHUNK], start)
-                for number, text in of.items()
-            }
-            lengths = dict(zip(chunk, encoder.lengths([*chunk.values()]), strict=True))
-            pending, states = sorted(chunk, key=lengths.__getitem__), {}
-            for at in range(0, len(pending), BATCH):
-                keys = pending[at : at + BATCH]
-                read = encoder.states([chunk[key] for key in keys])
-                states |= {key: of.to("cpu", copy=True) for key, of in zip(keys, read, strict=True)}
-            with replacing(folder, path.name) as temporary:
-                save_file(states, temporary / path.name)
-        for key, of in read_safetensors(path, ConfigError).items():
-            task, number = map(int, key.split())
-            found[task, number] = of
-    return found
-
-
 @torch.no_grad()
-def initialise_discriminant(linear: nn.Linear, classes: Sequence[Tensor], seed: int, scale: float = 1.0) -> None:
+def initialise_discriminant(linear: nn.Linear, classes: Sequence[Tensor], seed: int) -> None:
     """Initialise ``linear`` with the axes along which tasks differ most, compared with the wordings of a task (Fisher 1936).
 
     Embeddings are centred at the mean over tasks, whitened by the within-task covariance and projected onto the axes of
     largest total variance, each divided by the fourth root of its variance; a random rotation by ``seed`` follows.  With a
     random start most of the encoder's output is wording or common to all texts, and the first steps learn to suppress it.
 
-    Args:
-        classes: of each task, embeddings ``[descriptions, embed_dim]``.
-        scale: root mean square of the embeddings, as far as texts differ in them.
+    ``classes``: of each task, embeddings ``[descriptions, embed_dim]``.
     """
     embed_dim = linear.in_features
-    classes = [rows.double() / scale for rows in classes]
+    classes = [rows.double() for rows in classes]
     means = torch.stack([rows.mean(dim=0) for rows in classes])
     # Every task counts alike, whatever its number of descriptions.
     residuals = [(rows - mean) / len(rows) ** 0.5 for rows, mean in zip(classes, means, strict=True)]
@@ -356,55 +203,27 @@ def initialise_discriminant(linear: nn.Linear, classes: Sequence[Tensor], seed: 
     generator = torch.Generator().manual_seed(seed)
     random = torch.randn(linear.out_features, kept, dtype=torch.float64, generator=generator)
     rotation, scales = torch.linalg.qr(random)[0], values[-kept:].clamp_min(MIN_VARIANCE) ** -0.25
-    weight = rotation @ (axes[:, -kept:] * scales).T @ whiten / scale
+    weight = rotation @ (axes[:, -kept:] * scales).T @ whiten
     linear.weight.copy_(weight)
-    linear.bias.copy_(-weight @ centre * scale)
+    linear.bias.copy_(-weight @ centre)
 
 
 # --- the job ------------------------------------------------------------------------------------------------------------
 
-#: A hypernetwork, and the pooling of encoder "llm" that is trained with it.
-Trained = tuple[HyperNetwork | TokenHyperNetwork, AttentionPooling | None]
-
-
-class PooledHyperNetwork(nn.Module):
-    """Pooling and hypernetwork, which are trained together: hidden states to adapters."""
-
-    def __init__(self, pooling: AttentionPooling, hypernetwork: HyperNetwork):
-        super().__init__()
-        self.pooling, self.hypernetwork = pooling, hypernetwork
-
-    def forward(self, condition: tuple[Tensor, Tensor]) -> AdapterStack:
-        """Adapters with gradients of ``condition``: states and mask, as :class:`AttentionPooling` takes them."""
-        return self.hypernetwork(self.pooling(*condition))
-
 
 class HyperNetworkJob(loop.Job):
-    """Training of a hypernetwork and, with encoder "llm", of its attention pooling; a subclass has data and loss.
+    """Training of a hypernetwork for adapters of ``base_model``; a subclass has data and loss."""
 
-    ``base_model``: of the adapters; ``folder``: for the file of hidden states of encoder "llm".
-    """
+    model: HyperNetwork | TokenHyperNetwork
 
-    def __init__(
-        self,
-        settings: HyperNetworkSettings,
-        tasks: Sequence[Task],
-        base_model: str | None,
-        device: torch.device,
-        folder: Path,
-    ):
+    def __init__(self, settings: HyperNetworkSettings, tasks: Sequence[Task], base_model: str | None, device: torch.device):
         super().__init__()
         self.settings, self._base_model, self._device = settings, base_model, device
         self._conditions: Conditions
-        if settings.encoder != LLM:
-            self._conditions = TaskEmbeddings(settings, tasks, device)
-            return
-        assert base_model is not None  # encoder llm is the base model
-        if settings.variant in (*PERCEIVERS, POINTER):
-            assert isinstance(settings, SFTSettings)
-            self._conditions = Documents(settings, tasks, base_model, device)
+        if isinstance(settings, SFTSettings) and settings.encoder == LLM:
+            self._conditions = Documents(settings, tasks, device)
         else:
-            self._conditions = HiddenStates(settings, tasks, base_model, device, folder)
+            self._conditions = TaskEmbeddings(settings, tasks, device)
 
     def _config(self, modules: Modules, **adapters: Any) -> AnyConfig:
         """Of a hypernetwork for ``modules``; ``adapters``: fields that the adapters decide."""
@@ -414,34 +233,28 @@ class HyperNetworkJob(loop.Job):
             "out_features": modules.out_features, "num_layers": modules.num_layers, "latent_size": s.latent_size,
             "paths": modules.own_paths, **adapters,
         }  # fmt: skip
+        if not isinstance(s, SFTSettings) or s.encoder != LLM:
+            return HyperNetworkConfig(embed_dim=width, head_in_size=s.head_in_size, **shared)
         if s.variant in PERCEIVERS:
             sizes = {"num_latents": s.llm_queries, "num_blocks": s.llm_blocks, "num_mlps": s.llm_mlps}
             return PerceiverConfig(feature_size=width, **sizes, **shared)
-        if s.variant == POINTER:
-            sizes = {"num_blocks": s.llm_blocks, "num_heads": s.llm_heads}
-            return PointerConfig(feature_size=width, copied=s.copied, first_layer=s.first_layer, **sizes, **shared)
-        return HyperNetworkConfig(embed_dim=width, head_in_size=s.head_in_size, **shared)
+        sizes = {"num_blocks": s.llm_blocks, "num_heads": s.llm_heads}
+        return PointerConfig(feature_size=width, copied=s.copied, first_layer=s.first_layer, **sizes, **shared)
 
-    def _new(self, config: AnyConfig, *, hyperinit: bool) -> Trained:
-        """Hypernetwork and pooling, with initial parameters by the seed; ``hyperinit``: heads by Bias-HyperInit."""
+    def _new(self, config: AnyConfig, *, hyperinit: bool) -> HyperNetwork | TokenHyperNetwork:
+        """A hypernetwork with initial parameters by the seed; ``hyperinit``: heads by Bias-HyperInit."""
         seed = self.settings.seed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             net = new(config)
-            if isinstance(net, TokenHyperNetwork):
-                return net, None
-            if hyperinit:
-                net.bias_hyperinit(torch.Generator().manual_seed(seed))
-            return net, self._conditions.start(net.task_encoder.linear)
-
-    def _train(self, net: HyperNetwork | TokenHyperNetwork, pooling: AttentionPooling | None) -> None:
-        """Let this job train ``net`` and ``pooling``."""
-        self._net, self._pooling = net, pooling
-        self.model = net if pooling is None else PooledHyperNetwork(pooling, net)
-        self.model.to(self._device)
+            if isinstance(self._conditions, TaskEmbeddings):
+                if hyperinit:
+                    net.bias_hyperinit(torch.Generator().manual_seed(seed))
+                self._conditions.start(net.task_encoder.linear)
+        return net.to(self._device)
 
     def _write(self, net: HyperNetwork | TokenHyperNetwork, folder: Path, step: int, **stated: Any) -> None:
         """A checkpoint of ``net``; ``stated``: what its training block says beside the settings."""
         training = {"steps_done": step, **self.settings.model_dump(mode="json"), **stated}
         blocks = {"encoder": to_json(self._conditions.encoder_config), "base_model": self._base_model, "training": training}
-        save(net, folder, blocks, self._pooling)
+        save(net, folder, blocks)

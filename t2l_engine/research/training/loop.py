@@ -14,7 +14,6 @@ import json
 import math
 import os
 import pickle
-import shutil
 import signal
 import sys
 import threading
@@ -40,8 +39,6 @@ from t2l_engine.research.training.settings import ADAMW, MUON, Settings, differe
 from t2l_engine.text.base_model import check_device
 
 STATE, BEST = "training_state.pt", "best"
-#: Folder of what a job computes once and reads in every step, below it a folder for each process; removed at the end.
-STATES = "states"
 
 
 class Job(ABC):
@@ -208,8 +205,6 @@ def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Pat
         if main and not saved:
             job.write(output, step, best=False)  # an earlier run was killed after saving its state and before this
     accelerate.wait_for_everyone()
-    if main:
-        shutil.rmtree(output / STATES, ignore_errors=True)
     accelerate.free_memory()  # it keeps references to wrapped modules; this process may start another run
     return output
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from t2l_engine.adapters.peft import CONFIG_NAME, WEIGHTS_NAME
 from t2l_engine.adapters.stack import AdapterStack
-from t2l_engine.files.errors import ConfigError, expect, short_repr
+from t2l_engine.files.errors import ConfigError, expect
 from t2l_engine.files.text import read_json
 from t2l_engine.hypernetwork.config import same_scaling
 from t2l_engine.hypernetwork.modules import STD_EPS
@@ -27,7 +27,7 @@ from t2l_engine.research.training.context import Modules
 from t2l_engine.research.training.hypernetwork import HyperNetworkJob
 from t2l_engine.research.training.runs import prompt_of_run
 from t2l_engine.research.training.sampling import Group, Shard, Stream, seeded
-from t2l_engine.research.training.settings import LLM, ReconstructionSettings
+from t2l_engine.research.training.settings import ReconstructionSettings
 from t2l_engine.text.packaged import own_name
 
 #: Factor of the "delta-w" loss, as in SakanaAI's code; brings weight differences to the order of 1.
@@ -117,7 +117,7 @@ def spread(stack: AdapterStack) -> float:
 
 
 class Reconstruction(HyperNetworkJob):
-    """Reconstruction of a library of adapters; only encoder "llm" loads the base model.
+    """Reconstruction of a library of adapters, without their base model.
 
     The loss of a task is the L1 distance to its adapter, the mean over modules of
 
@@ -130,18 +130,11 @@ class Reconstruction(HyperNetworkJob):
 
     settings: ReconstructionSettings
 
-    def __init__(
-        self, settings: ReconstructionSettings, library: Library, device: torch.device, folder: Path = Path(loop.STATES)
-    ):
+    def __init__(self, settings: ReconstructionSettings, library: Library, device: torch.device):
         if settings.target == "z-score" and len(library.names) < 2:
             raise ConfigError("target: z-score needs at least two adapters, since one has no standard deviation; got one")
-        if settings.encoder == LLM and library.base_model is None:
-            raise ConfigError(
-                f"encoder: {LLM!r} needs the adapters' base model: expected one base_model_name_or_path in all of "
-                f"{short_repr(library.names)}, got none or several"
-            )
         tasks = [Task(name, tuple(texts), ()) for name, texts in library.descriptions.items()]
-        super().__init__(settings, tasks, library.base_model, device, folder)
+        super().__init__(settings, tasks, library.base_model, device)
         self._library = library
         self._statistics: dict[str, dict[str, Tensor]] = {}  # module -> offsets that invert the z-scores
         self.unit = spread(library.stack) if settings.target == "raw" else 1.0
@@ -158,11 +151,10 @@ class Reconstruction(HyperNetworkJob):
             head_bias=settings.target != "z-score",
             output_scale=DELTA_W_SCALING**-0.5 if settings.target == "delta-w" else self.unit,
         )  # fmt: skip
-        net, pooling = self._new(config, hyperinit=False)
+        self.model = self._new(config, hyperinit=False)
         if settings.target == "raw":
-            for module, offsets in net.offsets.items():
+            for module, offsets in self.model.offsets.items():
                 offsets.add_A, offsets.add_B = (side.mean(dim=0) for side in self._targets[module])
-        self._train(net, pooling)
         self.stream = Stream(len(library.names), settings.tasks_per_step, settings.seed, self._group)
 
     def _group(self, task: int, visit: int) -> Group:
@@ -200,7 +192,7 @@ class Reconstruction(HyperNetworkJob):
 
     def write(self, folder: Path, step: int, *, best: bool) -> None:
         """What is written generates A and B themselves: z-scores are inverted by offsets, the unit is in the heads."""
-        net = copy.deepcopy(self._net)
+        net = copy.deepcopy(self.model)
         for module, values in self._statistics.items():
             for name, value in values.items():
                 setattr(net.offsets[module], name, value)
@@ -233,5 +225,5 @@ def train(
     """
     loop.check_output(Path(output))  # before everything is read
     accelerator = accelerator or loop.accelerator("cpu")
-    library, states = Library(Path(adapters_folder), names), Path(output) / loop.STATES / str(accelerator.process_index)
-    return loop.run(Reconstruction(settings, library, accelerator.device, states), Path(output), accelerator)
+    library = Library(Path(adapters_folder), names)
+    return loop.run(Reconstruction(settings, library, accelerator.device), Path(output), accelerator)

@@ -39,18 +39,19 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 #: Settings by name, for ``--config``: ``mini-*`` take minutes on a CPU.
 PACKAGED = Path(__file__).parent / "presets"
-#: The ``encoder`` that is the frozen base model itself: its last hidden state, or attention pooling of hidden states.
+#: The ``encoder`` that is the frozen base model itself: its last token's hidden state, or those of all tokens.
 BASE_MODEL, LLM = "base-model", "llm"
 ADAMW, MUON = "adamw", "muon"
-#: Former names of fields, as files of settings and runs hold them.
-RENAMED = {f"reader_{name}": f"llm_{name}" for name in ("layers", "queries", "width", "heads", "blocks")}
-RENAMED["read_descriptions"] = "llm_descriptions"
-
-
-def _current(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` by today's names, whatever version wrote them."""
-    found = {RENAMED.get(name, name): value for name, value in values.items()}
-    return found | {"encoder": LLM} if found.get("encoder") == "reader" else found
+#: Fields that only variants with encoder llm have a use for; of each such variant, the fields that it has none for.
+OF_TOKENS = (
+    "llm_layers", "llm_queries", "llm_heads", "llm_blocks", "llm_mlps", "copied", "first_layer", "example_share",
+    "max_examples",
+)  # fmt: skip
+_NO_PERCEIVER = "head_in_size", "task_init", "llm_heads", "copied", "first_layer", "example_share", "max_examples"
+UNUSED = {
+    "perceiver-layers": (*_NO_PERCEIVER, "llm_layers"), "perceiver-flat": _NO_PERCEIVER,
+    POINTER: ("head_in_size", "task_init", "llm_queries", "llm_mlps"),
+}  # fmt: skip
 
 
 class Settings(BaseModel):
@@ -127,16 +128,13 @@ class _Model(BaseModel):
 class HyperNetworkSettings(Settings):
     """Settings of the hypernetwork and its task embeddings."""
 
-    variant: Literal[(*VARIANTS, *PERCEIVERS, POINTER)] = field(
-        "L",
-        "of the hypernetwork; perceiver-layers, perceiver-flat (Doc-to-LoRA), pointer: of the tokens' states of encoder llm",
-    )
+    variant: Literal[VARIANTS] = field("L", "of the hypernetwork")
     latent_size: Annotated[int, Field(ge=4, lt=MAX_SIZE)] = field(128, "width of the trunk, or of a perceiver's latents")
     head_in_size: Positive = field(256, "width of the heads' input")
     encoder: Text = field(
         "minilm",
-        '"minilm", a sentence-transformers folder, "base-model" (sft): its last token\'s hidden state, '
-        '"llm": attention pooling of the base model\'s hidden states, or "one-hot": tasks by name',
+        '"minilm", a sentence-transformers folder, "one-hot": tasks by name, "base-model" (sft): its last token\'s hidden '
+        'state, or "llm" (sft): the hidden states of all tokens, which perceiver-layers, perceiver-flat and pointer read',
     )
     task_init: Literal["random", "discriminant"] = field(
         "random", "initialisation of the task encoder: random, or linear discriminant analysis (LDA) of the descriptions"
@@ -147,47 +145,12 @@ class HyperNetworkSettings(Settings):
         ADAMW, "adamw; muon: Muon for the weights of linears (orthogonalised updates), AdamW for the rest"
     )
     mix_descriptions: bool = field(False, "random convex mixes of two descriptions of a task")
-    llm_layers: Annotated[tuple[Count, ...], Field(min_length=1)] = field(
-        (0, 10, 20), "hidden states that encoder llm reads: 0 token embeddings, i output of layer i; perceiver-flat: one"
-    )
-    llm_queries: Positive = field(8, "vectors that its attention pooling gives, or latents of the perceiver")
-    llm_width: Positive = field(192, "width of each of them")
-    llm_heads: Positive = field(4, "attention heads of the pooling or of variant pointer")
-    llm_blocks: Positive = field(1, "attention blocks of the pooling, the perceiver or variant pointer")
-    llm_mlps: Count = field(1, "residual MLPs after the perceiver")
-    copied: tuple[Text, ...] = field((), "pointer: target modules whose columns of B get token embeddings, in their order")
-    first_layer: Count = field(0, "pointer: layers below have no adapter")
-    llm_descriptions: Count = field(0, "training descriptions of a task that encoder llm reads, by the seed; 0: all")
 
     @model_validator(mode="after")
     def _encoder(self):
         if self.encoder == "one-hot":
             self._expect(task_init="random", held_out_descriptions=0, embedding_noise=0.0, mix_descriptions=False)
-        if self.encoder != LLM:
-            expect(self.variant in VARIANTS, "encoder", f"{LLM!r} with variant {self.variant}", self.encoder)
-            self._expect_defaults(*(name for name in type(self).model_fields if name.startswith("llm_")))
-            return self
-        self._expect(embedding_noise=0.0, mix_descriptions=False)
-        if self.variant == POINTER:
-            unused = "head_in_size", "task_init", "llm_width", "llm_queries", "llm_mlps", "llm_descriptions"
-            self._expect_defaults(*unused, when="with pointer")
-            expect(not self.copied or self.llm_layers[0] == 0, "llm_layers", "0 first, what is copied", self.llm_layers)
-            return self
-        self._expect_defaults("copied", "first_layer", when=f"with {self.variant}")
-        if self.variant in PERCEIVERS:
-            unused, flat = ["head_in_size", "task_init", "llm_width", "llm_heads"], self.variant == "perceiver-flat"
-            self._expect_defaults(*unused, *([] if flat else ["llm_layers"]), when=f"with {self.variant}")
-            expect(not flat or len(self.llm_layers) == 1, "llm_layers", "one number with perceiver-flat", self.llm_layers)
-        else:
-            self._expect_defaults("llm_mlps")
-        layers, heads = list(self.llm_layers), self.llm_heads
-        expect(layers == sorted(set(layers)), "llm_layers", "increasing numbers", layers)
-        expect(self.llm_width % heads == 0, "llm_width", f"a multiple of the {heads} llm_heads", self.llm_width)
         return self
-
-    def _expect_defaults(self, *names: str, when: str = "") -> None:
-        """Of settings that the encoder, or what ``when`` says, has no use for."""
-        self._expect(when, **{name: type(self).model_fields[name].default for name in names})
 
     def _expect(self, when: str = "", **only: Any) -> None:
         """ValueError unless the settings have the values ``only``; ``when``: what asks for them, default: the encoder."""
@@ -199,6 +162,18 @@ class HyperNetworkSettings(Settings):
 class SFTSettings(_Model, HyperNetworkSettings):
     """``t2l train sft``: a hypernetwork, end to end through the frozen base model (paper section 3.2)."""
 
+    variant: Literal[(*VARIANTS, *PERCEIVERS, POINTER)] = field(
+        "L", "of the hypernetwork; with encoder llm: perceiver-layers, perceiver-flat (Doc-to-LoRA) or pointer"
+    )
+    llm_layers: Annotated[tuple[Count, ...], Field(min_length=1)] = field(
+        (0, 10, 20), "pointer: hidden states that it reads: 0 token embeddings, i output of layer i; perceiver-flat: one"
+    )
+    llm_queries: Positive = field(8, "latents of the perceiver")
+    llm_heads: Positive = field(4, "attention heads of variant pointer")
+    llm_blocks: Positive = field(1, "attention blocks of the perceiver or of variant pointer")
+    llm_mlps: Count = field(1, "residual MLPs after the perceiver")
+    copied: tuple[Text, ...] = field((), "pointer: target modules whose columns of B get token embeddings, in their order")
+    first_layer: Count = field(0, "pointer: layers below have no adapter")
     condition: Literal["description", "input"] = field(
         "description",
         "what the adapter is generated from: the task's description, or each example's own input "
@@ -207,23 +182,27 @@ class SFTSettings(_Model, HyperNetworkSettings):
     generated_l2: NotNegative = field(0.0, "weight of sum over modules of mean(A^2) + mean(B^2)")
     initial: Text = field("", "checkpoint folder to start from; empty: random parameters")
     example_share: Annotated[float, Field(ge=0, le=1)] = field(
-        0.0, "share of the groups whose adapter is generated from an example set (encoder llm)"
+        0.0, "pointer: share of the groups whose adapter is generated from worked examples, with or without a description"
     )
-    example_sets: Positive = field(
-        8, "example sets per task, each of worked examples with or without a description; pointer draws a new one each time"
-    )
-    max_examples: Positive = field(6, "most worked examples in an example set")
-    token_dropout: Share = field(0.0, "share of a text's tokens that the pooling does not see in training (encoder llm)")
+    max_examples: Positive = field(6, "pointer: most worked examples of an adapter")
+
+    @model_validator(mode="after")
+    def _tokens(self):
+        variant, layers, when = self.variant, list(self.llm_layers), ""
+        if self.encoder == LLM:
+            expect(variant in UNUSED, "variant", f"one of {', '.join(UNUSED)} with encoder {LLM!r}", variant)
+            self._expect(embedding_noise=0.0, mix_descriptions=False, condition="description")
+            when = f"with {variant}"
+        expect(when or variant in VARIANTS, "encoder", f"{LLM!r} with variant {variant}", self.encoder)
+        unused = UNUSED[variant] if when else OF_TOKENS
+        self._expect(when, **{name: type(self).model_fields[name].default for name in unused})
+        expect(layers == sorted(set(layers)), "llm_layers", "increasing numbers", layers)
+        expect(variant != "perceiver-flat" or len(layers) == 1, "llm_layers", "one number with perceiver-flat", layers)
+        expect(not self.copied or layers[0] == 0, "llm_layers", "0 first, what is copied", layers)
+        return self
 
     @model_validator(mode="after")
     def _condition(self):
-        if self.encoder == LLM:
-            self._expect(condition="description")
-            if self.variant not in VARIANTS:
-                unused = ["token_dropout", "example_sets"] if self.variant == POINTER else ["token_dropout", "example_share"]
-                self._expect_defaults(*unused, when=f"with {self.variant}")
-        else:
-            self._expect_defaults("example_share", "example_sets", "max_examples", "token_dropout")
         if self.encoder == "one-hot":
             self._expect(prompt="input")
         if self.condition == "input":
@@ -253,8 +232,7 @@ class ReconstructionSettings(HyperNetworkSettings):
     @model_validator(mode="after")
     def _no_base_model(self):
         no_model = "no base model, since reconstruction loads none"
-        expect(self.encoder != BASE_MODEL, "encoder", no_model, self.encoder)
-        expect(self.variant in VARIANTS, "variant", f"one of {', '.join(VARIANTS)} for reconstruction", self.variant)
+        expect(self.encoder not in (BASE_MODEL, LLM), "encoder", no_model, self.encoder)
         return self
 
 
@@ -295,9 +273,9 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def build(kind: type[S], values: dict[str, Any], origins: dict[str, str] | None = None, source: str = "settings") -> S:
     """``kind`` from plain values; ConfigError lists the faults, each with its field's origin (default: ``source``)."""
-    origins = {RENAMED.get(name, name): origin for name, origin in (origins or {}).items()}
+    origins = origins or {}
     try:
-        return kind(**_current(values))
+        return kind(**values)
     except ValidationError as error:
         found = error.errors(include_url=False)
         faults = [*dict.fromkeys(_told(kind, fault, origins, source) for fault in found)]
@@ -348,7 +326,7 @@ def differences(ours: Settings, theirs: Mapping[str, Any]) -> list[str]:
     A field that is not among those written is newer than they are: the run had its default.
     """
     defaults = {name: field.default for name, field in type(ours).model_fields.items() if not field.is_required()}
-    mine, other = ours.model_dump(mode="json"), json.loads(json.dumps(defaults)) | _current(theirs)
+    mine, other = ours.model_dump(mode="json"), json.loads(json.dumps(defaults)) | dict(theirs)
     return [
         f"{name}: {short_repr(other.get(name))} then, {short_repr(mine.get(name))} now"
         for name in sorted(mine.keys() | other.keys())

@@ -22,14 +22,14 @@ from t2l_engine.files.text import to_json
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.config import AnyConfig
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
-from t2l_engine.hypernetwork.network import build, build_pooling
+from t2l_engine.hypernetwork.network import HyperNetwork, build
+from t2l_engine.hypernetwork.tokens import TokenHyperNetwork
 from t2l_engine.research.training import loop
 from t2l_engine.research.training.context import TrainingContext
-from t2l_engine.research.training.hypernetwork import HyperNetworkJob, Trained
+from t2l_engine.research.training.hypernetwork import HyperNetworkJob
 from t2l_engine.research.training.objective import Batch, generated_l2
 from t2l_engine.research.training.sampling import Examples, Group, Shard
 from t2l_engine.research.training.settings import SFTSettings
-from t2l_engine.text.config import LLMEncoderConfig
 
 
 class SFT(HyperNetworkJob):
@@ -37,28 +37,27 @@ class SFT(HyperNetworkJob):
 
     settings: SFTSettings
 
-    def __init__(self, settings: SFTSettings, context: TrainingContext, folder: Path = Path(loop.STATES)):
+    def __init__(self, settings: SFTSettings, context: TrainingContext):
         self._context, self._by_input = context, settings.condition == "input"
         if self._by_input:
             _check_inputs(context.train)
             _check_inputs(context.validation)
-        super().__init__(settings, context.tasks, settings.base_model, context.device, folder)
+        super().__init__(settings, context.tasks, settings.base_model, context.device)
         self._initial = ""  # SHA-256 of the weights file that the run starts from
         self._before: set[str] = set()  # tasks that it was trained on
         sizes = {"rank": settings.rank, "lora_alpha": settings.lora_alpha, "scaling": settings.scaling}
         config = self._config(context.modules, **sizes)
-        self._train(*(self._trained_before(config) if settings.initial else self._new(config, hyperinit=True)))
+        self.model = self._trained_before(config) if settings.initial else self._new(config, hyperinit=True)
         self.stream = context.stream(range(len(context.tasks)), self._conditions.train)
         with torch.no_grad():
             context.attach(self.model(self._conditions.clean(self.stream.step(0)[:1])))
 
-    def _trained_before(self, config: AnyConfig) -> Trained:
-        """Those of the checkpoint ``initial``; ConfigError if its configuration is not that of this run."""
+    def _trained_before(self, config: AnyConfig) -> HyperNetwork | TokenHyperNetwork:
+        """That of the checkpoint ``initial``; ConfigError if its configuration is not that of this run."""
         contents = checkpoint.read(resolve_checkpoint(self.settings.initial))
-        encoder = self._conditions.encoder_config
         for what, got, expected in (
             ("hypernetwork", _by_scaling(contents.config), _by_scaling(config)),
-            ("encoder", contents.blocks.get("encoder") or {}, to_json(encoder)),
+            ("encoder", contents.blocks.get("encoder") or {}, to_json(self._conditions.encoder_config)),
         ):
             # How many examples are read changes no parameter.
             other = {key for key in got.keys() | expected if got.get(key) != expected.get(key)} - {"max_examples"}
@@ -66,10 +65,8 @@ class SFT(HyperNetworkJob):
             expect(not other, "initial", f"a checkpoint with the {what} {short_repr(wanted)} of this run", differing or None)
         self._initial = hashlib.sha256(contents.path.read_bytes()).hexdigest()
         self._before = checkpoint.trained_tasks(contents.blocks)
-        pooling = build_pooling(contents, encoder) if isinstance(encoder, LLMEncoderConfig) else None
         # A published checkpoint may be in bfloat16, in which small updates would be lost.
-        net = build(contents).set_dtype(torch.float32)
-        return net.requires_grad_(), pooling and pooling.requires_grad_()
+        return build(contents).set_dtype(torch.float32).requires_grad_().to(self._device)
 
     def collate(self, groups: Sequence[Group], of_step: Sequence[Group]) -> Batch:
         return self._context.collate(groups, of_step)
@@ -88,7 +85,7 @@ class SFT(HyperNetworkJob):
         stated = {"method": "sft", "initial": self._initial, **self._context.stated()}  # no path of this machine
         if before := sorted(self._before - {task.name for task in self._context.tasks}):
             stated["tasks_before"] = before
-        self._write(self._net, folder, step, **stated)
+        self._write(self.model, folder, step, **stated)
 
     def data(self) -> dict[str, Any]:
         return self._context.data(initial=self._initial)
@@ -133,6 +130,5 @@ def train(
     """
     loop.check_output(Path(output))  # before everything is read
     accelerator = accelerator or loop.accelerator("cpu")
-    states = Path(output) / loop.STATES / str(accelerator.process_index)
     with contextlib.closing(TrainingContext(settings, Path(tasks_folder), accelerator.device, names)) as context:
-        return loop.run(SFT(settings, context, states), Path(output), accelerator)
+        return loop.run(SFT(settings, context), Path(output), accelerator)

@@ -7,8 +7,6 @@ import torch
 
 import t2l_engine as t2l
 from t2l_engine.text import base_model as base_model_loader
-from t2l_engine.text.config import LLMEncoderConfig
-from t2l_engine.text.llm_encoder import AttentionPooling, LLMEncoder
 
 TEMPLATE = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<bot> {% endif %}"
 WORDS = ("red", "blue", "green", "cat", "dog", "cow")
@@ -34,17 +32,18 @@ def word_tokenizer():
 
 
 def reading_engine(base_model, max_examples=2):
-    """Generates adapters of rank 4 that change what the model in ``base_model`` says; reads so many examples."""
+    """Generates adapters of rank 4 for the second layer of the model in ``base_model``; reads so many examples."""
     model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
-    config = LLMEncoderConfig(str(base_model), layers=(0, 1), queries=2, width=8, heads=2, max_examples=max_examples)
-    network = t2l.HyperNetworkConfig(
-        variant="L", modules=("q_proj", "v_proj"), in_features=(64, 64), out_features=(64, 32), num_layers=2, rank=4,
-        embed_dim=16, latent_size=16, head_in_size=8, lora_alpha=8.0,
+    reads = t2l.DocumentEncoderConfig(
+        str(base_model), "layers", layers=(0, 1), prefix="", suffix="", max_examples=max_examples
+    )
+    config = t2l.PointerConfig(
+        variant="pointer", modules=("o_proj", "down_proj"), in_features=(64, 96), out_features=(64, 64), num_layers=2,
+        rank=4, lora_alpha=8.0, feature_size=128, latent_size=16, copied=("down_proj",), first_layer=1,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = LLMEncoder(model.get_decoder(), tokenizer, config, AttentionPooling(config, 64))
-        return t2l.TextToLoRA(encoder, t2l.HyperNetwork(network))
+        return t2l.DocToLoRA(t2l.DocumentEncoder(model, tokenizer, reads), t2l.PointerHyperNetwork(config))
 
 
 @pytest.fixture(autouse=True)

@@ -184,8 +184,8 @@ def other_conditions(**changes):
 
 
 by_input = other_conditions(condition="input", encoder="base-model", embedding_noise=0.1)
-by_llm = other_conditions(
-    encoder="llm", llm_layers=[0, 1], llm_queries=2, llm_width=8, llm_heads=2, example_share=0.5, max_examples=2,
+by_tokens = other_conditions(
+    encoder="llm", variant="pointer", llm_layers=[0, 1], head_in_size=256, example_share=0.5, max_examples=2,
     optimizer="muon",
 )  # fmt: skip
 
@@ -226,7 +226,7 @@ def test_a_run_that_failed_anywhere_goes_on_bit_for_bit(base_model, tasks, tmp_p
             assert small_runs.differing(whole, small_runs.left(out)) == [], out.name
 
 
-@pytest.mark.parametrize("kind", [lora_waves, reconstructed, sft_noisy, by_input, by_llm])
+@pytest.mark.parametrize("kind", [lora_waves, reconstructed, sft_noisy, by_input, by_tokens])
 def test_a_state_half_written_is_not_the_state(base_model, tasks, tmp_path, monkeypatch, kind):
     small_runs.library(tmp_path / "library")
     whole = small_runs.left(kind(base_model, tasks, tmp_path / "whole"))

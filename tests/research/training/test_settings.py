@@ -41,8 +41,6 @@ def test_a_file_with_overrides(write):
     assert (found.steps, found.rank, found.target_modules, found.seed) == (50, 4, ("k_proj",), 1)
     assert found.base_model == "x" and found.warmup_steps == SFTSettings.model_fields["warmup_steps"].default
     assert settings.read(ReconstructionSettings, None) == ReconstructionSettings()
-    former = settings.read(ReconstructionSettings, None, ["encoder=reader", "reader_width=8"])
-    assert (former.encoder, former.llm_width) == ("llm", 8)
     assert settings.read(ReconstructionSettings, None, ["learning_rate=2.5e-5"]).learning_rate == 2.5e-5
     assert settings.read(SFTSettings, None, ["base_model=x", "target_modules=[q_proj]"]).base_model == "x"
 
@@ -60,7 +58,8 @@ NEVER = {
     bool: ["3", None], int: [-1, 1.5, 1 << 64, True, None], float: [-1, math.nan, math.inf, True, None],
     str: [-7, True, None, "\ud800"], tuple: [[], [None], "q_proj", None],
 }  # fmt: skip
-LLM = {"encoder": "llm", "llm_layers": [0, 1], "llm_width": 8, "llm_heads": 2}
+POINTER = {"encoder": "llm", "variant": "pointer", "llm_layers": [0, 1]}
+FLAT = {"encoder": "llm", "variant": "perceiver-flat", "llm_layers": [1]}
 BY_INPUT = {"encoder": "base-model", "condition": "input"}
 #: What the encoder and the condition of a run ask for: field -> (what does not fit, what is expected instead).
 UNFIT = [
@@ -69,19 +68,17 @@ UNFIT = [
         "task_init": ("discriminant", "'random'"), "embedding_noise": (0.5, 0.0), "prompt": ("description", "'input'")}),
     ({}, {
         "llm_layers": ([0, 1], ".0, 10, 20. with encoder 'minilm', got .0, 1."), "example_share": (0.5, 0.0),
-        "max_examples": (2, 6), "llm_descriptions": (4, 0), "token_dropout": (0.1, 0.0)}),
-    (LLM, {
+        "max_examples": (2, 6), "llm_mlps": (2, 1), "copied": (["q_proj"], r"\(\) with encoder 'minilm', got"),
+        "first_layer": (1, 0)}),
+    (POINTER, {
         "embedding_noise": (0.1, 0.0), "mix_descriptions": (True, False), "condition": ("input", "'description'"),
-        "llm_width": (9, "a multiple of the 2 llm_heads"), "llm_layers": ([1, 0], "increasing numbers, got .1, 0.")}),
-    (LLM | {"variant": "perceiver-flat", "llm_layers": [1], "llm_width": 192, "llm_heads": 4}, {
-        "llm_layers": ([0, 1], "one number with perceiver-flat"), "llm_width": (8, "192"), "task_init": ("discriminant", ""),
-        "example_share": (0.5, 0.0), "encoder": ("minilm", "'llm' with variant perceiver-flat")}),
-    (LLM, {"llm_mlps": (2, 1), "copied": (["q_proj"], r"\(\) with L, got"), "first_layer": (1, "0 with L")}),
-    (LLM | {"variant": "pointer", "llm_width": 192}, {
         "llm_queries": (4, "8 with pointer"), "task_init": ("discriminant", "'random' with pointer"),
-        "example_sets": (4, "8 with pointer")}),
-    (LLM | {"variant": "pointer", "llm_width": 192, "copied": ["v_proj"]}, {
-        "llm_layers": ([1, 2], "0 first, what is copied, got .1, 2.")}),
+        "llm_layers": ([1, 0], "increasing numbers, got .1, 0."), "encoder": ("minilm", "'llm' with variant pointer"),
+        "variant": ("L", "one of perceiver-layers, perceiver-flat, pointer with encoder 'llm', got 'L'")}),
+    (POINTER | {"copied": ["v_proj"]}, {"llm_layers": ([1, 2], "0 first, what is copied, got .1, 2.")}),
+    (FLAT, {
+        "llm_layers": ([0, 1], "one number with perceiver-flat"), "llm_heads": (2, "4"), "task_init": ("discriminant", ""),
+        "example_share": (0.5, 0.0), "copied": (["q_proj"], r"\(\) with perceiver-flat, got"), "first_layer": (1, 0)}),
     (BY_INPUT, {
         "samples_per_task": (2, "1 with condition 'input', got 2"), "encoder": ("one-hot", "one that reads text"),
         "held_out_descriptions": (1, 0), "task_init": ("discriminant", "'random'"), "mix_descriptions": (True, False)}),
@@ -118,8 +115,12 @@ def test_fields_that_do_not_fit_each_other(of_run, changes):
     for field, (value, expected) in changes.items():
         with pytest.raises(ConfigError, match=f"^settings: {field}: expected {expected}"):
             settings.build(SFTSettings, NEEDED | of_run | {field: value})
-    with pytest.raises(ConfigError, match="^settings: encoder: expected no base model, .*, got 'base-model'"):
-        settings.build(ReconstructionSettings, {"encoder": "base-model"})
+
+
+@pytest.mark.parametrize("encoder", ["base-model", "llm"])
+def test_reconstruction_has_no_base_model(encoder):
+    with pytest.raises(ConfigError, match=f"^settings: encoder: expected no base model, .*, got '{encoder}'"):
+        settings.build(ReconstructionSettings, {"encoder": encoder})
 
 
 @pytest.mark.parametrize("text, message", [
@@ -162,7 +163,7 @@ def test_files_that_are_no_mapping(tmp_path, text):
 
 
 def test_no_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere.yaml: no such file; packaged settings: \['llm', 'mini-lora', "):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.yaml: no such file; packaged settings: \['mini-lora', "):
         settings.read(SFTSettings, tmp_path / "nowhere.yaml")
     message = "^settings: missing field 'base_model': .*; settings: missing field 'target_modules'"
     with pytest.raises(ConfigError, match=message):
@@ -205,9 +206,5 @@ def test_differences_name_both_sides():
     older = json.loads(ours.model_dump_json())
     del older["bucket_steps"]
     assert settings.differences(ours, older | {"gone": 1}) == ["gone: 1 then, None now"]  # its run had the default
-    former = older | {"encoder": "reader", "reader_layers": [1, 2], "read_descriptions": 3}
-    assert settings.differences(SFTSettings(**NEEDED, steps=7, encoder="llm", llm_layers=(1, 2)), former) == [
-        "llm_descriptions: 3 then, 0 now"
-    ]  # former names
     other = SFTSettings(**NEEDED, steps=7, bucket_steps=4)
     assert settings.differences(other, older) == ["bucket_steps: 8 then, 4 now"]

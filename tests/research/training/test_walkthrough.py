@@ -32,9 +32,8 @@ def test_walkthrough_runs(base_model, tmp_path, monkeypatch):
 
 
 def test_fields_are_real():
-    packaged = {f"mini-{name}": kind for name, kind in KINDS.items()} | dict.fromkeys(
-        ("llm", "needle", "pointer"), kinds.SFTSettings
-    )
+    packaged = {f"mini-{name}": kind for name, kind in KINDS.items()}
+    packaged |= dict.fromkeys(("needle", "pointer"), kinds.SFTSettings)
     assert packaged.keys() == {path.stem for path in kinds.PACKAGED.iterdir()}
     for name, kind in packaged.items():
         kinds.read(kind, Path(name))
