@@ -15,10 +15,9 @@ from t2l_engine.lora.handle import LoRAHandle, attach
 from t2l_engine.lora.layer import LoRALinear
 from t2l_engine.lora.locate import shards
 from t2l_engine.ops.segments import AdapterBatch
-from t2l_engine.text.config import DocumentEncoderConfig, EncoderConfig, LLMEncoderConfig, OneHotConfig
+from t2l_engine.text.config import DocumentEncoderConfig, EncoderConfig, OneHotConfig
 from t2l_engine.text.documents import DocumentEncoder
 from t2l_engine.text.encoder import OneHotEncoder, TextEncoder
-from t2l_engine.text.llm_encoder import LLMEncoder
 
 __version__ = "0.1.0"
 
@@ -39,14 +38,12 @@ __all__ = [
     "LoRALinear",
     "OneHotConfig",
     "OneHotEncoder",
-    "LLMEncoderConfig",
     "PerceiverConfig",
     "PerceiverHyperNetwork",
     "PointerConfig",
     "PointerHyperNetwork",
     "Shard",
     "TextEncoder",
-    "LLMEncoder",
     "TextToLoRA",
     "__version__",
     "attach",

@@ -15,14 +15,13 @@ from t2l_engine.files.errors import short_repr
 from t2l_engine.files.text import to_json
 from t2l_engine.hypernetwork.checkpoint import has_described_prompts, read
 from t2l_engine.hypernetwork.folder import CheckpointError, Contents, UndefinedEncoder, resolve_checkpoint
-from t2l_engine.hypernetwork.network import HyperNetwork, build_pooling, load, save
+from t2l_engine.hypernetwork.network import HyperNetwork, load, save
 from t2l_engine.hypernetwork.tokens import TokenHyperNetwork
 from t2l_engine.library import AdapterLibrary, Match
 from t2l_engine.lora.handle import LoRAHandle
-from t2l_engine.text.config import AnyEncoderConfig, DocumentEncoderConfig, LLMEncoderConfig, OneHotConfig
+from t2l_engine.text.config import AnyEncoderConfig, DocumentEncoderConfig, OneHotConfig
 from t2l_engine.text.documents import DocumentEncoder
 from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder, WorkedExamples
-from t2l_engine.text.llm_encoder import LLMEncoder
 from t2l_engine.text.prompts import CHAT, prompt_of
 
 #: Called with the number of chunks that are read, and of all.
@@ -125,9 +124,6 @@ class TextToLoRA:
                 raise CheckpointError(f"{folder}: encoder: expected one that reads {reads}, got {short_repr(config)}")
             if isinstance(config, OneHotConfig):
                 encoder = OneHotEncoder(config, device=device)
-            elif isinstance(config, LLMEncoderConfig):
-                pooling = build_pooling(contents, config)
-                encoder = LLMEncoder.from_config(config, pooling, device=device, trust_remote_code=trust_remote_code)
             elif isinstance(config, DocumentEncoderConfig):
                 encoder = DocumentEncoder.from_config(config, device=device, trust_remote_code=trust_remote_code)
             else:
@@ -157,7 +153,7 @@ class TextToLoRA:
         """One adapter per description (per task name, for a checkpoint with one-hot embeddings), all in one pass.
 
         ``examples``: of each text, worked examples (input, answer) or None, for a checkpoint whose encoder is a
-        :class:`LLMEncoder`; a text with examples may be empty.
+        :class:`DocumentEncoder` with ``max_examples``; a text with examples may be empty.
 
         ``library``: stored adapters of the same modules, ``top_k``, ``min_similarity``: see
         :meth:`AdapterLibrary.adapters`; :meth:`retrieve` also says which stored adapters were used.
@@ -180,8 +176,7 @@ class TextToLoRA:
 
         Raises as :meth:`HyperNetwork.save_pretrained`.
         """
-        pooling = self.encoder.pooling if isinstance(self.encoder, LLMEncoder) else None
-        save(self.hypernetwork, Path(folder), {"encoder": to_json(self.encoder.config), "base_model": base_model}, pooling)
+        save(self.hypernetwork, Path(folder), {"encoder": to_json(self.encoder.config), "base_model": base_model})
 
     def retrieve(
         self, texts: Sequence[str], library: AdapterLibrary, top_k: int = 1, min_similarity: float = -1.0

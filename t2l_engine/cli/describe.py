@@ -11,17 +11,17 @@ from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import read_json
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.config import PerceiverConfig
-from t2l_engine.hypernetwork.folder import CONFIG_NAME, D2L_NAME, SAKANA_NAMES, WEIGHTS_NAME, Contents, format_of
-from t2l_engine.hypernetwork.network import HyperNetwork, check_encoder, hypernet_flops, load
+from t2l_engine.hypernetwork.folder import CONFIG_NAME, D2L_NAME, SAKANA_NAMES, WEIGHTS_NAME, format_of
+from t2l_engine.hypernetwork.network import HyperNetwork, hypernet_flops, load
 from t2l_engine.hypernetwork.tokens import TokenHyperNetwork
 
 
 def describe(folder: Path) -> dict[str, Any]:
     """Structure, sizes and origin of a checkpoint (native, Sakana or Doc-to-LoRA format) or of a PEFT adapter folder.
 
-    Files are read and checked completely.  Checkpoints: ``parameters`` counts ``trunk`` (all but the heads), ``heads``,
-    ``offsets`` (buffers) and ``pooling`` of an LLM encoder.  Adapters: ``parameters`` counts true ranks; ``partial``: the
-    base model may have more layers.  Raises ValueError for another folder or an invalid file.
+    Files are read and checked completely.  Checkpoints: ``parameters`` counts ``trunk`` (all but the heads), ``heads``
+    and ``offsets`` (buffers).  Adapters: ``parameters`` counts true ranks; ``partial``: the base model may have more
+    layers.  Raises ValueError for another folder or an invalid file.
     """
     native = (folder / CONFIG_NAME).is_file() and (folder / WEIGHTS_NAME).is_file()
     documents = (folder / D2L_NAME).is_file() and not (folder / CONFIG_NAME).is_file()
@@ -37,7 +37,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 def _checkpoint(folder: Path) -> dict[str, Any]:
     contents = checkpoint.read(folder)
-    check_encoder(contents)
+    contents.check_encoder()
     net = load(contents)
     c, blocks = net.config, contents.blocks
     training = blocks.get("training")
@@ -55,7 +55,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         "lora_alpha": c.lora_alpha,
         "scaling": {"mode": c.scaling if isinstance(c.scaling, str) else "given", "value": c.scaling_value},
         "latent_size": c.latent_size,
-        **(_of_task_embedding(net, contents) if isinstance(net, HyperNetwork) else _of_documents(net)),
+        **(_of_task_embedding(net) if isinstance(net, HyperNetwork) else _of_documents(net)),
         "dtype": str(net.dtype).removeprefix("torch."),
         "file_bytes": contents.path.stat().st_size,
         "values_per_adapter": c.adapter_values,
@@ -66,7 +66,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     }
 
 
-def _of_task_embedding(net: HyperNetwork, contents: Contents) -> dict[str, Any]:
+def _of_task_embedding(net: HyperNetwork) -> dict[str, Any]:
     c, heads = net.config, sum(p.numel() for p in net.heads.parameters())
     return {
         "task_encoder": c.task_encoder,
@@ -78,7 +78,6 @@ def _of_task_embedding(net: HyperNetwork, contents: Contents) -> dict[str, Any]:
             "trunk": c.num_parameters - heads,
             "heads": heads,
             "offsets": sum(b.numel() for b in net.offsets.buffers()),
-            "pooling": sum(tensor.numel() for tensor in contents.pooling.values()),
         },
         "gflop_per_adapter": sum(hypernet_flops(c).values()) / 1e9,
     }

@@ -2,8 +2,8 @@
 
 Native: ``config.json`` (a ``HyperNetworkConfig`` under "hypernetwork", with optional "encoder", "base_model", "training" and
 "reference" blocks) and ``hypernet.safetensors``, whose keys are the parameter names of :class:`HyperNetwork`.  Keys
-``reference.*`` are tensors of a converted Sakana checkpoint that generation ignores, kept for converting back; keys
-``pooling.*`` are an LLM encoder's.  Sakana format: see :mod:`.sakana`.
+``reference.*`` are tensors of a converted Sakana checkpoint that generation ignores, kept for converting back.  Sakana
+format: see :mod:`.sakana`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import to_json
@@ -22,7 +20,6 @@ from t2l_engine.hypernetwork.config import config_from_json
 from t2l_engine.hypernetwork.folder import (
     CONFIG_NAME,
     FORMAT,
-    POOLING_PREFIX,
     UNUSED_PREFIX,
     WEIGHTS_NAME,
     CheckpointError,
@@ -32,7 +29,6 @@ from t2l_engine.hypernetwork.folder import (
     native_blocks,
 )
 from t2l_engine.hypernetwork.sakana import SakanaFiles
-from t2l_engine.text.config import is_llm_encoder
 
 
 def read(folder: Path, module_order: list[str] | None = None) -> Contents:
@@ -87,20 +83,9 @@ def _read_native(folder: Path, module_order: list[str] | None) -> Contents:
     # Copied from the memory map, so that checked values cannot change, and so that both formats give the same adapters:
     # rounding of torch's products may depend on alignment.
     tensors = {key: tensor.clone() for key, tensor in read_safetensors(path, CheckpointError).items()}
-    unused, pooling = (
-        {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        for prefix in (UNUSED_PREFIX, POOLING_PREFIX)
-    )
-    state = {k: t for k, t in tensors.items() if not k.startswith((UNUSED_PREFIX, POOLING_PREFIX))}
-    _check_pooling(path, blocks, pooling)
-    return Contents(config, state, unused, blocks, path, config_path, pooling=pooling)
-
-
-def _check_pooling(path: Path, blocks: Mapping[str, Any], pooling: Mapping[str, Tensor]) -> None:
-    reads = is_llm_encoder(blocks.get("encoder"))
-    if reads != bool(pooling):
-        expected = "a trained pooling, as the encoder has layers" if reads else "no pooling, as the encoder has no layers"
-        raise CheckpointError(f"{path}: expected {expected}, got keys {short_repr(sorted(pooling))}")
+    unused = {k.removeprefix(UNUSED_PREFIX): t for k, t in tensors.items() if k.startswith(UNUSED_PREFIX)}
+    state = {k: t for k, t in tensors.items() if not k.startswith(UNUSED_PREFIX)}
+    return Contents(config, state, unused, blocks, path, config_path)
 
 
 def write_native(folder: Path, contents: Contents) -> None:
@@ -110,11 +95,8 @@ def write_native(folder: Path, contents: Contents) -> None:
     """
     check_no_model(folder)
     check_blocks(contents.blocks, str(folder))
-    _check_pooling(folder, contents.blocks, contents.pooling)
     blocks = {"format": FORMAT, "hypernetwork": to_json(contents.config), **contents.blocks}
-    state = contents.state
-    for prefix, tensors in ((UNUSED_PREFIX, contents.unused), (POOLING_PREFIX, contents.pooling)):
-        state = state | {prefix + key: tensor for key, tensor in tensors.items()}
+    state = contents.state | {UNUSED_PREFIX + key: tensor for key, tensor in contents.unused.items()}
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     check_weights(folder, state, CheckpointError)
     try:

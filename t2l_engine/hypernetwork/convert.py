@@ -34,7 +34,7 @@ from t2l_engine.hypernetwork.folder import (
     Contents,
     format_of,
 )
-from t2l_engine.hypernetwork.network import build, check_encoder
+from t2l_engine.hypernetwork.network import build
 
 FORMATS = ("native", "sakana", "doc-to-lora")
 #: Weights of PEFT adapters.
@@ -78,7 +78,7 @@ def convert(source: Path, target: Path, to: str | None = None, module_order: lis
     if to == "sakana":  # it would replace the adapter's configuration and leave its weights
         expect_none(target, ADAPTER_WEIGHTS, "whose adapter_config.json would be replaced")
     build(contents)  # checks every key and shape
-    check_encoder(contents)
+    contents.check_encoder()
     if to == "native":
         _expect_json(contents)
         write_native(target, contents)
@@ -126,7 +126,7 @@ def _write_sakana(folder: Path, state: dict[str, Tensor], args: dict[str, Any], 
 def to_sakana(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """(state_dict, args, adapter_config) in Sakana format."""
     config = contents.config
-    if contents.pooling or not isinstance(config, HyperNetworkConfig):
+    if not isinstance(config, HyperNetworkConfig):
         raise CheckpointError(f"{contents.path}: the Sakana format cannot express this checkpoint: it reads tokens")
     state = _sakana_state(contents, config)
     args, peft = (_stored(contents, name) for name in ("args", "adapter_config"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Collection
@@ -29,7 +30,7 @@ SAKANA_NAMES = ("hypermod.pt", "args.yaml", "adapter_config.json")
 D2L_NAME = "pytorch_model.bin"
 FORMAT = "t2l_engine.hypernetwork.v1"
 BLOCKS = ("encoder", "base_model", "training", "reference")
-UNUSED_PREFIX, POOLING_PREFIX = "reference.", "pooling."
+UNUSED_PREFIX = "reference."
 #: Template of SakanaAI's code for the SFR encoders.
 SFR_TEMPLATE = "Instruct: Retrieve semantically similar text.\nQuery: {text}"
 
@@ -53,8 +54,7 @@ class Contents:
 
     ``state``: under native keys; ``unused``: tensors of the Sakana format that generation ignores, under its keys;
     ``blocks``: the optional blocks of ``config.json``, which ``source`` states; ``path``: of the weights file;
-    ``key_in_file``: native key -> the file's key, for errors.  ``pooling``: tensors of the encoder's trained pooling
-    (:class:`t2l_engine.text.llm_encoder.AttentionPooling`), empty for an encoder without one.
+    ``key_in_file``: native key -> the file's key, for errors.
     """
 
     config: AnyConfig
@@ -64,7 +64,6 @@ class Contents:
     path: Path
     source: Path
     key_in_file: Callable[[str], str] = str
-    pooling: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def encoder_config(self) -> AnyEncoderConfig | None:
         """Of the encoder that the checkpoint was trained with, None if it states none.
@@ -78,6 +77,11 @@ class Contents:
             native = self.source.name == CONFIG_NAME
             return sakana_encoder_config(args, f"{self.source}: reference.args" if native else str(self.source))
         return None
+
+    def check_encoder(self) -> None:
+        """Raises ConfigError for an invalid text encoder.  One of unknown pooling passes: users may give another."""
+        with contextlib.suppress(UndefinedEncoder):
+            self.encoder_config()
 
     @property
     def prompt_form(self) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,10 +21,8 @@ from t2l_engine.hypernetwork.checkpoint import read, write_native
 from t2l_engine.hypernetwork.config import AnyConfig, HyperNetworkConfig, PerceiverConfig
 from t2l_engine.hypernetwork.folder import (
     BLOCKS,
-    POOLING_PREFIX,
     CheckpointError,
     Contents,
-    UndefinedEncoder,
     expect_keys,
     expect_shape,
     resolve_checkpoint,
@@ -38,8 +35,6 @@ from t2l_engine.hypernetwork.tokens import TokenHyperNetwork
 from t2l_engine.ops import reference
 from t2l_engine.ops.reference import without_autocast
 from t2l_engine.ops.segments import is_capturing
-from t2l_engine.text.config import LLMEncoderConfig
-from t2l_engine.text.llm_encoder import AttentionPooling
 
 
 class HyperNetwork(nn.Module):
@@ -111,16 +106,13 @@ class HyperNetwork(nn.Module):
             raise CheckpointError(f"{folder}: it reads documents; load it with TextToLoRA.from_pretrained")
         return net
 
-    def save_pretrained(
-        self, folder: str | Path, metadata: dict | None = None, pooling: AttentionPooling | None = None
-    ) -> None:
+    def save_pretrained(self, folder: str | Path, metadata: dict | None = None) -> None:
         """Write the native format: ``config.json`` and ``hypernet.safetensors``.
 
-        ``metadata``: optional JSON blocks of ``config.json`` ("encoder", "base_model", "training").  ``pooling``: of the
-        encoder, if that is an :class:`LLMEncoder`.  Raises ValueError for other blocks, CheckpointError for what
-        :meth:`from_pretrained` refuses.
+        ``metadata``: optional JSON blocks of ``config.json`` ("encoder", "base_model", "training").  Raises ValueError for
+        other blocks, CheckpointError for what :meth:`from_pretrained` refuses.
         """
-        save(self, Path(folder), metadata or {}, pooling)
+        save(self, Path(folder), metadata or {})
 
     def _apply(self, fn, recurse=True):
         self._folded = None  # .to(), .cuda() and the like replace the storage that folded tensors share
@@ -348,18 +340,12 @@ def _rows(tensor: Tensor, per_latent: int, features: tuple[int, int], shard: Sha
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 
 
-def save(
-    net: HyperNetwork | TokenHyperNetwork,
-    folder: Path,
-    metadata: dict[str, Any],
-    pooling: AttentionPooling | None = None,
-) -> None:
+def save(net: HyperNetwork | TokenHyperNetwork, folder: Path, metadata: dict[str, Any]) -> None:
     """See :meth:`HyperNetwork.save_pretrained`."""
     unknown = set(metadata) - set(BLOCKS)
     if unknown:
         raise ValueError(f"metadata: expected some of {BLOCKS}, got {sorted(unknown)}")
-    trained = {} if pooling is None else pooling.state_dict()
-    write_native(folder, Contents(net.config, _own_tensors(net), {}, metadata, folder, folder, pooling=trained))
+    write_native(folder, Contents(net.config, _own_tensors(net), {}, metadata, folder, folder))
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -382,7 +368,11 @@ def build(contents: Contents) -> HyperNetwork | TokenHyperNetwork:
         net = new(config)
     if isinstance(net, HyperNetwork):
         _add_offsets(net, contents)
-    _assign(net, state, path, key_in_file)
+    wanted = _own_tensors(net)
+    expect_keys(path, [*map(key_in_file, state)], [*map(key_in_file, wanted)])
+    for key, tensor in state.items():
+        expect_shape(path, key_in_file(key), tensor, tuple(wanted[key].shape))
+    net.load_state_dict(state, assign=True, strict=False)
     return net
 
 
@@ -397,42 +387,6 @@ def _add_offsets(net: HyperNetwork, contents: Contents) -> None:
             if parts[2].startswith("std") and bool((tensor < 0).any()):
                 raise CheckpointError(f"{path}: {key_in_file(key)}: expected standard deviations of 0 or more")
             setattr(net.offsets[parts[1]], parts[2], tensor)
-
-
-def build_pooling(contents: Contents, config: LLMEncoderConfig) -> AttentionPooling:
-    """An LLM encoder's pooling with exactly the tensors ``contents.pooling``; raises CheckpointError as :func:`build`."""
-    state, path = contents.pooling, contents.path
-    project = state.get("project.weight")
-    width = project.shape[1] if project is not None and project.dim() == 2 else 0
-    if not width or width % len(config.layers):
-        got = None if project is None else tuple(project.shape)
-        raise CheckpointError(
-            f"{path}: {POOLING_PREFIX}project.weight: expected a matrix with columns for {len(config.layers)} layers, "
-            f"got {got}"
-        )
-    with torch.device("meta"):
-        pooling = AttentionPooling(config, width // len(config.layers))
-    _assign(pooling, state, path, lambda key: POOLING_PREFIX + key)
-    return pooling.float()
-
-
-def check_encoder(contents: Contents) -> None:
-    """ConfigError, or CheckpointError as :func:`build`, for an invalid text encoder in ``contents``.
-
-    An encoder of undefined pooling passes: users may give another.
-    """
-    with contextlib.suppress(UndefinedEncoder):
-        if isinstance(config := contents.encoder_config(), LLMEncoderConfig):
-            build_pooling(contents, config)
-
-
-def _assign(module: nn.Module, state: dict[str, Tensor], path: Path, key_in_file: Callable[[str], str]) -> None:
-    """Make ``state`` the tensors of ``module``; CheckpointError names missing, extra and misfit keys."""
-    wanted = _own_tensors(module)
-    expect_keys(path, [*map(key_in_file, state)], [*map(key_in_file, wanted)])
-    for key, tensor in state.items():
-        expect_shape(path, key_in_file(key), tensor, tuple(wanted[key].shape))
-    module.load_state_dict(state, assign=True, strict=False)
 
 
 def load(

@@ -15,11 +15,8 @@ from t2l_engine.files.text import from_json, read_json
 
 SAKANA_MAX_LENGTH = 8192  # tokens; SakanaAI's code truncates descriptions there
 ENCODER_POOLINGS, ENCODER_DTYPES = ("cls", "mean", "last"), ("float32", "bfloat16", "float16")
-#: Most layers of an LLMEncoderConfig, and the most of every other of its sizes.
-MAX_READ_LAYERS, MAX_LLM_ENCODER_SIZE = 16, 1 << 16
-
-#: Hidden states that a document encoder reads.
-READ_STATES = ("all", "last", "embeddings", "layers")
+#: Hidden states that a document encoder reads, and the most layers that it names.
+READ_STATES, MAX_READ_LAYERS = ("all", "last", "embeddings", "layers"), 16
 #: sentence-transformers' pooling -> ours.
 _POOLINGS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 
@@ -114,54 +111,6 @@ class OneHotConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LLMEncoderConfig:
-    """A pooling of hidden states that is trained with the hypernetwork.
-
-    ``name``: of the language model: ``"smollm2-135m"`` (packaged), a local folder, or a hub name.
-    ``layers``: whose hidden states are read: 0 the token embeddings, i the output of the i-th layer.
-    ``queries``: number of pooled vectors of ``width`` each, which together are ``task_emb``.
-    ``heads``: of each of the ``blocks`` attention blocks.
-    ``max_length``: in tokens, to which description and examples are truncated; at most the model's positions.
-    ``dtype``: "float32", "bfloat16" or "float16", of the language model's weights.
-    ``max_examples``: most worked examples beside a description; 0: it was trained on descriptions alone.
-
-    Source: pooling by latent queries (Perceiver, arXiv 2103.03206).
-
-    Raises:
-        ConfigError: a field has a wrong type or value; the message names it.
-
-    >>> import t2l_engine as t2l
-    >>> t2l.LLMEncoderConfig("smollm2-135m", layers=(0, 10, 20), queries=8, width=192).embed_dim
-    1536
-    """
-
-    name: str
-    layers: tuple[int, ...]
-    queries: int
-    width: int
-    heads: int = 4
-    blocks: int = 1
-    max_length: int = 1024
-    dtype: str = "float32"
-    max_examples: int = 0
-
-    def __post_init__(self) -> None:
-        non_empty_text("encoder.name", self.name)
-        object.__setattr__(self, "layers", _checked_layers(self.layers))
-        for name in ("queries", "width", "heads", "blocks", "max_length"):
-            positive_int(f"encoder.{name}", getattr(self, name), MAX_LLM_ENCODER_SIZE)
-        whole_number("encoder.max_examples", self.max_examples)
-        if self.width % self.heads:
-            raise ConfigError(f"encoder.width: expected a multiple of the {self.heads} heads, got {self.width}")
-        one_of("encoder.dtype", self.dtype, ENCODER_DTYPES)
-
-    @property
-    def embed_dim(self) -> int:
-        """Width of ``task_emb``."""
-        return self.queries * self.width
-
-
-@dataclasses.dataclass(frozen=True)
 class DocumentEncoderConfig:
     """How a text becomes hidden states (``ctx_encoder`` in SakanaAI's doc-to-lora).
 
@@ -196,7 +145,12 @@ class DocumentEncoderConfig:
         non_empty_text("encoder.name", self.name)
         one_of("encoder.states", self.states, READ_STATES)
         if self.states == "layers":
-            object.__setattr__(self, "layers", _checked_layers(self.layers))
+            of: Any = self.layers
+            known = isinstance(of, (list, tuple)) and all(type(i) is int and i >= 0 for i in of)
+            if not known or not 0 < len(of) <= MAX_READ_LAYERS or sorted(set(of)) != list(of):
+                expected = f"1 to {MAX_READ_LAYERS} increasing numbers from 0"
+                raise ConfigError(f"encoder.layers: expected {expected}, got {short_repr(of)}")
+            object.__setattr__(self, "layers", tuple(of))
         elif self.layers is not None:
             raise ConfigError(f"encoder.layers: expected null with states {self.states!r}, got {short_repr(self.layers)}")
         whole_number("encoder.max_examples", self.max_examples)
@@ -211,43 +165,22 @@ class DocumentEncoderConfig:
             raise ConfigError("encoder.prefix, encoder.suffix: expected both or neither")
 
 
-def _checked_layers(layers: Any) -> tuple[int, ...]:
-    """``layers``, whose hidden states are read; ConfigError unless they are increasing numbers."""
-    if (
-        not isinstance(layers, (list, tuple))
-        or not 0 < len(layers) <= MAX_READ_LAYERS
-        or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MAX_LLM_ENCODER_SIZE for i in layers)
-        or sorted(set(layers)) != list(layers)
-    ):
-        expected = f"1 to {MAX_READ_LAYERS} increasing numbers from 0"
-        raise ConfigError(f"encoder.layers: expected {expected}, got {short_repr(layers)}")
-    return tuple(layers)
-
-
-AnyEncoderConfig = EncoderConfig | LLMEncoderConfig | OneHotConfig | DocumentEncoderConfig
+AnyEncoderConfig = EncoderConfig | OneHotConfig | DocumentEncoderConfig
 
 
 def encoder_config_from_json(block: Any, where: str) -> AnyEncoderConfig:
     """The configuration in the "encoder" block of a checkpoint.
 
-    A OneHotConfig if its name is "one-hot", an LLMEncoderConfig if it has queries, a DocumentEncoderConfig if it has states,
-    else an EncoderConfig.
+    A OneHotConfig if its name is "one-hot", a DocumentEncoderConfig if it has states, else an EncoderConfig.
 
     ``where`` names the source in errors.  Raises ConfigError for a block that is none of them.
     """
     kind = EncoderConfig
     if isinstance(block, dict) and block.get("name") == OneHotConfig.name:
         kind = OneHotConfig
-    elif is_llm_encoder(block):
-        kind = LLMEncoderConfig
     elif isinstance(block, dict) and "states" in block:
         kind = DocumentEncoderConfig
     return from_json(kind, block, where)
-
-
-def is_llm_encoder(block: Any) -> bool:
-    """Whether the "encoder" block of a checkpoint states an LLMEncoderConfig."""
-    return isinstance(block, dict) and "queries" in block
 
 
 def _read(path: Path, kind: type = dict) -> Any:

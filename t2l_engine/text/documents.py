@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,14 +15,15 @@ from torch.nn.functional import rms_norm
 
 from t2l_engine.files.errors import ConfigError, positive_int, short_repr
 from t2l_engine.text.config import DocumentEncoderConfig
-from t2l_engine.text.encoder import Modules, WorkedExamples, load, positions, refuse_examples
-from t2l_engine.text.llm_encoder import EPS, pad_states, recorded, with_examples
+from t2l_engine.text.encoder import Modules, WorkedExamples, check_list, check_text, load, pad, positions, refuse_examples
+from t2l_engine.text.prompts import worked_example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 #: Bytes of hidden states that are read at once, of all layers and chunks.
 READ_BYTES = 1 << 29
+EPS = 1e-6  # of the normalisation of hidden states
 
 
 class DocumentEncoder:
@@ -50,6 +53,7 @@ class DocumentEncoder:
         self.norm: Any = getattr(self.model, "norm", None)  # the final one
         if not isinstance(layers, nn.ModuleList) or not isinstance(self.norm, nn.Module):
             raise ConfigError(f"encoder: expected a decoder with layers and a final norm, got {type(self.model).__name__}")
+        self._layers = layers
         count = len(layers) - 1 if config.num_layers is None else config.num_layers
         if count > len(layers):
             raise ConfigError(f"encoder.num_layers: expected at most the {len(layers)} of {config.name!r}, got {count}")
@@ -91,11 +95,22 @@ class DocumentEncoder:
     def prepare(self, texts: Sequence[str], examples: WorkedExamples = None) -> list[str]:
         """Each text with its examples, as it is tokenized, without prefix and suffix.
 
-        Raises ValueError for anything but a list of texts, an empty text without examples, and more examples than it reads.
+        Raises ValueError for anything but a list of texts with a list of examples or None for each, an empty text without
+        examples, and more examples than it reads.
         """
+        check_list(texts)
         if not self.max_examples:
             refuse_examples(self.config.name, examples)
-        return with_examples(texts, examples, self.max_examples, "text")
+        given = [None] * len(texts) if examples is None else examples
+        if isinstance(given, str) or not isinstance(given, Sequence) or len(given) != len(texts):
+            got = f"{len(given)}" if isinstance(given, Sequence) else type(given).__name__
+            raise ValueError(f"examples: expected a list of {len(texts)}, one entry a text, got {got}")
+        prepared = []
+        for i, (text, shots) in enumerate(zip(texts, given, strict=True)):
+            if not (shots and text == ""):
+                check_text(f"texts[{i}]", text, "text")
+            prepared.append(condition_text(text, _checked(f"examples[{i}]", shots, self.max_examples)))
+        return prepared
 
     def chunks(
         self, texts: Sequence[str], max_chunk_tokens: int | None = None, examples: WorkedExamples = None
@@ -189,8 +204,8 @@ class DocumentEncoder:
     @torch.no_grad()
     def _states(self, chunks: list[Tensor]) -> tuple[Tensor, Tensor]:
         Modules(self.model).refuse_adapters(self.config.name)
-        ids, mask = (of.to(self.model.device) for of in pad_states(chunks))
-        with self._lock, recorded(self.model, self._read_layers) as outputs:
+        ids, mask = (of.to(self.model.device) for of in pad(chunks))
+        with self._lock, recorded(self._layers, self._read_layers) as outputs:
             self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
         states = [outputs[i].to(ids.device) for i in self._read_layers]
         if self.config.states == "layers":
@@ -198,3 +213,55 @@ class DocumentEncoder:
         if self.config.states != "embeddings":
             states[-1] = self.norm(states[-1])
         return torch.stack(states, dim=1) if self.config.states == "all" else states[0], mask
+
+
+class _LastLayer(Exception):
+    """The last layer that is read has run."""
+
+
+@contextlib.contextmanager
+def recorded(layers: nn.ModuleList, indices: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Hidden states, by index, of a forward pass in this thread, which ends after the last of them.
+
+    0: what the first of ``layers`` gets; i: the output of the i-th, before the final norm.  By hooks of our own:
+    transformers' ``output_hidden_states`` runs all layers, and leaves hooks in the model.
+    """
+    outputs: dict[int, Tensor] = {}
+    thread = threading.get_ident()
+
+    def record(index: int, module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() != thread:  # another thread may run the model meanwhile
+            return
+        outputs[index] = (output[0] if isinstance(output, tuple) else output) if index else args[0]
+        if index == indices[-1]:
+            raise _LastLayer
+
+    hooks = [layers[max(i - 1, 0)].register_forward_hook(functools.partial(record, i)) for i in indices]
+    try:
+        with contextlib.suppress(_LastLayer):
+            yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def condition_text(text: str, examples: Sequence[tuple[str, str]] = ()) -> str:
+    """The text that is read: ``text`` and worked examples (input, answer), as in a raw prompt."""
+    parts = [text.strip(), *(worked_example(x.strip(), y.strip()) for x, y in examples)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _checked(name: str, examples: Any, most: int) -> list[tuple[str, str]]:
+    """The worked examples of one text; ValueError unless they are a list of at most ``most`` pairs of texts."""
+    if examples is None:
+        return []
+    if isinstance(examples, str) or not isinstance(examples, Sequence):
+        raise ValueError(f"{name}: expected a list of (input, answer), got {short_repr(examples)}")
+    if len(examples) > most:
+        raise ValueError(f"{name}: expected at most {most}, with which this encoder was trained, got {len(examples)}")
+    for i, pair in enumerate(examples):
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise ValueError(f"{name}[{i}]: expected (input, answer), got {short_repr(pair)}")
+        for j, what in enumerate(("input", "answer")):
+            check_text(f"{name}[{i}][{j}]", pair[j], what)
+    return [(x, y) for x, y in examples]

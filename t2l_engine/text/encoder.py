@@ -229,7 +229,7 @@ class TextEncoder:
         A text of more than ``max_length`` tokens is truncated at its end (special tokens stay), with a warning.
 
         Args:
-            examples: of each text, worked examples (input, answer) or None; only an :class:`LLMEncoder` reads them.
+            examples: none; a :class:`DocumentEncoder` reads them.
 
         Raises:
             ValueError: an empty list, an empty text or anything but strings; examples for an encoder that reads none;
@@ -299,40 +299,31 @@ class TextEncoder:
         return tokens
 
     def _embed(self, tokens: list[dict[str, list[int]]]) -> Tensor:
-        bert = self._current_modules().bert
+        if not self._modules.are_of(self.model):
+            self._modules = Modules(self.model)
+        self._modules.refuse_adapters(self.config.name)
+        bert = self._modules.bert
         hidden = bert.hidden_states(tokens) if bert and bert.computes() else self._hidden_states(tokens)
         texts = hidden.float().split([len(inputs["input_ids"]) for inputs in tokens])
         pool = {"cls": lambda text: text[0], "last": lambda text: text[-1], "mean": lambda text: text.mean(dim=0)}
         pooled = torch.stack([pool[self.config.pooling](text) for text in texts])
         return nn.functional.normalize(pooled, dim=-1) * math.sqrt(pooled.shape[-1])
 
-    def _current_modules(self) -> Modules:
-        """The model's modules; RuntimeError if adapters are in use on it."""
-        if not self._modules.are_of(self.model):
-            self._modules = Modules(self.model)
-        self._modules.refuse_adapters(self.config.name)
-        return self._modules
-
     def _hidden_states(self, tokens: list[dict[str, list[int]]]) -> Tensor:
         """Last hidden states ``[total tokens, width]`` by the model's forward, of the texts one after another."""
-        batch, mask = self._padded(tokens)
-        hidden = self.model(**batch, attention_mask=mask.long()).last_hidden_state
-        return hidden[mask.to(hidden.device)]  # the last layer of a model on several devices
-
-    def _padded(self, tokens: list[dict[str, list[int]]]) -> tuple[dict[str, Tensor], Tensor]:
-        """The model's inputs for texts padded on the right, and the mask ``[N, L]`` of their tokens."""
         device = next(self.model.parameters()).device
         # Not by the tokenizer: a causal LM's pads on the left and may have no padding token.
         values = dict.fromkeys(tokens[0], 0) | {"input_ids": self.tokenizer.pad_token_id or 0}
-        padded = {key: pad_states([torch.tensor(of[key]) for of in tokens], value) for key, value in values.items()}
-        return {key: rows.to(device) for key, (rows, _) in padded.items()}, padded["input_ids"][1].to(device)
+        padded = {key: pad([torch.tensor(of[key]) for of in tokens], value) for key, value in values.items()}
+        batch, (_, mask) = {key: rows.to(device) for key, (rows, _) in padded.items()}, padded["input_ids"]
+        hidden = self.model(**batch, attention_mask=mask.to(device).long()).last_hidden_state
+        return hidden[mask.to(hidden.device)]  # the last layer of a model on several devices
 
 
-def pad_states(states: Sequence[Tensor], value: int = 0) -> tuple[Tensor, Tensor]:
-    """``[N, L, ...]``, padded with ``value``, and the mask ``[N, L]`` of texts ``[tokens, ...]``: hidden states or ids."""
-    padded = nn.utils.rnn.pad_sequence(list(states), batch_first=True, padding_value=value)
-    lengths = torch.tensor([len(text) for text in states], device=padded.device)
-    return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+def pad(ids: Sequence[Tensor], value: int = 0) -> tuple[Tensor, Tensor]:
+    """``[N, L]``, padded with ``value``, and the mask ``[N, L]`` of the tokens of texts ``[tokens]``."""
+    padded = nn.utils.rnn.pad_sequence(list(ids), batch_first=True, padding_value=value)
+    return padded, torch.arange(padded.shape[1]) < torch.tensor([len(text) for text in ids])[:, None]
 
 
 class OneHotEncoder:

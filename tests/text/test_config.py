@@ -7,17 +7,17 @@ import shutil
 import pytest
 import torch
 
-from t2l_engine import ConfigError, EncoderConfig, TextEncoder
+from t2l_engine import ConfigError, DocumentEncoderConfig, EncoderConfig, TextEncoder
 from t2l_engine.files.text import from_json, to_json
 from t2l_engine.hypernetwork.folder import sakana_encoder_config
 from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, relative_frobenius
-from t2l_engine.text.config import LLMEncoderConfig, OneHotConfig, encoder_config_from_json
+from t2l_engine.text.config import OneHotConfig, encoder_config_from_json
 
-LLM = LLMEncoderConfig("tiny", layers=(0, 1), queries=3, width=8, heads=2, blocks=2, max_length=128, max_examples=2)
+READS = DocumentEncoderConfig("tiny", "layers", layers=(0, 1), max_chunk_tokens=128, max_examples=2)
 
 
 @pytest.mark.parametrize(
-    "config", [EncoderConfig("minilm", "mean", dtype="bfloat16"), OneHotConfig(("a", "b")), LLM], ids=lambda c: c.name
+    "config", [EncoderConfig("minilm", "mean", dtype="bfloat16"), OneHotConfig(("a", "b")), READS], ids=lambda c: c.name
 )
 def test_block_of_a_checkpoint(config):
     block = json.loads(json.dumps(to_json(config)))
@@ -26,7 +26,18 @@ def test_block_of_a_checkpoint(config):
         encoder_config_from_json(block | {"surprise": 1}, "here")
 
 
-@pytest.mark.parametrize("block", [None, [], "minilm", {"name": ["one-hot"]}, {"name": "one-hot", "pooling": "mean"}, {}])
+@pytest.mark.parametrize(
+    "block",
+    [
+        None,
+        [],
+        "minilm",
+        {"name": "x", "layers": [0], "queries": 3},
+        {"name": ["one-hot"]},
+        {"name": "one-hot", "pooling": "mean"},
+        {},
+    ],
+)
 def test_what_is_no_block(block):
     with pytest.raises(ConfigError, match="^here: "):
         encoder_config_from_json(block, "here")
@@ -52,13 +63,11 @@ WRONG = {
         )
     ),
     (OneHotConfig(("a", "b")), "name", "minilm", "expected 'one-hot', got 'minilm'"),
-    (LLM, "name", "", "expected a non-empty string"),
-    *((LLM, "layers", value, "expected 1 to 16 increasing numbers from 0") for value in ((), (2, 1), 3)),
-    (LLM, "queries", 0, "expected a positive integer"),
-    (LLM, "width", 1 << 17, "expected a positive integer of at most 65536"),
-    (LLM, "width", 9, "expected a multiple of the 2 heads, got 9"),
-    (LLM, "max_examples", -1, "expected 0 or more"),
-    (LLM, "dtype", "int8", "expected one of"),
+    (READS, "name", "", "expected a non-empty string"),
+    *((READS, "layers", value, "expected 1 to 16 increasing numbers from 0") for value in ((), (2, 1), 3, (-1, 0), (True,))),
+    (READS, "max_chunk_tokens", 0, "expected a positive integer"),
+    (READS, "max_examples", -1, "expected 0 or more"),
+    (READS, "dtype", "int8", "expected one of"),
 ], ids=lambda v: str(v)[:30])  # fmt: skip
 def test_values(config, field, value, message):
     with pytest.raises(ConfigError, match=f"here: encoder.{field}: {message}") as caught:

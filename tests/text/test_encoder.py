@@ -438,6 +438,9 @@ def test_one_hot():
     got = enc.encode(["c", "a", "c"])
     assert enc.embed_dim == 3 and got.dtype == torch.float32
     assert got.tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 1]]
+    assert torch.equal(enc.encode(["a"], examples=[None]), got[1:2])
+    with pytest.raises(ValueError, match="examples: expected none, since the encoder of this checkpoint, 'one-hot'"):
+        enc.encode(["a"], examples=[[("x", "y")]])
 
 
 @pytest.mark.parametrize(("texts", "message"), [

@@ -1,5 +1,6 @@
 """Prompts as text and as ids."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from t2l_engine.text.prompts import (
     prompt_ids,
     prompt_of,
     raw_prompt,
+    read_examples,
 )
 
 transformers = pytest.importorskip("transformers")
@@ -116,3 +118,25 @@ def test_the_prompts_of_a_checkpoint(described):
             engine.prompt(None, "one")
     else:
         assert engine.prompt(None, "one") == "Input: one\nOutput:"
+
+
+def test_examples_file(tmp_path):
+    path = tmp_path / "shots.jsonl"
+    rows = [
+        {"input": "a", "output": "b"},
+        {"input": "c", "output": ["d", "e"], "split": "train"},
+        {"input": "a", "output": "b"},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    assert read_examples(path) == [("a", "b"), ("c", "d")]
+    for text, match in (
+        ("", "expected at least one example, got none"),
+        ('{"input": "a"}', r"shots.jsonl:1: output: expected a non-empty text, got None"),
+        ('{"input": " ", "output": "b"}', r"shots.jsonl:1: input: expected a non-empty text, got ' '"),
+        ('{"input": "a", "output": []}', r"shots.jsonl:1: output: expected a non-empty text, got \[\]"),
+    ):
+        path.write_text(text)
+        with pytest.raises(t2l.ConfigError, match=match):
+            read_examples(path)
+    with pytest.raises(FileNotFoundError, match="none.jsonl: not found"):
+        read_examples(tmp_path / "none.jsonl")

@@ -20,7 +20,7 @@ from t2l_engine.research.evaluation.methods import (
 )
 from t2l_engine.research.tasks.folder import Example, family_of
 from t2l_engine.research.training import lora
-from t2l_engine.text.llm_encoder import condition_text
+from t2l_engine.text.documents import condition_text
 from tests.research.evaluation.conftest import DESCRIPTIONS, random_stack, task
 from tests.research.training import small_runs
 
