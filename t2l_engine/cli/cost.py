@@ -15,10 +15,10 @@ from t2l_engine.cli.common import Checkpoint, Json, choices, console, print_json
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import to_json
 from t2l_engine.hypernetwork import checkpoint
-from t2l_engine.hypernetwork.config import TokenConfig
+from t2l_engine.hypernetwork.config import PerceiverConfig
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.research import costs
-from t2l_engine.text.config import EncoderConfig
+from t2l_engine.text.config import DocumentEncoderConfig, EncoderConfig
 
 MODELS, ENCODERS = (", ".join(costs.KNOWN[kind]) for kind in ("model", "encoder"))
 ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8": 1, "int4": 0.5}
@@ -46,7 +46,7 @@ class Options:
     modules: str = _option("", "Adapted linears; default: the checkpoint's, else q_proj,v_proj.")
     rank: int | None = _option(None, "Rank of the adapters; default: the checkpoint's, else 8.", min=1)
     latent_size: int | None = _option(None, "Latent size; default: the checkpoint's or the known model's, else 128.", min=1)
-    head_in_size: int | None = _option(None, "Width before the heads; default: the same, else 512.", min=1)
+    head_in_size: int | None = _option(None, "Width before the heads, if there is one; default: the same, else 512.", min=1)
     questions: int = _option(100, "Questions of one task.", min=1, max=10**12)
     users: int = _option(1, "Concurrent sequences, for memory and decode step.", min=1, max=1 << 16)
     tasks: int = _option(1, "Different tasks among the users.", min=1, max=1 << 16)
@@ -82,17 +82,18 @@ def _setup(options: Options) -> tuple[dict[str, Any], costs.Setup]:
     logging.set_verbosity_error()  # keeps stderr for our own messages
     model, encoder = options.model or "mistral-7b", options.encoder
     sizes = {name: getattr(options, name) for name in costs.SIZES} | {"modules": tuple(split_names(options.modules))}
-    sizes = {name: value for name, value in sizes.items() if value}
+    sizes, read = {name: value for name, value in sizes.items() if value}, ()
     if options.checkpoint:
         contents = checkpoint.read(resolve_checkpoint(options.checkpoint))
-        if isinstance(contents.config, TokenConfig):
-            raise ConfigError(f"--checkpoint: {options.checkpoint}: reads documents, whose cost is not counted")
+        if isinstance(contents.config, PerceiverConfig):
+            raise ConfigError(f"--checkpoint: {options.checkpoint}: it reads documents, whose cost is not counted")
         model = options.model or contents.blocks.get("base_model")
         if not model:
             raise ValueError("--model: the checkpoint does not name one; give it here")
-        encoder, sizes = encoder or _encoder_of(contents), vars(contents.config) | sizes
+        encoder, read = (encoder, ()) if encoder else _encoder_of(contents)
+        sizes = vars(contents.config) | sizes
     encoder = encoder or costs.find("model", model)["encoder"]
-    setup = costs.known_setup(model, encoder, **sizes)
+    setup = costs.known_setup(model, encoder, read, **sizes)
     dtype = options.dtype.value if options.dtype else setup.model.dtype or "bfloat16"
     if dtype not in list(ITEMSIZES):
         raise ConfigError(f"{model}: dtype: expected one of {', '.join(ITEMSIZES)}, got {short_repr(dtype)}; give --dtype")
@@ -108,14 +109,15 @@ def _setup(options: Options) -> tuple[dict[str, Any], costs.Setup]:
     }, setup
 
 
-def _encoder_of(contents: Any) -> str:
-    """The ``--encoder`` that a checkpoint states; MiniLM, the package's default, if it states none."""
+def _encoder_of(contents: Any) -> tuple[str, tuple[int, ...]]:
+    """The ``--encoder`` that a checkpoint states, MiniLM if it states none, and its layers that a pointer network reads."""
     config = contents.encoder_config()
     if config is None:
-        return "minilm"
-    if not isinstance(config, EncoderConfig):
-        raise ConfigError(f"{contents.path.parent}: encoder: one-hot or attention pooling is not counted; give --encoder")
-    return costs.LANGUAGE_MODEL if config.name == contents.blocks.get("base_model") else config.name
+        return "minilm", ()
+    if not isinstance(config, (EncoderConfig, DocumentEncoderConfig)):
+        raise ConfigError(f"{contents.path.parent}: encoder: one-hot is not counted; give --encoder")
+    name = costs.LANGUAGE_MODEL if config.name == contents.blocks.get("base_model") else config.name
+    return name, getattr(config, "layers", None) or ()
 
 
 def document(setup: costs.Setup, load: costs.Workload, options: Options) -> dict[str, Any]:

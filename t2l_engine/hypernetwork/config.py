@@ -114,9 +114,14 @@ class TargetConfig:
         return dict(zip(self.modules, self.paths or [DEFAULT_PATHS[name] for name in self.modules], strict=True))
 
     @property
+    def num_adapted(self) -> int:
+        """Number of layers that get an adapter."""
+        return self.num_layers
+
+    @property
     def adapter_values(self) -> int:
         """Number of entries of A and B of one adapter; applying it to a token takes two FLOPs each."""
-        return self.num_layers * self.rank * sum(self.in_features + self.out_features)
+        return self.num_adapted * self.rank * sum(self.in_features + self.out_features)
 
     @property
     def scaling_value(self) -> float:
@@ -394,12 +399,12 @@ class PointerConfig(TargetConfig):
     def latent_shape(self) -> tuple[int, int, int]:
         """Of the latents of a chunk, ``[adapted layers, rank, d + copied modules * copied_size]``."""
         width = self.latent_size + len(self.copied) * self.copied_size
-        return self.num_layers - self.first_layer, self.rank, width
+        return self.num_adapted, self.rank, width
 
     @property
-    def adapter_values(self) -> int:
-        """As of every hypernetwork, of the adapted layers."""
-        return super().adapter_values // self.num_layers * (self.num_layers - self.first_layer)
+    def num_adapted(self) -> int:
+        """Number of layers that get an adapter."""
+        return self.num_layers - self.first_layer
 
     @property
     def num_parameters(self) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.utils.flop_counter import FlopCounterMode
 
 from t2l_engine.hypernetwork.config import PointerConfig
 from t2l_engine.hypernetwork.perceiver import LayerNorm
@@ -120,3 +121,12 @@ class PointerHyperNetwork(TokenHyperNetwork):
             if module in c.copied:
                 B = B + self.gate[module].to(B.dtype)[..., None] * copied[c.copied.index(module)]
             yield name, A, B
+
+
+def pointer_flops(config: PointerConfig, tokens: int) -> int:
+    """FLOPs of generating one adapter from the hidden states of a text of ``tokens`` tokens."""
+    with torch.device("meta"), torch.no_grad():
+        network, states = PointerHyperNetwork(config), torch.empty(1, tokens, config.feature_size)
+        with FlopCounterMode(display=False) as counter:
+            list(network._heads(network.latents(states, torch.ones(1, tokens, dtype=torch.bool))))
+    return counter.get_total_flops()

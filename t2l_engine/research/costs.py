@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +20,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from t2l_engine.files.errors import MAX_SHOWN, ConfigError, short_repr
-from t2l_engine.files.text import read_json
-from t2l_engine.hypernetwork.config import HyperNetworkConfig
+from t2l_engine.files.text import from_json, read_json
+from t2l_engine.hypernetwork.config import POINTER, HyperNetworkConfig, PointerConfig
 from t2l_engine.hypernetwork.network import hypernet_flops
+from t2l_engine.hypernetwork.pointer import pointer_flops
 
 #: "model" and "encoder" -> name -> configuration; of models of released and bundled checkpoints.
 KNOWN: dict[str, dict[str, Any]] = read_json(Path(__file__).with_suffix(".json"))
@@ -90,8 +91,10 @@ class Model:
         return sum(layer.cached * min(tokens, layer.window or tokens) for layer in self.attention)
 
 
-def count(config: Any, *, head: bool = True) -> Model:
+def count(config: Any, *, head: bool = True, layers: int | None = None) -> Model:
     """The sizes of a language model, or without ``head`` of a text encoder (a pooler is not counted).
+
+    ``layers``: count only the first, which a text encoder runs.
 
     ``config``: a transformers configuration, its values as a dict, or the path of a ``config.json`` or its folder.  Fields
     that are missing have the defaults of their class in transformers.
@@ -109,14 +112,14 @@ def count(config: Any, *, head: bool = True) -> Model:
     elif not isinstance(config, Mapping):
         values = config.to_dict()
     try:
-        return _counted(json.dumps(values, default=str), head)
+        return _counted(json.dumps(values, default=str), head, layers)
     except Exception as error:  # classes of transformers raise anything for values that do not fit
         message = " ".join(str(error).split())
         raise ConfigError(f"{where}: {message[:MAX_SHOWN]}{'...' * (len(message) > MAX_SHOWN)}") from None
 
 
 @functools.lru_cache(64)
-def _counted(document: str, head: bool) -> Model:
+def _counted(document: str, head: bool, layers: int | None) -> Model:
     """Of a configuration as JSON, which is hashable: no model is counted twice in a process."""
     from transformers import CONFIG_MAPPING, AttentionInterface, AutoModel, AutoModelForCausalLM
 
@@ -151,6 +154,8 @@ def _counted(document: str, head: bool) -> Model:
         whole = (AutoModelForCausalLM if head else AutoModel).from_config(config, **ways)
         body, matrix = whole.base_model, whole.get_output_embeddings() if head else None
         body.pooler = None
+        if layers is not None:
+            body.layers = body.layers[:layers]
         with FlopCounterMode(display=False) as counter:
             hidden = body(input_ids=torch.ones(1, TOKENS, dtype=torch.long), use_cache=False).last_hidden_state
         with FlopCounterMode(display=False) as of_logits:
@@ -179,18 +184,23 @@ def _counted(document: str, head: bool) -> Model:
     )  # fmt: skip
 
 
-def hypernetwork_for(model: Model, encoder: Model, **sizes: Any) -> HyperNetworkConfig:
-    """A hypernetwork for every layer of ``model``; ``sizes``: fields of its configuration, else :data:`SIZES`.
+def hypernetwork_for(model: Model, encoder: Model, **sizes: Any) -> Any:
+    """The configuration of a hypernetwork for ``model``, of a pointer network if the variant is "pointer".
 
-    Raises ConfigError for a module that is missing in a layer of the model.
+    ``sizes``: its fields, else :data:`SIZES`.
+
+    Raises ConfigError for a module that is missing in a layer of the model, or a field that is missing.
     """
     sizes = SIZES | sizes
     for name in sizes["modules"]:
         if name not in model.linears:
             raise ConfigError(f"modules: expected some of {', '.join(model.linears)}, got {short_repr(name)}")
     n_in, n_out = zip(*(model.linears[name] for name in sizes["modules"]), strict=True)
-    fitting = {"in_features": n_in, "out_features": n_out, "num_layers": model.layers, "embed_dim": encoder.hidden}
-    return HyperNetworkConfig(**{"lora_alpha": 2.0 * sizes["rank"]} | sizes | fitting)
+    fitting = {"in_features": n_in, "out_features": n_out, "num_layers": model.layers}
+    if sizes["variant"] == POINTER:
+        del sizes["head_in_size"]
+        return from_json(PointerConfig, sizes | fitting, "hypernetwork")
+    return HyperNetworkConfig(**{"lora_alpha": 2.0 * sizes["rank"]} | sizes | fitting | {"embed_dim": encoder.hidden})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +213,7 @@ class Setup:
 
     model: Model
     encoder: Model
-    hypernet: HyperNetworkConfig
+    hypernet: HyperNetworkConfig | PointerConfig
     itemsize: float = 2
     cache_itemsize: float = 2
     adapter_itemsize: float = 2
@@ -245,11 +255,12 @@ def find(kind: str, name: str) -> dict[str, Any]:
     )
 
 
-def known_setup(name: str, encoder: str = "", **sizes: Any) -> Setup:
+def known_setup(name: str, encoder: str = "", read: Sequence[int] = (), **sizes: Any) -> Setup:
     """A language model with its text encoder and hypernetwork, all with two bytes per value.
 
     ``name``, ``encoder``: as :func:`find` takes them; ``encoder`` may also be "model", the language model itself, or "", the
-    one that the model's checkpoint has.  ``sizes``: of :func:`hypernetwork_for`, by default the checkpoint's.
+    one that the model's checkpoint has.  ``read``: its layers whose states a pointer network reads, the last that runs at
+    the end; (): all run.  ``sizes``: of :func:`hypernetwork_for`, by default the checkpoint's.
 
     Raises FileNotFoundError for an unknown name, ConfigError for a configuration or a size that cannot be used.
 
@@ -258,7 +269,8 @@ def known_setup(name: str, encoder: str = "", **sizes: Any) -> Setup:
     """
     entry, itself = find("model", name), encoder == LANGUAGE_MODEL
     texts = entry if itself else find("encoder", encoder or entry["encoder"])
-    counted, described = count(entry["config"]), count(texts["config"], head=False)
+    counted, described = count(entry["config"]), count(texts["config"], head=False, layers=read[-1] if read else None)
+    sizes |= {"feature_size": len(read) * described.hidden} if read else {}
     hypernet = hypernetwork_for(counted, described, **entry["hypernetwork"] | sizes)
     return Setup(counted, described, hypernet, encoder_itemsize=0 if itself else 2)
 
@@ -342,11 +354,15 @@ def ways(setup: Setup, load: Workload) -> dict[str, Way]:
     learning; of the system prompt for adapters, where they depend on the adapter and are computed per task.
     """
     net, encoder, adapter, generator = setup.hypernet, setup.encoder, setup.adapter_bytes, setup.generator_bytes
-    changed = net.num_layers * sum(a * b for a, b in zip(net.in_features, net.out_features, strict=True))
+    changed = net.num_adapted * sum(a * b for a, b in zip(net.in_features, net.out_features, strict=True))
     weights, table = round(changed * setup.itemsize), setup.encoder_itemsize or setup.itemsize
+    if isinstance(net, PointerConfig):
+        made = pointer_flops(net, load.description)
+    else:
+        made = sum(hypernet_flops(net).values())
     make = {
         "describe": (encoder.flops(load.description), round(encoder.weights(load.description) * table)),
-        "generate": (sum(hypernet_flops(net).values()), round(net.num_parameters * setup.adapter_itemsize) + adapter),
+        "generate": (made, round(net.num_parameters * setup.adapter_itemsize) + adapter),
     }
     merge = {"merge": (2 * net.rank * changed, 2 * weights + adapter)}
     head, before = load.system, load.system + load.prefix

@@ -111,10 +111,23 @@ def test_dtypes(cost_of, folder, values, options, weights, cache):
 
 def test_the_bundled_checkpoint_is_the_known_setup(cost_of):
     """A checkpoint names its model and its encoder; options change its sizes."""
-    about, expected = cost_of("-c", "smollm2-135m"), cost_of("--model", "smollm2-135m")
+    about, expected = cost_of("-c", "smollm2-135m-paper"), cost_of("--model", "smollm2-135m")
     assert about["ways"] == expected["ways"] and about["hypernetwork"]["scaling"] == "plain"
-    other = cost_of("-c", "smollm2-135m", "--rank", 4)
+    other = cost_of("-c", "smollm2-135m-paper", "--rank", 4)
     assert other["adapter_bytes"] == expected["adapter_bytes"] / 2
+
+
+def test_the_default_checkpoint(cost_of):
+    """SmolLM2 reads the description up to layer 12; adapters are of layers 16 to 29.  Sizes by hand."""
+    config = t2l.TextToLoRA.from_pretrained("smollm2-135m").hypernetwork.config
+    about = cost_of("-c", "smollm2-135m", "--answer", 4, "--head-in-size", 3)
+    setup = costs.known_setup("smollm2-135m", costs.LANGUAGE_MODEL, (0, 6, 12), **vars(config))
+    assert setup.hypernet == config
+    check(about, setup, dataclasses.replace(LOAD, answer=4))
+    layer = 576 * (2 * 576 + 2 * 192 + 3 * 1536)
+    assert about["encoder"] == {"name": "model", "parameters": 49152 * 576 + 12 * (layer + 2 * 576) + 576}
+    assert setup.encoder.flops(35) == 2 * 35 * 12 * layer + 12 * 4 * 576 * (35 * 36 // 2)
+    assert about["adapter_bytes"] == 2 * 14 * 8 * (576 + 576 + 576 + 192 + 576 + 576 + 1536 + 576)
 
 
 @pytest.fixture
@@ -144,8 +157,7 @@ def test_encoders_of_checkpoints(cost_of, run, checkpoint, folder, tmp_path):
     assert encoder(base_model=model, encoder=EncoderConfig(bert, pooling="cls")) == bert
     assert encoder("--encoder", bert, base_model=model, encoder=OneHotConfig(("a", "b"))) == bert
     for message, name in (
-        ("one-hot", tmp_path / "checkpoint"), ("attention pooling", "smollm2-135m-specs"), ("bundled checkpoints: ", "none"),
-        ("--model: ", None),
+        ("one-hot", tmp_path / "checkpoint"), ("bundled checkpoints: ", "none"), ("--model: ", None),
     ):  # fmt: skip
         code, out, err = run("cost", "-c", name or checkpoint())
         assert (code, out) == (1, "") and err.startswith("t2l: ") and message in err and err.count("\n") == 1

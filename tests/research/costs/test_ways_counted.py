@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, DynamicCache
 
-from t2l_engine import HyperNetwork, attach
+import t2l_engine as t2l
+from t2l_engine import attach
 from t2l_engine.research.costs import Setup, Workload, count, hypernetwork_for, ways
 from t2l_engine.research.evaluation.answers import cache_argument
 from tests.research.costs import tiny_decoders
@@ -17,21 +18,25 @@ LOAD = Workload(question=6, answer=5, shots=2, shot=4, description=11, instructi
 class Server:
     """A language model that answers greedily, and what makes adapters for it."""
 
-    def __init__(self, family: str):
-        self.model = tiny_decoders.model(family)
-        encoder = BertConfig(
-            vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4
-        )  # fmt: skip
-        self.encoder = BertModel(encoder, add_pooling_layer=False).eval()
-        decoder, encoder = count(self.model.config), count(self.encoder.config, head=False)
-        hypernet = hypernetwork_for(decoder, encoder, rank=2, latent_size=16, head_in_size=12)
+    def __init__(self, family: str, pointer: bool):
+        self.model, ids = tiny_decoders.model(family), prompt(LOAD.description)
+        decoder = count(self.model.config)
+        if pointer:
+            sizes = {"modules": ("q_proj", "o_proj"), "copied": ("o_proj",), "feature_size": 2 * 48, "first_layer": 1}
+            encoder = count(self.model.config, head=False, layers=1)
+            hypernet = hypernetwork_for(decoder, encoder, variant="pointer", rank=2, latent_size=16, lora_alpha=4.0, **sizes)
+            reads = t2l.DocumentEncoderConfig("tiny", "layers", layers=(0, 1))
+            engine = t2l.DocToLoRA(t2l.DocumentEncoder(self.model, None, reads), t2l.PointerHyperNetwork(hypernet))
+            self.make = lambda: engine.generate_from_ids([ids.tolist()])
+        else:
+            values = {"intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+            bert = BertModel(BertConfig(vocab_size=97, hidden_size=48, **values), add_pooling_layer=False).eval()
+            encoder = count(bert.config, head=False)
+            hypernet = hypernetwork_for(decoder, encoder, rank=2, latent_size=16, head_in_size=12)
+            net = t2l.HyperNetwork(hypernet)
+            self.make = lambda: net.generate(bert(input_ids=ids).last_hidden_state[:, 0])
         self.setup = Setup(decoder, encoder, hypernet)
-        self.net = HyperNetwork(hypernet)
         self.make()  # folds what does not depend on the task
-
-    def make(self):
-        vectors = self.encoder(input_ids=prompt(LOAD.description)).last_hidden_state[:, 0]
-        return self.net.generate(vectors)
 
     def answer(self, before: int, cache: DynamicCache | None = None) -> None:
         """All of an answer, to a question after ``before`` tokens, some of them in ``cache``."""
@@ -49,9 +54,10 @@ class Server:
         return cache
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma2"])  # without windows, and with one shorter than a prompt
+# Without windows, and with one shorter than a prompt; a pointer network.
+@pytest.fixture(scope="module", params=[("llama", False), ("gemma2", False), ("llama", True)])
 def server(request):
-    return Server(request.param)
+    return Server(*request.param)
 
 
 @pytest.fixture(scope="module")
