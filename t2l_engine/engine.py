@@ -99,7 +99,7 @@ class TextToLoRA:
     ) -> TextToLoRA:
         """Load a bundled checkpoint by name ("smollm2-135m"), or a folder in native, Sakana or Doc-to-LoRA format.
 
-        A checkpoint that reads documents becomes a :class:`DocToLoRA`.
+        A checkpoint that reads texts token by token becomes a :class:`DocToLoRA`.
 
         Args:
             encoder: of the texts; None = the one the checkpoint was trained with (MiniLM if it names none).  A local
@@ -117,11 +117,12 @@ class TextToLoRA:
         folder = resolve_checkpoint(checkpoint)
         contents = read(folder, module_order)
         hypernetwork = load(contents, scaling=scaling, dtype=dtype, device=device)
-        reads = "documents" if isinstance(hypernetwork, TokenHyperNetwork) else "descriptions"
+        by_token = isinstance(hypernetwork, TokenHyperNetwork)
+        expected = f"expected one that {'reads texts token by token' if by_token else 'embeds texts'}"
         if encoder is None or isinstance(encoder, (str, Path)):
             config = _encoder_config(contents, folder, encoder)
-            if isinstance(config, DocumentEncoderConfig) != (reads == "documents"):
-                raise CheckpointError(f"{folder}: encoder: expected one that reads {reads}, got {short_repr(config)}")
+            if isinstance(config, DocumentEncoderConfig) != by_token:
+                raise CheckpointError(f"{folder}: encoder: {expected}, got {short_repr(config)}")
             if isinstance(config, OneHotConfig):
                 encoder = OneHotEncoder(config, device=device)
             elif isinstance(config, DocumentEncoderConfig):
@@ -137,7 +138,7 @@ class TextToLoRA:
         if isinstance(encoder, DocumentEncoder) and isinstance(hypernetwork, TokenHyperNetwork):
             return DocToLoRA(encoder, hypernetwork, contents.prompt_form)
         if isinstance(encoder, DocumentEncoder) or isinstance(hypernetwork, TokenHyperNetwork):
-            raise ValueError(f"encoder: expected one that reads {reads}, as {folder}, got {type(encoder).__name__}")
+            raise ValueError(f"encoder: {expected}, as {folder}, got {type(encoder).__name__}")
         described = has_described_prompts(contents.blocks)
         return cls(encoder, hypernetwork, contents.prompt_form, description_in_prompt=described)
 
@@ -237,9 +238,11 @@ class TextToLoRA:
 
 
 class DocToLoRA(TextToLoRA):
-    """Documents to LoRA adapters in one call (Doc-to-LoRA, arXiv 2602.15902); :meth:`TextToLoRA.from_pretrained` makes one.
+    """An engine that reads sentences or documents token by token; :meth:`TextToLoRA.from_pretrained` makes one.
 
-    A text is read token by token and in chunks, whose adapters follow each other along the rank.
+    A text is read in one chunk or more, whose adapters follow each other along the rank.
+
+    Source: arXiv 2602.15902.
 
     >>> import t2l_engine as t2l
     >>> from t2l_engine.text import packaged

@@ -79,7 +79,7 @@ class AdapterLibrary:
 
     >>> import tempfile
     >>> import t2l_engine as t2l
-    >>> engine = t2l.TextToLoRA.from_pretrained("smollm2-135m")
+    >>> engine = t2l.TextToLoRA.from_pretrained("smollm2-135m-paper")
     >>> texts = {"last": ["Return the last element of the list."], "past": ["Answer with the past tense of the verb."]}
     >>> stack = engine.generate([of[0] for of in texts.values()])
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -24,8 +24,6 @@ from t2l_engine.ops import native
 from t2l_engine.text import packaged
 
 DEFAULT_CHECKPOINT = "smollm2-135m"
-#: What ``t2l ui`` starts with: a checkpoint for sentences of the user's own.
-FREE_TEXT_CHECKPOINT = "smollm2-135m-specs"
 
 
 def choices(name: str, values: Iterable[str]) -> Any:
@@ -164,9 +162,9 @@ class EngineOptions:
 
 
 def expect_documents(option: str, engine: TextToLoRA) -> DocToLoRA:
-    """``engine``; ValueError, naming ``option``, unless it reads documents."""
+    """``engine``; ValueError, naming ``option``, unless it reads texts token by token, and so documents."""
     if not isinstance(engine, DocToLoRA):
-        raise ValueError(f"{option}: expected a checkpoint that reads documents, got one that reads descriptions")
+        raise ValueError(f"{option}: expected a checkpoint that reads documents, got one that embeds descriptions")
     return engine
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import ipaddress
 import itertools
 import os
@@ -12,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from t2l_engine.cli.common import FREE_TEXT_CHECKPOINT, BaseDType, Checkpoint, DType, EngineOptions, keep_freed_memory, say
+from t2l_engine.cli.common import BaseDType, DType, EngineOptions, keep_freed_memory, say
 from t2l_engine.cli.desk import open_desk
 from t2l_engine.text.encoder import OneHotEncoder
 
@@ -25,15 +24,8 @@ INPUT = "On Monday Clara talked about the recipe."
 DOCUMENT, QUESTION = "Clara keeps her boat in Lisbon. The code of its lock is 4417.", "What is the code of the lock?"
 
 
-@dataclasses.dataclass(frozen=True)
-class Engine(EngineOptions):
-    """The default is the checkpoint for sentences of the user's own."""
-
-    checkpoint: Checkpoint = FREE_TEXT_CHECKPOINT
-
-
 def ui(
-    engine: Engine,
+    engine: EngineOptions,
     host: Annotated[str, typer.Option(help="Bind address; beyond loopback it has no authentication.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 7860,
     adapters: Annotated[int, typer.Option(min=1, max=64, help="Adapters held; the least recently used is replaced.")] = 8,
@@ -55,7 +47,7 @@ def ui(
     made, config = desk.side_by_side.engine, desk.side_by_side.engine.hypernetwork.config
     if isinstance(made.encoder, OneHotEncoder):
         raise ValueError(f"--checkpoint: expected one for sentences, got {engine.checkpoint}, which knows task names alone")
-    documents = desk.side_by_side.documents is not None
+    documents = desk.side_by_side.documents
     first, text = ([DOCUMENT], QUESTION) if documents else (DESCRIPTIONS[:adapters], INPUT)
     desk.side_by_side.hold(first)  # raises now if adapters do not fit the base model
     size, rank = 4 * made.hypernetwork.meta_stack(1).num_parameters, f"{config.rank}{' a chunk' * documents}"

@@ -58,7 +58,7 @@ def convert(source: Path, target: Path, to: str | None = None, module_order: lis
     >>> import tempfile
     >>> from t2l_engine.hypernetwork.folder import resolve_checkpoint
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     written = convert(resolve_checkpoint("smollm2-135m"), folder)
+    ...     written = convert(resolve_checkpoint("smollm2-135m-paper"), folder)
     ...     print(written, sorted(path.name for path in Path(folder).iterdir()))
     sakana ['adapter_config.json', 'args.yaml', 'hypermod.pt']
     """

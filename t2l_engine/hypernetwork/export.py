@@ -50,7 +50,7 @@ def export(net: HyperNetwork, path: str | Path) -> None:
     Source: the folded terms are those of SakanaAI's forward pass that do not depend on the task.
 
     >>> import tempfile, t2l_engine as t2l
-    >>> net = t2l.TextToLoRA.from_pretrained("smollm2-135m").hypernetwork
+    >>> net = t2l.TextToLoRA.from_pretrained("smollm2-135m-paper").hypernetwork
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     export(net, Path(folder) / "smollm2.t2l")
     """

@@ -107,7 +107,7 @@ def bundled_checkpoints() -> list[str]:
     """Names of the checkpoints in the package.
 
     >>> bundled_checkpoints()
-    ['smollm2-135m', 'smollm2-135m-specs']
+    ['smollm2-135m', 'smollm2-135m-paper']
     """
     return sorted(p.parent.name for p in BUNDLED.glob("*/config.json"))
 

@@ -48,7 +48,7 @@ class HyperNetwork(nn.Module):
 
     >>> import torch
     >>> import t2l_engine as t2l
-    >>> net = t2l.TextToLoRA.from_pretrained("smollm2-135m").hypernetwork
+    >>> net = t2l.TextToLoRA.from_pretrained("smollm2-135m-paper").hypernetwork
     >>> stack = net.generate(torch.randn(2, net.config.embed_dim))
     >>> stack.lora_A["q_proj"].shape, stack.lora_B["v_proj"].shape  # [N, layers, r, in], [N, layers, out, r]
     (torch.Size([2, 30, 8, 576]), torch.Size([2, 30, 192, 8]))
@@ -103,7 +103,7 @@ class HyperNetwork(nn.Module):
         """
         net = load(read(resolve_checkpoint(folder), module_order), scaling=scaling, dtype=dtype, device=device)
         if not isinstance(net, HyperNetwork):
-            raise CheckpointError(f"{folder}: it reads documents; load it with TextToLoRA.from_pretrained")
+            raise CheckpointError(f"{folder}: it reads texts token by token; load it with TextToLoRA.from_pretrained")
         return net
 
     def save_pretrained(self, folder: str | Path, metadata: dict | None = None) -> None:

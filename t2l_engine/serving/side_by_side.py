@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from t2l_engine.engine import DocToLoRA, TextToLoRA
+from t2l_engine.hypernetwork.perceiver import PerceiverHyperNetwork
 from t2l_engine.lora.handle import attach
 from t2l_engine.text.encoder import positions
 from t2l_engine.text.prompts import NEXT_EXAMPLE, RAW, answer_in, continuation, prompt_ids, prompt_of
@@ -68,9 +69,11 @@ class SideBySide:
 
     def __init__(self, engine: TextToLoRA, model: Any, tokenizer: Any, *, slots: int = 8):
         self.engine, self.model, self.tokenizer, self.slots = engine, model, tokenizer, slots
-        #: The engine, if it reads documents.
-        self.documents = engine if isinstance(engine, DocToLoRA) else None
-        rank = self.documents.hypernetwork.config.total_rank(MOST_CHUNKS) if self.documents else None
+        #: Whether texts are documents, as for perceivers; pointer networks read sentences.
+        self.documents = isinstance(engine.hypernetwork, PerceiverHyperNetwork)
+        cuts = isinstance(engine, DocToLoRA) and engine.encoder.config.max_chunk_tokens is not None
+        self._cutting = engine if cuts else None
+        rank = engine.hypernetwork.config.total_rank(MOST_CHUNKS) if cuts else None
         self._lora = attach(model, slots=slots, max_rank=rank)
         self._held: OrderedDict[str, int] = OrderedDict()  # description -> slot; the least recently used first
         self._stop, self._closed = threading.Event(), False  # _stop: ends the current question
@@ -204,7 +207,7 @@ class SideBySide:
         new = [description for description in wanted if description not in self._held]
         if not new:
             return "adapters held already"
-        for i, chunks in enumerate(self.documents.encoder.chunks(new) if self.documents else ()):
+        for i, chunks in enumerate(self._cutting.encoder.chunks(new) if self._cutting else ()):
             if len(chunks) > MOST_CHUNKS:
                 expected = f"expected a document of at most {MOST_CHUNKS} chunks, as slots hold, got {len(chunks)}"
                 raise ValueError(f"texts[{i}]: {expected}; a larger max_chunk_tokens makes fewer")

@@ -37,7 +37,7 @@ from t2l_engine.testing.checks import CHECKS
 from t2l_engine.text.encoder import TextEncoder
 
 MODULE = "t2l_engine.testing.selfcheck"
-CHECKPOINT = BUNDLED / "smollm2-135m"
+CHECKPOINT = BUNDLED / "smollm2-135m-paper"
 RECORD = CHECKPOINT / "check.json"
 DESCRIPTION = "Return the last element of the comma separated list."
 #: Number of equally spaced entries of a tensor that are recorded.

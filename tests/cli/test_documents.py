@@ -48,7 +48,7 @@ def test_the_program_of_the_page(tmp_path, monkeypatch, left_tokenizer):
 
 
 @pytest.mark.parametrize("command, message", [
-    (("export", "{}", "-o", "{}/x.t2l"), "it reads documents"),
+    (("export", "{}", "-o", "{}/x.t2l"), "it reads texts token by token"),
     (("cost", "-c", "{}"), "reads documents, whose cost is not counted"),
     (("adapt", "A text.", "--examples", "{}/shots", "-o", "{}/out", "-c", "{}"), "--checkpoint: expected one that reads d"),
 ])  # fmt: skip

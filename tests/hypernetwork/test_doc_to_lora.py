@@ -336,5 +336,5 @@ def test_an_encoder_that_does_not_fit_is_refused(reader):
     engine = Golden(NAMES[0]).engine
     with pytest.raises(ValueError, match="hidden states of width 48 of 4 layers.*got width 48 of 1 from 'tiny'"):
         t2l.DocToLoRA(reader, engine.hypernetwork)
-    with pytest.raises(t2l.CheckpointError, match="it reads documents; load it with TextToLoRA"):
+    with pytest.raises(t2l.CheckpointError, match="it reads texts token by token; load it with TextToLoRA"):
         t2l.HyperNetwork.from_pretrained(GOLDEN / NAMES[0])
