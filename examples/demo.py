@@ -19,7 +19,7 @@ from t2l_engine import ops
 from t2l_engine.text import packaged
 from t2l_engine.text.prompts import raw_prompt
 
-CHECKPOINT = "smollm2-135m-specs"
+CHECKPOINT = "smollm2-135m"
 IN_FAMILY, OUT_OF_FAMILY = "in-family", "out-of-family"
 
 #: Description -> (its split, (input, correct answer) of each row).  The checkpoint was not trained on these sentences.
@@ -133,25 +133,22 @@ def show_batches(model, tokenizer, engine, lora) -> None:
 
 
 def show_times(model, engine) -> None:
-    description, encoder, hypernetwork = next(iter(TASKS)), engine.encoder, engine.hypernetwork
-    task_emb = encoder.encode([description])
-    stack = hypernetwork.generate(task_emb)
-
-    def encode() -> None:  # with an empty cache of embeddings
-        t2l.LLMEncoder(encoder.model, encoder.tokenizer, encoder.config, encoder.pooling).encode([description])
-
+    description, config = next(iter(TASKS)), engine.hypernetwork.config
+    latents = engine.embed([description])
+    stack = engine.hypernetwork.generate(latents)
     steps = {
-        "text encoder": encode,
-        "hypernetwork": lambda: hypernetwork.generate(task_emb),
-        "attach": lambda: t2l.attach(model, stack).detach(),
+        "embed: SmolLM2 reads the sentence, the hypernetwork attends to its tokens": lambda: engine.embed([description]),
+        "generate: A and B of every adapted linear": lambda: engine.hypernetwork.generate(latents),
+        "attach: adapter into the model's slots": lambda: t2l.attach(model, stack).detach(),
     }
-    size, dtype = stack.num_parameters * stack.dtype.itemsize / 1e6, str(stack.dtype).removeprefix("torch.")
+    size, dtype = config.adapter_values * stack.dtype.itemsize / 1e6, str(stack.dtype).removeprefix("torch.")
     show(
         "4. Times (this machine, one description, fastest of 5)",
         "step, time",
         ((name, f"{1e3 * min(timeit.repeat(step, number=1)):.1f} ms") for name, step in steps.items()),
-        f"One adapter: rank {hypernetwork.config.rank}, {stack.num_parameters:,} values, {size:.2f} MB in {dtype}. "
-        "FLOPs beside few-shot prompts: t2l cost --model smollm2-135m.",
+        f"One adapter: rank {config.rank} on {', '.join(config.modules)} of {config.num_adapted} layers, "
+        f"{config.adapter_values:,} values, {size:.2f} MB in {dtype}. FLOPs beside few-shot prompts: t2l cost -c "
+        f"{CHECKPOINT}.",
     )
 
 
@@ -162,7 +159,7 @@ def main(svg: str | None = None, text: str = "") -> None:
     """
     logging.disable_progress_bar()
     console.print(f"[bold]t2l_engine {t2l.__version__}[/bold], native kernels: {'on' if ops.NATIVE else 'off'}\n")
-    console.print("Loading SmolLM2-135M-Instruct (unpacked the first time), text encoder and hypernetwork ...")
+    console.print("Loading SmolLM2-135M-Instruct (unpacked the first time) and the hypernetwork ...")
     model, tokenizer = packaged.load()
     engine = t2l.TextToLoRA.from_pretrained(CHECKPOINT)
     if text.strip():
@@ -178,8 +175,8 @@ def main(svg: str | None = None, text: str = "") -> None:
         Path(svg).write_text(without_web_fonts, encoding="utf-8")
     show_times(model, engine)
     console.print(
-        f'Next: t2l generate "File the sentence under computers, cooking or law." -c {CHECKPOINT} -o out/   writes an '
-        "adapter in the PEFT format."
+        'Next: t2l generate "File the sentence under computers, cooking or law." -o out/   writes an adapter in the PEFT '
+        "format."
     )
 
 

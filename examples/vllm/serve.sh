@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Serves SmolLM2-135M on this machine alone, where the model of a request may be a sentence: make serve, or, in an environment
-# with vLLM and t2l_engine, examples/vllm/serve.sh [FLAGS OF VLLM].  PORT: 8000 if unset.  T2L_VLLM_CHECKPOINT: smollm2-135m,
-# trained for 37 tasks, if unset; smollm2-135m-specs for sentences of your own; several, for one base model, separated by commas.
+# with vLLM and t2l_engine, examples/vllm/serve.sh [FLAGS OF VLLM].  PORT: 8000 if unset.  T2L_VLLM_CHECKPOINT: smollm2-135m if
+# unset; several, for one base model, separated by commas.
 set -euo pipefail
 port="${PORT:-8000}"
 export T2L_VLLM_CHECKPOINT="${T2L_VLLM_CHECKPOINT:-smollm2-135m}" T2L_VLLM_WARMUP="${T2L_VLLM_WARMUP:-1}" VLLM_PLUGINS=t2l,t2l_http
