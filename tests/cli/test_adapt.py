@@ -87,5 +87,6 @@ def test_generate_from_examples(run, checkpoint, tmp_path):
         got = t2l.AdapterStack.from_peft(tmp_path / name)
         torch.testing.assert_close(got.lora_B["down_proj"][0], expected.lora_B["down_proj"][i])
     assert not torch.equal(*expected.lora_B["down_proj"])
-    code, _, err = run("generate", "Say it.", "-o", str(tmp_path / "x"), "--examples", str(tmp_path / "two.jsonl"))
+    more = ["-c", "smollm2-135m-paper", "--examples", str(tmp_path / "two.jsonl")]
+    code, _, err = run("generate", "Say it.", "-o", str(tmp_path / "x"), *more)
     assert code == 1 and err.startswith("t2l: --examples: expected none, since the encoder of this checkpoint, 'minilm', ")

@@ -25,7 +25,7 @@ def test_info(run):
     code, out, _ = run("info", "--json")
     about = json.loads(out)
     assert (code, about["native_library"]) == (0, ops.NATIVE)
-    assert about["bundled_checkpoints"] == ["smollm2-135m", "smollm2-135m-specs"]
+    assert about["bundled_checkpoints"] == ["smollm2-135m", "smollm2-135m-paper"]
     assert about["ops"].keys() == ops.SCHEMAS.keys()
 
 

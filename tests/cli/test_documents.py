@@ -72,5 +72,5 @@ def test_a_library_needs_an_encoder_of_sentences(document_checkpoint):
 def test_a_checkpoint_of_descriptions_refuses_documents(tmp_path, run):
     document = tmp_path / "document.txt"
     document.write_text("c d e")
-    code, _, err = run("generate", "--document", document, "-o", tmp_path / "out")
+    code, _, err = run("generate", "--document", document, "-o", tmp_path / "out", "-c", "smollm2-135m-paper")
     assert code == 1 and "expected a checkpoint that reads documents" in err

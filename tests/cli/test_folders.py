@@ -14,14 +14,14 @@ from t2l_engine.hypernetwork.network import hypernet_flops
 
 
 def test_show_bundled_checkpoint(run):
-    code, out, err = run("show", "smollm2-135m", "--json")
+    code, out, err = run("show", "smollm2-135m-paper", "--json")
     assert (code, err) == (0, "")
     about = json.loads(out)
     assert about["modules"] == [
         {"name": "q_proj", "in_features": 576, "out_features": 576},
         {"name": "v_proj", "in_features": 576, "out_features": 192},
     ]
-    net = t2l.HyperNetwork.from_pretrained("smollm2-135m")
+    net = t2l.HyperNetwork.from_pretrained("smollm2-135m-paper")
     sizes = {name: p.numel() for name, p in net.named_parameters()}
     heads = sum(size for name, size in sizes.items() if name.startswith("heads."))
     total, values = sum(sizes.values()), net.generate(torch.zeros(1, 384)).num_parameters
@@ -38,10 +38,22 @@ def test_show_bundled_checkpoint(run):
     assert about["gflop_per_adapter"] == pytest.approx(sum(hypernet_flops(net.config).values()) / 1e9)
     assert about["file_bytes"] > 2 * about["parameters"]["total"]
 
-    code, out, _ = run("show", "smollm2-135m")
+    code, out, _ = run("show", "smollm2-135m-paper")
     assert code == 0
     for text in ("total 2,281,008", "q_proj", "mode plain, value 2", "steps 1,600", "modules in row order"):
         assert text in out
+
+
+def test_show_the_default_checkpoint(run):
+    about = json.loads(run("show", "smollm2-135m", "--json")[1])
+    expected = {
+        "variant": "pointer", "num_layers": 30, "rank": 8, "latent_size": 192, "feature_size": 3 * 576, "first_layer": 16,
+        "copied": ["o_proj", "down_proj"], "base_model": "smollm2-135m", "prompt": {"form": "raw", "description": False},
+        "values_per_adapter": 14 * 8 * (576 + 576 + 576 + 192 + 576 + 576 + 1536 + 576),
+    }  # fmt: skip
+    assert {key: about[key] for key in expected} == expected
+    assert about["encoder"]["name"] == "smollm2-135m" and about["encoder"]["max_examples"] == 4
+    assert about["parameters"]["total"] == 2_951_456
 
 
 def test_show_sakana_checkpoint(run, golden, edit):
@@ -161,7 +173,7 @@ def test_the_bundled_checkpoint_of_a_folders_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "smollm2-135m").mkdir()
     assert resolve_checkpoint("smollm2-135m") == BUNDLED / "smollm2-135m"  # no checkpoint there
-    shutil.copytree(BUNDLED / "smollm2-135m-specs", tmp_path / "smollm2-135m", dirs_exist_ok=True)
+    shutil.copytree(BUNDLED / "smollm2-135m-paper", tmp_path / "smollm2-135m", dirs_exist_ok=True)
     with pytest.warns(UserWarning, match="'smollm2-135m': the bundled checkpoint is used, not the folder ./smollm2-135m"):
         assert resolve_checkpoint("smollm2-135m") == BUNDLED / "smollm2-135m"
     assert resolve_checkpoint("./smollm2-135m") == type(tmp_path)("smollm2-135m")

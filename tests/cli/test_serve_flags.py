@@ -9,7 +9,7 @@ from tests.cli.conftest import save_checkpoint
 from tests.hypernetwork.test_doc_to_lora import GOLDEN, NAMES
 
 
-def flags(rank, modules="q_proj v_proj", slots=8, cached=256):
+def flags(rank, modules="q_proj v_proj o_proj down_proj", slots=8, cached=256):
     return (
         f"--enable-lora --max-lora-rank {rank} --max-loras {slots} --max-cpu-loras {cached} --generation-config vllm "
         f"--lora-target-modules {modules}"
@@ -62,7 +62,7 @@ def test_the_smallest_rank_that_vllm_takes(run, tmp_path, rank, given):
 @pytest.mark.parametrize("chunks, given", [(None, 8), (3, 16), (4, 32), (127, 512), (128, None)])
 def test_ranks_of_documents(run, chunks, given):
     """Rank 4 for every chunk, and for the bias."""
-    status, out, err = run("serve-flags", "smollm2-135m", GOLDEN / NAMES[0], *(("--chunks", chunks) if chunks else ()))
+    status, out, err = run("serve-flags", "smollm2-135m-paper", GOLDEN / NAMES[0], *(("--chunks", chunks) if chunks else ()))
     if given is None:
         assert status == 1 and "rank 516: vLLM takes adapters up to rank 512: --chunks: expected at most 127, got 128" in err
     else:
@@ -74,8 +74,8 @@ def test_what_the_server_would_refuse_is_refused(run, tmp_path):
     status, out, err = run("serve-flags", "smollm2-135m", "--max-loras", 9, "--max-cpu-loras", 8)
     assert (status, out) == (1, "") and err == "t2l: --max-cpu-loras: expected at least --max-loras, 9, got 8\n"
     assert run("serve-flags", "nowhere")[0] == 1
-    status, out, err = run("serve-flags", "smollm2-135m", "--chunks", 2)
-    assert status == 1 and "--chunks: expected a checkpoint that reads documents, got ['smollm2-135m']" in err
+    status, out, err = run("serve-flags", "smollm2-135m-paper", "--chunks", 2)
+    assert status == 1 and "--chunks: expected a checkpoint that reads documents, got ['smollm2-135m-paper']" in err
     for place in ("a/best", "b/best", "one,two"):
         save_checkpoint(tmp_path / place)
     status, out, err = run("serve-flags", tmp_path / "a/best", tmp_path / "b/best")

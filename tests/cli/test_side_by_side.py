@@ -49,6 +49,22 @@ def test_rows_answer_as_they_do_alone(desk):
     assert together.tokens == 3 * 6 and together.made.startswith("2 new adapters: encode ") and together.first > 0
 
 
+def test_a_pointer_network_reads_sentences(tiny_llama):
+    """In one chunk: slots have the rank of the checkpoint."""
+    model, tokenizer = tiny_llama
+    config = t2l.PointerConfig(
+        variant="pointer", modules=("q_proj",), in_features=(12,), out_features=(20,), num_layers=2, rank=2, lora_alpha=4,
+        feature_size=12, latent_size=8, first_layer=1,
+    )  # fmt: skip
+    reads = t2l.DocumentEncoderConfig("tiny", "last", 1, prefix="", suffix="")
+    encoder = t2l.DocumentEncoder(copy.deepcopy(model), tokenizer, reads)
+    desk = SideBySide(t2l.DocToLoRA(encoder, t2l.PointerHyperNetwork(config)), model, tokenizer)
+    last(desk, [Row(), *adapted(*TASKS[:2])])
+    (module,) = next(m for m in model.modules() if isinstance(m, LoRALinear)).adapted_modules
+    assert not desk.documents and module.lora_A.shape[1] == 2
+    desk.close()
+
+
 def test_prompts(desk):
     """The base model may read the description; adapted rows do if the checkpoint was trained so."""
     rows = [Row(), Row(TASKS[0]), *adapted(TASKS[0])]

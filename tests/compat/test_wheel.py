@@ -62,7 +62,8 @@ def test_its_name_promises_what_it_holds(wheel):
     assert wheel.name.endswith("-py3-none-manylinux_2_28_x86_64.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert [name for name in names if name.endswith(".so")] == ["t2l_engine/_C.so"]
-    data = {"checkpoints/smollm2-135m/check.json", "research/costs.json", "research/training/presets/mini-sft.yaml"}
+    data = {"checkpoints/smollm2-135m/hypernet.safetensors", "checkpoints/smollm2-135m-paper/check.json"}
+    data |= {"research/costs.json", "research/training/presets/mini-sft.yaml"}
     data |= {"research/tasks/manifests/skills.json", "research/tasks/manifests/specs.json"}
     assert {f"t2l_engine/{name}" for name in data} | {"t2l_specs/words.json", "t2l_specs/families.txt"} <= set(names)
 

@@ -56,7 +56,7 @@ def build(folder, *options, left_out="^$"):
     if not any(map(shutil.which, ("cc", "gcc", "clang"))):
         pytest.skip("needs a C compiler")
     networks = folder.with_name("networks")
-    export(HyperNetwork.from_pretrained(resolve_checkpoint("smollm2-135m")), networks / "bundled.t2l")
+    export(HyperNetwork.from_pretrained(resolve_checkpoint("smollm2-135m-paper")), networks / "bundled.t2l")
     small = ROOT / "tests" / "data" / "golden" / "M-recon-z"
     export(HyperNetwork.from_pretrained(small, dtype=torch.bfloat16), networks / "small.t2l")
     options = [f"-DT2L_TEST_NETWORKS={networks}", *options]
@@ -159,7 +159,7 @@ def expected_y(written, net, count):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ("bundled", *GOLDEN))
 def test_equals_python(example, golden, case):
-    folder = resolve_checkpoint("smollm2-135m") if case == "bundled" else golden / case
+    folder = resolve_checkpoint("smollm2-135m-paper") if case == "bundled" else golden / case
     net = HyperNetwork.from_pretrained(folder, dtype=torch.float32)
     task_emb = task_embs(net.config)
     written, stack = example(net, task_emb), net.generate(task_emb)
@@ -177,7 +177,7 @@ def test_equals_python(example, golden, case):
 @pytest.mark.slow
 def test_bfloat16_weights(example):
     """As stored: roundings to bfloat16 fall apart here and there, so the bound is that of a plain bfloat16 computation."""
-    folder = resolve_checkpoint("smollm2-135m")
+    folder = resolve_checkpoint("smollm2-135m-paper")
     net = HyperNetwork.from_pretrained(folder)
     assert net.dtype == torch.bfloat16
     task_emb = task_embs(net.config)
@@ -190,7 +190,7 @@ def test_bfloat16_weights(example):
 
 @pytest.mark.slow
 def test_threads_give_the_same_bits(example):
-    net = HyperNetwork.from_pretrained(resolve_checkpoint("smollm2-135m"))
+    net = HyperNetwork.from_pretrained(resolve_checkpoint("smollm2-135m-paper"))
     task_emb = task_embs(net.config, 1)
     one, four = example(net, task_emb, 1), example(net, task_emb, 4)
     assert all(torch.equal(one[name], four[name]) for name in one)

@@ -255,7 +255,7 @@ def test_bias_hyperinit(native, tmp_path, variant):
 
 
 def test_bundled_checkpoint(tmp_path):
-    bundled = resolve_checkpoint("smollm2-135m")
+    bundled = resolve_checkpoint("smollm2-135m-paper")
     assert convert(bundled, tmp_path / "there") == "sakana" and convert(tmp_path / "there", tmp_path / "back") == "native"
     assert_bitwise(*(load_file(folder / "hypernet.safetensors") for folder in (bundled, tmp_path / "back")))
     ours, again = read(bundled), read(tmp_path / "back")

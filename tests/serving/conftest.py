@@ -1,4 +1,5 @@
-"""What the tests of serving share: settings of a store of their own, and the bundled checkpoint, loaded once."""
+"""What the tests of serving share: settings of a store of their own, and the checkpoint of the paper's
+architecture, loaded once."""
 
 import dataclasses
 import shutil
@@ -15,10 +16,10 @@ from tests.hypernetwork.test_doc_to_lora import GOLDEN, NAMES, TEMPLATE
 
 @pytest.fixture
 def settings(tmp_path):
-    """Settings of the bundled checkpoint, by default in disk mode; keywords replace fields."""
+    """Settings of that checkpoint, by default in disk mode; keywords replace fields."""
 
     def make(**changes):
-        environment = {"T2L_VLLM_CHECKPOINT": "smollm2-135m", "T2L_VLLM_STORE": str(tmp_path / "store")}
+        environment = {"T2L_VLLM_CHECKPOINT": "smollm2-135m-paper", "T2L_VLLM_STORE": str(tmp_path / "store")}
         return dataclasses.replace(Settings.from_environment(environment), **changes)
 
     return make
@@ -26,13 +27,13 @@ def settings(tmp_path):
 
 @pytest.fixture(scope="session")
 def bundled():
-    return Checkpoint.load("smollm2-135m", "smollm2-135m")
+    return Checkpoint.load("smollm2-135m-paper", "smollm2-135m-paper")
 
 
 @pytest.fixture(scope="session")
 def changed(tmp_path_factory):
     """Folder of another checkpoint for the same model."""
-    net = t2l.HyperNetwork.from_pretrained(BUNDLED / "smollm2-135m")
+    net = t2l.HyperNetwork.from_pretrained(BUNDLED / "smollm2-135m-paper")
     with torch.no_grad():
         next(iter(net.heads.values())).weight.mul_(2)
     folder = tmp_path_factory.mktemp("changed")

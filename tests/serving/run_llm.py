@@ -25,7 +25,7 @@ def main(plan):
     for i, folder in enumerate(plan.get("folders", ())):
         requests.append(LoRARequest(f"adapter-{i}", i + 1, folder))
     if used and "texts" in plan:
-        engine = t2l.TextToLoRA.from_pretrained(plan.get("checkpoint", "smollm2-135m"))
+        engine = t2l.TextToLoRA.from_pretrained(plan.get("checkpoint", "smollm2-135m-paper"))
         requests += lora_requests(engine, plan["texts"], model)
     for i, folder in enumerate(plan.get("refused", ())):
         made["refused"].append(_refusal(llm, LoRARequest(f"refused-{i}", 1000 + i, folder)))

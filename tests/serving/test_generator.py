@@ -124,7 +124,7 @@ def test_a_checkpoint_is_loaded_once_in_the_generators_thread(settings, bundled,
 
 
 def test_checkpoints_have_adapters_of_their_own(settings, changed):
-    generator = Generator(settings(checkpoints={"first": "smollm2-135m", "other": changed}))
+    generator = Generator(settings(checkpoints={"first": "smollm2-135m-paper", "other": changed}))
 
     async def run():
         return await asyncio.gather(*(generator.folder(name, TEXTS[0]) for name in (None, "first", "other")))
@@ -180,7 +180,7 @@ def test_documents(settings, reads_documents, bundled, monkeypatch):
     """For a checkpoint that reads them, of any length up to the rank that the server takes; descriptions for every one."""
     load = Checkpoint.load
     monkeypatch.setattr(Checkpoint, "load", lambda name, source: bundled if name == "sentences" else load(name, source))
-    generator = Generator(settings(checkpoints={"documents": reads_documents, "sentences": "smollm2-135m"}))
+    generator = Generator(settings(checkpoints={"documents": reads_documents, "sentences": "smollm2-135m-paper"}))
 
     def job(text, argument, checkpoint=None):
         return asyncio.run(generator.job(checkpoint, text, argument))
@@ -192,7 +192,7 @@ def test_documents(settings, reads_documents, bundled, monkeypatch):
     assert job("drug", "document").key == job("drug", "description").key == job("drug", "model").key
     assert job("drug", "description", "sentences").rank == 8
     for text, argument, checkpoint, message in (
-        ("drug", "document", "sentences", "document: expected a checkpoint that reads documents, got 'smollm2-135m'"),
+        ("drug", "document", "sentences", "document: expected a checkpoint that reads documents, got 'smollm2-135m-paper'"),
         (long, "description", None, "description: expected a description of at most 4000 characters, got 16004"),
         ("the capital of a", "document", None, "document: its adapter has rank 12, which exceeds .* --max-lora-rank 8; sh"),
         (" \n", "document", None, "document: expected a document, got an empty one"),
@@ -209,7 +209,7 @@ def test_a_checkpoint_that_does_not_load_is_tried_again(settings, tmp_path, capl
     (found,) = gather(generator, TEXTS[:1])
     assert type(found) is RuntimeError and "checkpoint 'broken': cannot be loaded" in str(found)
     assert "the default checkpoint cannot be loaded" in caplog.text
-    shutil.copytree(BUNDLED / "smollm2-135m", tmp_path / "broken", dirs_exist_ok=True)
+    shutil.copytree(BUNDLED / "smollm2-135m-paper", tmp_path / "broken", dirs_exist_ok=True)
     assert gather(generator, TEXTS[:1])[0].is_dir()
 
 

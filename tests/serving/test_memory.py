@@ -110,10 +110,10 @@ def test_an_adapter_has_the_same_bits_with_any_number_of_threads(monkeypatch):
 
 def test_only_a_checkpoint_of_the_worker_is_used(settings, loaded, changed):
     (folder,) = folders(settings(mode="memory"), TEXTS[:1])
-    other = settings(checkpoints={"smollm2-135m": changed})
+    other = settings(checkpoints={"smollm2-135m-paper": changed})
     with pytest.raises(ValueError, match="checkpoint: expected that of the adapter, sha256 [0-9a-f]{16}, among"):
         memory.peft_tensors(folder, other, torch.bfloat16)
-    both = settings(checkpoints={"changed": changed, "here": "smollm2-135m"})
+    both = settings(checkpoints={"changed": changed, "here": "smollm2-135m-paper"})
     assert memory.peft_tensors(folder, both, torch.bfloat16), "by its contents, whatever its name"
 
 

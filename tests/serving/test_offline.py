@@ -33,7 +33,7 @@ def run_llm(tmp_path_factory):
     store = tmp_path_factory.mktemp("store")
 
     def run(plan, environment=None, folder=store):
-        variables = {"T2L_VLLM_CHECKPOINT": "smollm2-135m", "T2L_VLLM_STORE": str(folder)} | (environment or {})
+        variables = {"T2L_VLLM_CHECKPOINT": "smollm2-135m-paper", "T2L_VLLM_STORE": str(folder)} | (environment or {})
         return vllm_process.llm({"texts": TEXTS, "tokens": TOKENS} | plan, variables)
 
     return run
@@ -69,7 +69,7 @@ def test_base_rows_equal_a_server_without_lora(run_llm, prompts, mixed):
 
 def test_log_probabilities_are_those_of_transformers(mixed, prompts):
     """Of the first new token: as near to ``attach`` in float64 as ``attach`` in bfloat16 is; another adapter's are not."""
-    stack = t2l.TextToLoRA.from_pretrained("smollm2-135m").generate(TEXTS)
+    stack = t2l.TextToLoRA.from_pretrained("smollm2-135m-paper").generate(TEXTS)
     shown = {row: mixed["logprobs"][0][row] for row, adapter in enumerate(MIXED) if adapter is not None}  # the 20 likeliest
 
     def attached(dtype, adapters):
@@ -102,7 +102,7 @@ def test_memory_mode_gives_the_same_bits(run_llm, prompts, mixed, tmp_path):
 
 
 def test_program_of_the_page_runs(tmp_path):
-    """docs/vllm.md, as it is there."""
+    """docs/vllm.md, as it is there, with the default checkpoint."""
     page = Path(__file__).parents[2] / "docs" / "vllm.md"
     (program,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
     (tmp_path / "program.py").write_text(program)

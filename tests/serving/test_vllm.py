@@ -113,7 +113,7 @@ def test_a_description_becomes_a_model(serve):
 def test_spellings_share_a_folder_and_no_name(serve):
     """Two requests of one lora_name and different ids would end vLLM's engine."""
     models, engine, generator = serve()
-    found = resolve(models, f"t2l:{TEXT}", f"t2l: {TEXT}", f"t2l/smollm2-135m:{TEXT}")
+    found = resolve(models, f"t2l:{TEXT}", f"t2l: {TEXT}", f"t2l/smollm2-135m-paper:{TEXT}")
     assert len({request.lora_path for request in found}) == generator.generated == 1
     assert len({request.lora_name for request in found}) == len({request.lora_int_id for request in found}) == 3
 
@@ -123,7 +123,7 @@ def test_errors_of_the_client(serve, model):
     models, engine, generator = serve(model(num_key_value_heads=9))
     for found in resolve(models, "someone/model", "t2l/owner", "t2l-0123456789abcdef", "t2lq-0123456789abcdef"):
         assert isinstance(found, ErrorResponse) and found.error.code == 404
-    misfit = "checkpoint 'smollm2-135m': .* v_proj has 576 inputs and 192 outputs, the served one has 576 and 576"
+    misfit = "checkpoint 'smollm2-135m-paper': .* v_proj has 576 inputs and 192 outputs, the served one has 576 and 576"
     empty, unknown = "model: expected a description, got an empty one", "checkpoint: expected one of .*, got 'other'"
     for asked, message in (("t2l: ", empty), ("t2l/other:secret", unknown), ("t2l:secret", misfit)):
         (error,) = resolve(models, asked)
@@ -255,7 +255,7 @@ def test_an_adapter_is_created_once_under_an_id(client, caplog):
     created = first.json()
     assert created["id"] in models.lora_requests and models.lora_requests[created["id"]].lora_name == created["id"]
     assert created["id"].startswith("t2l-") and len(created["id"]) == 20
-    assert (created["checkpoint"], created["parent"]) == ("smollm2-135m", "base")
+    assert (created["checkpoint"], created["parent"]) == ("smollm2-135m-paper", "base")
     assert len(engine.loaded) == generator.generated == 1
     listed = asyncio.run(models.show_available_models()).model_dump_json()
     assert created["id"] in listed and TEXT not in listed + caplog.text
@@ -282,7 +282,7 @@ def test_names_of_one_adapter(client):
     ({"description": "secret", "document": "secret"}, "document: expected one of them, got 2", "description"),
     ({"document": 3}, "document: Input should be a valid string, got int", "document"),
     ({"document": " "}, "document: expected a document, got an empty one", "document"),
-    ({"document": "secret"}, "document: expected a checkpoint that reads documents, got 'smollm2-135m'", "document"),
+    ({"document": "secret"}, "document: expected a checkpoint that reads documents, got 'smollm2-135m-paper'", "document"),
     ({"description": "secret", "other": "secret"}, "other: Extra inputs are not permitted", "other"),
     ({"description": "secret", "checkpoint": 3}, "checkpoint: Input should be a valid string, got int", "checkpoint"),
     ({"description": ["secret"]}, "description: Input should be a valid string, got list", "description"),

@@ -7,7 +7,7 @@ import pytest
 
 from tests.cli.conftest import document_checkpoint, run, tiny_llama  # noqa: F401
 
-CHECKPOINT, SLOTS, LONGEST = "smollm2-135m-specs", 4, 200
+CHECKPOINT, SLOTS, LONGEST = "smollm2-135m", 4, 200
 
 
 def pytest_collection_modifyitems(items):
