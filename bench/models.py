@@ -104,7 +104,7 @@ def bundled_adapters(context: Context, model: nn.Module, count: int) -> t2l.Adap
     """Adapters for ``q_proj`` and ``v_proj``: of the bundled checkpoint, for task embeddings at random."""
     if not context.full:
         return random_adapters(model, MODULES["q,v"], count, 8)
-    net = t2l.HyperNetwork.from_pretrained("smollm2-135m")
+    net = t2l.HyperNetwork.from_pretrained("smollm2-135m-paper")
     drawn = torch.randn(count, net.config.embed_dim, generator=torch.Generator().manual_seed(10))
     return net.generate(nn.functional.normalize(drawn, dim=-1) * net.config.embed_dim**0.5)
 

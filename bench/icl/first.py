@@ -49,7 +49,7 @@ class Served:
     def _small(self, context: Context, dtype: torch.dtype) -> None:
         """SmolLM2-135M with the bundled checkpoint; at size tiny a random model and hypernetwork, a real text encoder."""
         self.name, self.model = models.load(context, dtype)
-        engine = t2l.TextToLoRA.from_pretrained("smollm2-135m")
+        engine = t2l.TextToLoRA.from_pretrained("smollm2-135m-paper")
         encoder, self.net = engine.encoder, engine.hypernetwork
         sizes = costs.count(self.model.config), costs.count(encoder.model.config, head=False)
         if not context.full:

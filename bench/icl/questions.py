@@ -101,7 +101,7 @@ class Serving:
     """The model as it is, and on the same weights with a slot for an adapter."""
 
     def __init__(self):
-        self.engine = t2l.TextToLoRA.from_pretrained("smollm2-135m")
+        self.engine = t2l.TextToLoRA.from_pretrained("smollm2-135m-paper")
         self.engine.encoder = uncached(self.engine.encoder)
         model, self.tokenizer = packaged.load(DTYPE)
         adapted = shared(model)
@@ -120,7 +120,7 @@ class Serving:
 def entries(context: Context, folder: Path | None) -> Iterator[Record]:
     """A record for every task with all its methods, each answer timed."""
     serving = Serving()
-    trained = checkpoint.trained_tasks(checkpoint.describe(resolve_checkpoint("smollm2-135m")))
+    trained = checkpoint.trained_tasks(checkpoint.describe(resolve_checkpoint("smollm2-135m-paper")))
     about = {"threads": context.threads, "dtype": str(DTYPE).removeprefix("torch.")}
     with torch.inference_mode():
         for task, shots in tasks(folder):
