@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
-from torch.utils.flop_counter import FlopCounterMode
 
 from t2l_engine.hypernetwork.config import PointerConfig
 from t2l_engine.hypernetwork.perceiver import LayerNorm
@@ -125,6 +124,8 @@ class PointerHyperNetwork(TokenHyperNetwork):
 
 def pointer_flops(config: PointerConfig, tokens: int) -> int:
     """FLOPs of generating one adapter from the hidden states of a text of ``tokens`` tokens."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     with torch.device("meta"), torch.no_grad():
         network, states = PointerHyperNetwork(config), torch.empty(1, tokens, config.feature_size)
         with FlopCounterMode(display=False) as counter:
