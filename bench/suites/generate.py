@@ -18,7 +18,7 @@ from bench.baselines import Adapters
 from bench.cases import Case, Group, Layer, Operands
 from bench.ceilings import apart, gemm_call, peak_bytes, resident_bytes
 from bench.harness import OURS, Context, Error, Record, Target, Task, record, roofline, row, verify, worst
-from bench.records import HOST
+from bench.records import HOST, PAPER
 from bench.suites.apply import lora_errors
 from bench.timing import Call, Candidate, Timing, tolerant
 from t2l_engine import ops
@@ -291,7 +291,7 @@ class Part(NamedTuple):
 @torch.no_grad()
 def bundled(context: Context) -> Iterator[Record]:
     """The bundled checkpoint, text encoder included."""
-    engine = t2l.TextToLoRA.from_pretrained(MODEL)
+    engine = t2l.TextToLoRA.from_pretrained(PAPER)
     encoder = t2l.TextEncoder(engine.encoder.model, engine.encoder.tokenizer, engine.encoder.config, cache_size=0)
     net = engine.hypernetwork.requires_grad_(False)
     dtype = str(net.dtype).removeprefix("torch.")
