@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import itertools
 import os
 import signal
 import socket
@@ -15,8 +14,6 @@ from t2l_engine.cli.common import BaseDType, DType, EngineOptions, keep_freed_me
 from t2l_engine.cli.desk import open_desk
 from t2l_engine.text.encoder import OneHotEncoder
 
-#: Limits of the landmarks on the map: bytes of their adapters, and their number.
-MAP_BYTES, LANDMARKS = 1 << 27, 44
 #: What the page shows first: held-out sentences that work.
 DESCRIPTIONS = ("File the sentence under computers, cooking or law.", "Extract the name of the person.")
 INPUT = "On Monday Clara talked about the recipe."
@@ -50,12 +47,11 @@ def ui(
     documents = desk.side_by_side.documents
     first, text = ([DOCUMENT], QUESTION) if documents else (DESCRIPTIONS[:adapters], INPUT)
     desk.side_by_side.hold(first)  # raises now if adapters do not fit the base model
-    size, rank = 4 * made.hypernetwork.meta_stack(1).num_parameters, f"{config.rank}{' a chunk' * documents}"
+    rank = f"{config.rank}{' a chunk' * documents}"
     page = Page(
         desk.side_by_side,
         desk.save,
         title=f"`{engine.checkpoint}`, adapters of rank {rank} on {', '.join(config.modules)} of `{desk.base_model}`",
-        landmarks=() if documents else landmarks(max(3, min(LANDMARKS, MAP_BYTES // size))),
         max_new_tokens=max_new_tokens,
     )
     blocks = page.blocks(first, text)
@@ -77,12 +73,3 @@ def _check_address(host: str, port: int) -> None:
                 say(f"warning: --host {host}: the page is exposed without authentication")
     except OSError as error:
         raise OSError(f"--host, --port: expected a free IPv4 address, got {host}:{port}: {error.strerror}") from None
-
-
-def landmarks(count: int) -> list[tuple[str, str]]:
-    """(family, description) of ``count`` of the synthetic task families, evenly spread."""
-    from t2l_specs import suite
-
-    placed = list(itertools.islice(suite.stream(0), len(suite.FAMILIES)))
-    chosen = [placed[i * len(placed) // count] for i in range(count)]
-    return [(one.spec.family.name, suite.task(one.spec, 1, 0).descriptions[0]) for one in chosen]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import html
 import shutil
 import tempfile
@@ -12,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 
-from t2l_engine.adapters.similarity import AdapterMap
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import headline, read_text
 from t2l_engine.serving.side_by_side import Answers, Row, SideBySide
@@ -23,12 +20,9 @@ from t2l_engine.serving.side_by_side import Answers, Row, SideBySide
 MAX_DESCRIPTION, MAX_DOCUMENT, MAX_INPUT = 1000, 200_000, 4000
 #: Files kept for downloads; seconds for which Gradio keeps its copies of them.
 FILES, KEEP_COPIES = 8, 3600
-#: Most questions that wait, rows of earlier answers, and landmarks named for an adapter.
-WAITING, HISTORY, NEAREST = 32, 50, 3
+#: Most questions that wait, and rows of earlier answers.
+WAITING, HISTORY = 32, 50
 PEFT, GGUF = "PEFT folder (.zip)", "GGUF file for llama.cpp"
-#: Columns of the map; kinds of its points.
-COLUMNS = ["x", "y", "adapter", "kind"]
-LANDMARK, YOURS = "known task", "yours"
 
 _STYLE = """
 .answers { width: 100%; border-collapse: collapse; table-layout: fixed; border: none !important; }
@@ -49,21 +43,11 @@ class Page:
         desk: answers.
         save: writes the adapter of a description to a folder in PEFT's format, or to FILE.gguf.
         title: names checkpoint and base model.
-        landmarks: (name, description) of at least three tasks on the map; none: there is no map.
         max_new_tokens: limit of an answer's length.
     """
 
-    def __init__(
-        self,
-        desk: SideBySide,
-        save: Callable[[str, Path], None],
-        *,
-        title: str,
-        landmarks: Sequence[tuple[str, str]],
-        max_new_tokens: int = 256,
-    ):
-        self.desk, self.save, self.title = desk, save, title
-        self.landmarks, self.max_new_tokens = landmarks, max_new_tokens
+    def __init__(self, desk: SideBySide, save: Callable[[str, Path], None], *, title: str, max_new_tokens: int = 256):
+        self.desk, self.save, self.title, self.max_new_tokens = desk, save, title, max_new_tokens
         self._files = tempfile.TemporaryDirectory(prefix="t2l-ui-")  # removed with this object
         self._folders: deque[Path] = deque()
 
@@ -118,33 +102,6 @@ class Page:
         except ConfigError as error:
             raise gr.Error(f"Document: {str(error).removeprefix(f'{file}: ')}.") from None
 
-    @functools.cached_property
-    def map(self) -> AdapterMap:
-        """The map of the landmarks, made on first use."""
-        return AdapterMap(self.desk.engine.generate([description for _, description in self.landmarks]))
-
-    def place(self, descriptions: str) -> tuple[pd.DataFrame, list[list[str]]]:
-        """(points of the map, the nearest landmarks of each description)."""
-        wanted = self.descriptions(descriptions)
-
-        def work() -> tuple[pd.DataFrame, list[list[str]]]:
-            stack = self.desk.engine.generate(wanted)
-            cosines, points = self.map.cosines(stack), self.map.place(stack).tolist()
-            known = zip(self.map.coordinates.tolist(), self.landmarks, strict=True)
-            table = [[*xy, f"{name}: {description}", LANDMARK] for xy, (name, description) in known]
-            table += [[*xy, description, YOURS] for xy, description in zip(points, wanted, strict=True)]
-            near = []
-            for description, row in zip(wanted, cosines, strict=True):
-                values, indices = row.topk(min(NEAREST, len(self.landmarks)))
-                for value, i in zip(values.tolist(), indices.tolist(), strict=True):
-                    near.append([description, self.landmarks[i][1], f"{value:.2f}"])
-            return pd.DataFrame(table, columns=COLUMNS), near
-
-        try:
-            return self.desk.run(work)
-        except ValueError as error:
-            raise gr.Error(str(error)) from None
-
     def file(self, description: str | None, form: str) -> str:
         """A new file with the adapter of ``description``; Gradio serves a copy of it."""
         if not description:
@@ -190,17 +147,6 @@ class Page:
                 with gr.Column():
                     answers = gr.HTML(elem_id="answers")
                     times = gr.Markdown(elem_id="times")
-            with gr.Tab("Map", visible=bool(self.landmarks)):
-                gr.Markdown("Adapters that change the weights alike lie near each other.")
-                look = gr.Button("Show the adapters of these descriptions", elem_id="look")
-                plot = gr.ScatterPlot(
-                    x="x", y="y", color="kind", tooltip=["adapter"], height=300, elem_id="map",
-                    color_map={LANDMARK: "#999999", YOURS: "#d55e00"},
-                )  # fmt: skip
-                near = gr.Dataframe(
-                    headers=["adapter", "nearest", "cosine"], column_widths=["44%", "44%", "12%"], wrap=True,
-                    interactive=False, elem_id="near",
-                )  # fmt: skip
             with gr.Tab("Download"):
                 chosen = gr.Dropdown(label="Adapter", choices=[], elem_id="chosen")
                 form = gr.Radio([PEFT, GGUF], value=PEFT, label="Format", elem_id="format")
@@ -214,7 +160,6 @@ class Page:
                 [answers, times, history, earlier, chosen], show_progress="minimal", trigger_mode="once", **one_by_one,
             )  # fmt: skip
             stop.click(None, cancels=[running])
-            look.click(self.place, [tasks], [plot, near], **one_by_one)
             make.click(self.file, [chosen, form], [made], **one_by_one)
         return blocks.queue(max_size=WAITING)
 

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -217,6 +218,16 @@ def test_allclose_sees_every_difference(make_stack, change):
     assert stack.allclose(other)
     change(other)
     assert not stack.allclose(other) and not other.allclose(stack)
+
+
+def test_zero_padded(make_stack):
+    ranks = {"q_proj": torch.tensor([[2, 4], [3, 1]], dtype=torch.int32)}
+    stack = make_stack({"q_proj": (6, 10)}, num_adapters=2, ranks=ranks)
+    clean = stack.zero_padded()
+    assert clean.allclose(stack)
+    for i, layer in itertools.product(range(2), range(2)):
+        r = int(ranks["q_proj"][i, layer])
+        assert not clean.lora_A["q_proj"][i, layer, r:].any() and not clean.lora_B["q_proj"][i, layer, :, r:].any()
 
 
 def test_cat_errors(make_stack):

@@ -29,10 +29,9 @@ def desk():
 
 @pytest.fixture(scope="session")
 def page(desk):
-    from t2l_engine.cli.ui import landmarks
     from t2l_engine.serving.page import Page
 
-    return Page(desk.side_by_side, desk.save, title="Under test", landmarks=landmarks(12), max_new_tokens=LONGEST)
+    return Page(desk.side_by_side, desk.save, title="Under test", max_new_tokens=LONGEST)
 
 
 @pytest.fixture(scope="session")

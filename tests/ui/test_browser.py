@@ -109,14 +109,6 @@ def test_download(window, desk, tmp_path):
     assert reader.fields["adapter.lora.task_name"].contents() == WHO
 
 
-def test_map(window):
-    one = window()
-    fill(one, [WHO], TEXT)
-    one.locator("#look").click()
-    one.locator("#near [role=gridcell]", has_text=WHO).locator("visible=true").first.wait_for()
-    one.locator("#map canvas, #map svg").first.wait_for()
-
-
 @pytest.mark.parametrize("descriptions, text, said", [
     ([], TEXT, "Task descriptions: expected at least one line, got none."),
     ([WHO], " ", "Input: expected a text, got none."),

@@ -41,15 +41,6 @@ def test_earlier_answers(page):
     assert shown == history and history[2][2] in table and "first token after" in times
 
 
-def test_places_on_the_map(page):
-    name, description = page.landmarks[3]
-    points, near = page.place(description)
-    assert near[0] == [description, description, "1.00"] and len(points) == len(page.landmarks) + 1
-    known, own = points.iloc[3], points.iloc[-1]
-    assert known["adapter"] == f"{name}: {description}" and own["kind"] == "yours"
-    assert abs(known["x"] - own["x"]) + abs(known["y"] - own["y"]) < 1e-6
-
-
 def test_files_are_few(page):
     import gradio as gr
 
@@ -69,7 +60,7 @@ def documents(document_checkpoint, tiny_llama, page):
     from t2l_engine.serving.side_by_side import SideBySide
 
     desk = SideBySide(t2l.TextToLoRA.from_pretrained(document_checkpoint), *tiny_llama, slots=2)
-    yield Page(desk, page.save, title="Documents", landmarks=(), max_new_tokens=8)
+    yield Page(desk, page.save, title="Documents", max_new_tokens=8)
     desk.close()
 
 
