@@ -1,7 +1,6 @@
 """t2l_engine: generates LoRA adapters for a frozen language model from sentences, and serves them without PEFT."""
 
 from t2l_engine import ops
-from t2l_engine.adapters.shard import Shard
 from t2l_engine.adapters.stack import AdapterError, AdapterStack
 from t2l_engine.engine import DocToLoRA, TextToLoRA
 from t2l_engine.files.errors import ConfigError
@@ -13,7 +12,6 @@ from t2l_engine.hypernetwork.pointer import PointerHyperNetwork
 from t2l_engine.library import AdapterLibrary
 from t2l_engine.lora.handle import LoRAHandle, attach
 from t2l_engine.lora.layer import LoRALinear
-from t2l_engine.lora.locate import shards
 from t2l_engine.ops.segments import AdapterBatch
 from t2l_engine.text.config import DocumentEncoderConfig, EncoderConfig, OneHotConfig
 from t2l_engine.text.documents import DocumentEncoder
@@ -42,12 +40,10 @@ __all__ = [
     "PerceiverHyperNetwork",
     "PointerConfig",
     "PointerHyperNetwork",
-    "Shard",
     "TextEncoder",
     "TextToLoRA",
     "__version__",
     "attach",
     "bundled_checkpoints",
     "ops",
-    "shards",
 ]

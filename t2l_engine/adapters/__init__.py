@@ -1,5 +1,5 @@
 """LoRA weights as data: stacks of adapters in memory, and PEFT folders.
 
 May be imported: ``stack`` (AdapterStack, AdapterError), ``peft`` and ``peft_write`` (reading and writing folders), ``paths``
-(module paths), ``shard`` (parts of a process).  Imports ``files`` and ``ops``.
+(module paths).  Imports ``files`` and ``ops``.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from t2l_engine.adapters import peft, peft_write
 from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, layer_list, module_names, path_error
 from t2l_engine.adapters.peft import AdapterError
-from t2l_engine.adapters.shard import Shard
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.weights import check_dtype
 from t2l_engine.ops.segments import is_capturing
@@ -235,23 +234,6 @@ class AdapterStack:
             beyond = torch.arange(a.shape[2], device=a.device) >= self.ranks[name][..., None]  # [N, n, r]
             lora_A[name] = a.masked_fill(beyond[..., None], 0)
             lora_B[name] = self.lora_B[name].mT.masked_fill(beyond[..., None], 0).mT
-        return self._with(lora_A, lora_B)
-
-    def shard(self, shards: Mapping[str, Shard]) -> AdapterStack:
-        """Views of the features that ``shards`` names by module, such as :func:`shards` gives; other modules are whole.
-
-        Raises ValueError for a module that the stack lacks, or features that it does not have.
-
-        >>> import torch
-        >>> import t2l_engine as t2l
-        >>> stack = t2l.AdapterStack({"q_proj": torch.ones(2, 1, 2, 8)}, {"q_proj": torch.ones(2, 1, 6, 2)}, torch.ones(2))
-        >>> stack.shard({"q_proj": t2l.Shard((0, 8), (3, 6))}).sizes["q_proj"]
-        (1, 8, 3)
-        """
-        lora_A, lora_B, features = dict(self.lora_A), dict(self.lora_B), {name: of[1:] for name, of in self.sizes.items()}
-        for name, shard in shards.items():
-            shard.check(f"shards: {name}", features.get(name))
-            lora_A[name], lora_B[name] = shard.take(lora_A[name], lora_B[name])
         return self._with(lora_A, lora_B)
 
     def allclose(self, other: AdapterStack, rtol: float = 1e-5, atol: float = 1e-8) -> bool:

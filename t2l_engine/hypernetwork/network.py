@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from t2l_engine import ops
 from t2l_engine.adapters.paths import module_names
-from t2l_engine.adapters.shard import Shard
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.weights import cast_matrices
 from t2l_engine.hypernetwork.checkpoint import read, write_native
@@ -199,44 +197,6 @@ class HyperNetwork(nn.Module):
             tensors = folded.tensors
             return self._new_stack(task_emb, tensors) if out is None else self._write_stack(task_emb, tensors, out)
 
-    @torch.no_grad()
-    def shard(self, shards: Mapping[str, Shard]) -> HyperNetwork:
-        """A hypernetwork for the features that ``shards`` names by module, such as :func:`shards` gives.
-
-        It generates the parts of adapters that :meth:`AdapterStack.shard` takes.  Needed rows of the heads are copied, other
-        parameters are shared.  For inference: it has no gradients.  Empty ``shards``: this hypernetwork.
-
-        Raises ValueError for an unknown module, features out of range, and variants M and S, whose heads make A and B with
-        the same rows: generate whole adapters and :meth:`LoRAHandle.put` them.
-        """
-        c = self.config
-        if not shards:
-            return self
-        if c.num_sides == 2:
-            raise ValueError(f"shards: expected a variant with heads of their own for A and B, got {c.variant}; use put()")
-        sizes = dict(zip(self._paths, zip(c.in_features, c.out_features, strict=True), strict=True))
-        for name, shard in shards.items():
-            shard.check(f"shards: {name}", sizes.get(name))
-        kept = {
-            name: shards.get(path, Shard((0, i), (0, o)))
-            for name, (path, (i, o)) in zip(c.modules, sizes.items(), strict=True)
-        }
-        n_in, n_out = zip(*(shard.sizes for shard in kept.values()), strict=True)
-        with torch.device("meta"):
-            net = HyperNetwork(dataclasses.replace(c, in_features=n_in, out_features=n_out))
-        state = self.state_dict()
-        for key, tensor in state.items():
-            part, name, *rest = key.split(".")
-            if part == "heads":
-                i, per_latent = c.modules.index(name), c.rank // c.num_ranks
-                state[key] = _rows(tensor, per_latent, (c.in_features[i], c.out_features[i]), kept[name])
-            elif part == "offsets":
-                of_A, of_B = (slice(*ends) for ends in kept[name])
-                state[key] = (tensor[..., of_A] if key.endswith("A") else tensor[:, of_B]).clone()
-                setattr(net.offsets[name], rest[-1], state[key])
-        net.load_state_dict(state, assign=True)
-        return net.eval()
-
     def meta_stack(self, count: int) -> AdapterStack:
         """A stack with the shapes and the dtype of :meth:`generate` for ``count`` descriptions, without memory.
 
@@ -328,13 +288,6 @@ class HyperNetwork(nn.Module):
         device = folded["weights"][0].device
         if not task_emb.is_floating_point() or task_emb.device != device:
             raise ValueError(f"task_emb: expected floating point on {device}, got {task_emb.dtype} on {task_emb.device}")
-
-
-def _rows(tensor: Tensor, per_latent: int, features: tuple[int, int], shard: Shard) -> Tensor:
-    """Copies of the rows of an unshared head's weight or bias that make the part ``shard`` of ``features`` (in, out)."""
-    A, B = tensor.split([per_latent * size for size in features])
-    parts = zip((A, B), features, shard, strict=True)
-    return torch.cat([t.unflatten(0, (-1, size))[:, slice(*kept)].flatten(0, 1) for t, size, kept in parts])
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------

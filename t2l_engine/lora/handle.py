@@ -208,7 +208,7 @@ class LoRAHandle:
             if tuple(sizes) != places[name].features:
                 raise ValueError(
                     f"like: {name}: expected the in/out features {places[name].features} of this process, got "
-                    f"{tuple(sizes)}; generate them with HyperNetwork.shard(shards(model, like)), or use put()"
+                    f"{tuple(sizes)}; use put()"
                 )
         dtypes = {name: slots.dtype for name, slots in places.items()}
         if len(set(dtypes.values())) > 1:
@@ -326,7 +326,7 @@ class LoRAHandle:
     def _match(self, stack: AdapterStack) -> Matched:
         """The modules of ``stack``; a key need not have slots yet."""
         slots = {path: self._slots[key] for path, key in self._keys.items() if key in self._slots}
-        known = {path: (one.targets, one.fitting) for path, one in slots.items()}
+        known = {path: (one.targets, one.whole_features) for path, one in slots.items()}
         found = find_all(self._check_attached(), stack, self._packed, known)
         matched: Matched = {}
         for name, targets in found.items():

@@ -293,7 +293,7 @@ class ShardedLoRALinear(LoRALinear):
 
     def _adapted(self, *args, **kwargs) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
-        n_in, n_out = self._sharding.shard.sizes
+        n_in, n_out = self._sharding.sizes
         self._check("an input", x, (*x.shape[:-1], n_in))
         batch = self._routing.segments(x.shape[:-1])
         segments = (batch.seg_indptr, batch.seg_adapters, batch.max_seg_len)

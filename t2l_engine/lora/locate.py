@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from t2l_engine.adapters.paths import LAYER, path_template
-from t2l_engine.adapters.shard import Shard
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.weights import WEIGHT_DTYPES
@@ -216,7 +215,7 @@ def find_sharding(model: nn.Module, name: str, targets: dict[int, Target]) -> Sh
         raise ValueError(f"model: the weight of {divided[0]} is divided by fully_shard; attach the adapters before that")
     found = {i: sharding(target.linear, target.path, target.columns is not None) for i, target in targets.items()}
     (first, common), *others = found.items()
-    alike = lambda one: one and (one.features, one.group is None, one.shard)  # noqa: E731  # the same in all processes
+    alike = lambda one: one and one._replace(group=one.group is None)  # noqa: E731  # the same in all processes
     for layer, other in others:
         if alike(other) != alike(common):
             raise ValueError(
@@ -225,29 +224,8 @@ def find_sharding(model: nn.Module, name: str, targets: dict[int, Target]) -> Sh
     return common
 
 
-def shards(model: nn.Module, stack: AdapterStack, packed: Packed | None = None) -> dict[str, Shard]:
-    """Module name of ``stack`` -> this process's part of its linears, for modules that tensor parallelism has divided.
-
-    Empty for a model that is not divided.  ``stack``: adapters of whole linears, or :meth:`HyperNetwork.meta_stack`;
-    ``packed`` as for :func:`attach`.  Raises ValueError as :func:`attach`.
-
-    Source: tensor parallelism as in Megatron-LM (arXiv 1909.08053).
-
-    >>> import torch
-    >>> import t2l_engine as t2l
-    >>> model = torch.nn.ModuleList([torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 6)})])
-    >>> stack = t2l.AdapterStack({"q_proj": torch.ones(2, 1, 2, 8)}, {"q_proj": torch.ones(2, 1, 6, 2)}, torch.ones(2))
-    >>> t2l.shards(model, stack)
-    {}
-    """
-    check_stack("stack", stack)
-    found = find_all(model, stack, packed)
-    divided = {name: find_sharding(model, name, targets) for name, targets in found.items()}
-    return {name: one.shard for name, one in divided.items() if one is not None}
-
-
-#: Path -> linears that were found before, and the pairs of (in, out) features that fit their slots.
-Known = Mapping[str, tuple[dict[int, Target], Collection[tuple[int, int]]]]
+#: Path -> linears that were found before, and the (in, out) features that fit their slots.
+Known = Mapping[str, tuple[dict[int, Target], tuple[int, int]]]
 
 
 def find_all(
@@ -260,18 +238,15 @@ def find_all(
     found: dict[str, dict[int, Target]] = {}
     for name, path in stack.paths.items():
         sizes = stack.lora_A[name].shape[3], stack.lora_B[name].shape[2]
-        targets, checked = known[path] if known and path in known else (find(model, name, path, packed), None)
+        targets, fitting = known[path] if known and path in known else (find(model, name, path, packed), None)
         for other, taken in found.items():
             if same_place(taken, targets):
                 raise ValueError(f"{name}: the model has it and {other} in the same place")
         check_layers(name, stack, targets)
-        if checked is None or sizes not in checked:
-            divided = find_sharding(model, name, targets)
-            if divided is None or sizes != divided.shard.sizes:
-                check_features(name, targets, *sizes)
-            if checked is not None:  # of linears that do not state their features
-                wanted = " or ".join(map(str, sorted(checked)))
-                raise ValueError(f"{name}: the adapter has in/out features {sizes}, its slots have {wanted}")
+        if sizes != fitting:
+            check_features(name, targets, *sizes)
+            if fitting is not None:  # of linears that do not state their features
+                raise ValueError(f"{name}: the adapter has in/out features {sizes}, its slots have {fitting}")
         found[name] = targets
     return found
 

@@ -7,19 +7,29 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from t2l_engine.adapters.shard import Shard
-
 
 class Sharding(NamedTuple):
-    """The shard of this process.
+    """What one process has of a linear in tensor parallelism, as in Megatron-LM (arXiv 1909.08053).
 
+    ``in_features``, ``out_features``: half-open ranges of this process.  Where output features are divided, it has rows of
+    B ``[out, r]`` and all of A ``[r, in]``; where input features are, columns of A and all of B.
     ``features``: (in, out) of the whole linear.  ``group``: the processes that add up their products, None where output
     features are divided.
     """
 
-    shard: Shard
+    in_features: tuple[int, int]
+    out_features: tuple[int, int]
     features: tuple[int, int]
     group: Any
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Numbers of (input, output) features of this process."""
+        return self.in_features[1] - self.in_features[0], self.out_features[1] - self.out_features[0]
+
+    def take(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of what this process has of A ``[..., r, in]`` and B ``[..., out, r]``."""
+        return A[..., slice(*self.in_features)], B[..., slice(*self.out_features), :]
 
 
 def is_distributed(weight: object) -> bool:
@@ -42,11 +52,11 @@ def sharding(linear: nn.Module, path: str, packed: bool) -> Sharding | None:
         raise ValueError(f"model: {path} is quantised and divided among processes, which adapters cannot follow")
     if not is_distributed(weight):
         return None
-    from torch.distributed.tensor.placement_types import Shard as Divided  # not every torch has it
+    from torch.distributed.tensor.placement_types import Shard  # not every torch has it
 
     mesh, placements = weight.device_mesh, weight.placements
     features: Any = tuple(getattr(linear, name, None) for name in ("in_features", "out_features"))
-    dim = placements[0].dim % 2 if len(placements) == 1 and type(placements[0]) is Divided else None
+    dim = placements[0].dim % 2 if len(placements) == 1 and type(placements[0]) is Shard else None
     if dim is None or features != tuple(reversed(weight.shape)):
         raise ValueError(
             f"model: {path}: expected a linear whose rows or columns are divided among the processes of a mesh of "
@@ -62,7 +72,7 @@ def sharding(linear: nn.Module, path: str, packed: bool) -> Sharding | None:
     n_out, n_in = ranges
     if local(weight).shape[dim] != ranges[dim][1] - start or not part * (mesh.size() - 1) < size:
         raise ValueError(f"model: {path}: expected equal parts for {mesh.size()} processes, of {size} features")
-    return Sharding(Shard(n_in, n_out), features, mesh.get_group() if dim else None)
+    return Sharding(n_in, n_out, features, mesh.get_group() if dim else None)
 
 
 def is_fully_sharded(model: nn.Module) -> bool:

@@ -26,7 +26,7 @@ class Part(NamedTuple):
 class Slots:
     """``count`` slots for adapters of rank ``rank`` at most, for the linears ``targets`` by layer; empty: rank 0.
 
-    ``num_layers``: of the adapters, which may go beyond the last linear with rank 0.  ``features``: (in, out).
+    ``num_layers``: of the adapters, which may go beyond the last linear with rank 0.  ``features``: (in, out) of adapters.
     ``sharding``: how the linears are divided among processes; the slots are for this one's part.  ``dtype``: of linears
     whose weights are quantised.  ``elsewhere``: the device of those without weights.
     """
@@ -43,10 +43,9 @@ class Slots:
         sharding: Sharding | None,
     ):
         self.targets, self.sharding = targets, sharding
+        self.whole_features = features
         #: (in, out) of A and B here.
-        self.features = sharding.shard.sizes if sharding else features
-        #: Those of adapters that fit: of this process' part, or whole ones.
-        self.fitting = {self.features, sharding.features} if sharding else {self.features}
+        self.features = sharding.sizes if sharding else features
         devices = {layer: device_of(target.linear, elsewhere) for layer, target in sorted(targets.items())}
         distinct = dict.fromkeys(devices.values())
         dtype = slot_dtype(next(iter(targets.values())).linear, dtype)
@@ -82,8 +81,8 @@ class Slots:
 
     def write(self, slot: int, A: Tensor, B: Tensor, ranks: Tensor) -> None:
         """Copy ``A [n, r, in]``, ``B [n, out, r]`` and ``ranks [n]`` of the first n layers into an empty slot."""
-        if self.sharding and (A.shape[2], B.shape[1]) != self.features:
-            A, B = self.sharding.shard.take(A, B)
+        if self.sharding:
+            A, B = self.sharding.take(A, B)
         r = min(A.shape[1], self.rank)  # without the padding that exceeds the slots
         for part in self.parts.values():
             layers = [i for i in part.layers if i < len(A)]
