@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,6 @@ from t2l_engine.text.config import AnyEncoderConfig, DocumentEncoderConfig, OneH
 from t2l_engine.text.documents import DocumentEncoder
 from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder, WorkedExamples
 from t2l_engine.text.prompts import CHAT, prompt_of
-
-#: Called with the number of chunks that are read, and of all.
-Progress = Callable[[int, int], None]
 
 
 def _encoder_config(contents: Contents, folder: Path, given: str | Path | None) -> AnyEncoderConfig | str | None:
@@ -283,67 +280,38 @@ class DocToLoRA(TextToLoRA):
         top_k: int = 1,
         min_similarity: float = -1.0,
         max_chunk_tokens: int | None = None,
-        chunk_scale: float = 1.0,
-        bias_scale: float = 1.0,
-        progress: Progress | None = None,
     ) -> AdapterStack:
         """One adapter per text, of rank ``(chunks + bias) * rank``; other arguments as in :meth:`TextToLoRA.generate`.
 
-        ``chunk_scale``, ``bias_scale``: see :meth:`PerceiverHyperNetwork.generate`; the rest: see :meth:`embed`.
+        ``max_chunk_tokens``: see :meth:`embed`.
 
         Raises as :meth:`TextToLoRA.generate` and :meth:`DocumentEncoder.chunks`.
         """
         if library is not None or top_k != 1 or min_similarity != -1.0:
-            if max_chunk_tokens is not None or (chunk_scale, bias_scale) != (1.0, 1.0):
-                raise ValueError("max_chunk_tokens, chunk_scale, bias_scale: expected none with a library")
+            if max_chunk_tokens is not None:
+                raise ValueError("max_chunk_tokens: expected none with a library")
             return super().generate(texts, examples, library=library, top_k=top_k, min_similarity=min_similarity)
-        latents = self.embed(texts, examples, max_chunk_tokens=max_chunk_tokens, progress=progress)
-        return self.hypernetwork.generate(latents, chunk_scale=chunk_scale, bias_scale=bias_scale)
-
-    def generate_from_ids(
-        self,
-        contexts: Sequence[Sequence[Sequence[int]]],
-        *,
-        chunk_scale: float = 1.0,
-        bias_scale: float = 1.0,
-        progress: Progress | None = None,
-    ) -> AdapterStack:
-        """One adapter per context, a list of chunks of token ids; no tokenizer is needed.
-
-        Raises ValueError for an empty list, a context without chunks, or a chunk that is empty, longer than the model's
-        positions or with ids outside of its vocabulary.
-        """
-        return self.hypernetwork.generate(self.embed_ids(contexts, progress), chunk_scale=chunk_scale, bias_scale=bias_scale)
+        return self.hypernetwork.generate(self.embed(texts, examples, max_chunk_tokens=max_chunk_tokens))
 
     def embed(
-        self,
-        texts: Sequence[str],
-        examples: WorkedExamples = None,
-        *,
-        max_chunk_tokens: int | None = None,
-        progress: Progress | None = None,
+        self, texts: Sequence[str], examples: WorkedExamples = None, *, max_chunk_tokens: int | None = None
     ) -> list[torch.Tensor]:
         """Of each text its latents ``[chunks, layers, modules, rank, d]``.
 
         ``max_chunk_tokens``: a longer text is cut into chunks of equal length, at most this; None: as the encoder's
-        configuration says.  ``progress``: called with the number of chunks read so far and of all.
+        configuration says.
         """
-        return self.embed_ids(self.encoder.chunks(texts, max_chunk_tokens, examples), progress)
+        return self.embed_ids(self.encoder.chunks(texts, max_chunk_tokens, examples))
 
     def _like(self, embeddings: list[torch.Tensor]) -> AdapterStack:
         return self.hypernetwork.meta_stack([len(latents) for latents in embeddings])
 
     @torch.no_grad()
-    def embed_ids(self, contexts: Sequence[Sequence[Sequence[int]]], progress: Progress | None = None) -> list[torch.Tensor]:
-        """As :meth:`embed`, of chunks of token ids; arguments and errors as in :meth:`generate_from_ids`."""
-        batches, total = self.encoder.read(contexts), sum(map(len, contexts))
-        rows = iter(self.hypernetwork.read(batches if progress is None else _reported(batches, total, progress)))
+    def embed_ids(self, contexts: Sequence[Sequence[Sequence[int]]]) -> list[torch.Tensor]:
+        """As :meth:`embed`, of contexts, each a list of chunks of token ids; no tokenizer is needed.
+
+        Raises ValueError for an empty list, a context without chunks, or a chunk that is empty, longer than the model's
+        positions or with ids outside of its vocabulary.
+        """
+        rows = iter(self.hypernetwork.read(self.encoder.read(contexts)))
         return [torch.stack([*itertools.islice(rows, len(chunks))]) for chunks in contexts]
-
-
-def _reported(batches: Iterable[Any], total: int, progress: Progress) -> Iterator[Any]:
-    done = 0
-    for batch in batches:
-        yield batch
-        done += len(batch[0])
-        progress(done, total)

@@ -74,29 +74,20 @@ class TokenHyperNetwork(nn.Module, ABC):
 
     def forward(self, batches: Iterable[tuple[Sequence[int], Tensor, Tensor]]) -> AdapterStack:
         """Adapters with gradients, of texts of one chunk each, which :meth:`read` takes."""
-        return self._stack([latents[None] for latents in self.read(batches)], None, 1.0, 1.0)
+        return self._stack([latents[None] for latents in self.read(batches)], None)
 
     @torch.no_grad()
-    def generate(
-        self,
-        latents: Sequence[Tensor],
-        out: AdapterStack | None = None,
-        *,
-        chunk_scale: float = 1.0,
-        bias_scale: float = 1.0,
-    ) -> AdapterStack:
+    def generate(self, latents: Sequence[Tensor], out: AdapterStack | None = None) -> AdapterStack:
         """Adapters of texts: a stack of ``len(latents)``, of rank ``(chunks + bias) * rank`` each.
 
         Args:
             latents: of each text, those of its chunks ``[chunks, layers, modules, rank, d]``, as :meth:`latents` gives them.
             out: a stack of the same modules and at least the largest rank, such as :meth:`LoRAHandle.borrow_slots` gives,
                 that is overwritten and returned; None: a new one.
-            chunk_scale: multiplies A of every chunk.
-            bias_scale: multiplies A and B of the bias, as in SakanaAI's code.
 
         Raises ValueError for no text, latents of another shape or device, or an ``out`` that does not fit.
         """
-        return self._stack(latents, out, chunk_scale, bias_scale)
+        return self._stack(latents, out)
 
     def meta_stack(self, chunks: int | Sequence[int]) -> AdapterStack:
         """A stack with the shapes and ranks of :meth:`generate` for texts of ``chunks`` chunks each, without memory.
@@ -107,9 +98,7 @@ class TokenHyperNetwork(nn.Module, ABC):
         c, counts = self.config, [1] * chunks if isinstance(chunks, int) else chunks
         return meta_stack(c, self._paths, [*map(c.total_rank, counts)], self.dtype, c.first_layer)
 
-    def _stack(
-        self, latents: Sequence[Tensor], out: AdapterStack | None, chunk_scale: float, bias_scale: float
-    ) -> AdapterStack:
+    def _stack(self, latents: Sequence[Tensor], out: AdapterStack | None) -> AdapterStack:
         c, device = self.config, self.device
         if not len(latents):
             raise ValueError("latents: expected those of one or more texts, got none")
@@ -136,14 +125,14 @@ class TokenHyperNetwork(nn.Module, ABC):
         places = torch.arange(len(texts), device=device) - (last.cumsum(0) - last)[texts]
         for i, (name, A, B) in enumerate(self._heads(torch.cat([*latents]))):
             module = c.modules[i]
-            for target, made, bias, scale in (
-                (out.lora_A[name], A, self.bias_A[module], chunk_scale),
-                (out.lora_B[name].mT, B, self.bias_B[module], 1.0),
+            for target, made, bias in (
+                (out.lora_A[name], A, self.bias_A[module]),
+                (out.lora_B[name].mT, B, self.bias_B[module]),
             ):
                 whole = target.shape[2] // c.rank * c.rank
                 target = target[:, c.first_layer :, :whole]
                 blocks = target.unflatten(2, (-1, c.rank)).transpose(1, 2)  # [texts, chunks, layers, r, size]
-                blocks[texts, places] = (made if scale == 1.0 else made * scale).to(target.dtype)
+                blocks[texts, places] = made.to(target.dtype)
                 if c.bias:
-                    blocks[torch.arange(len(counts), device=device), last] = (bias * bias_scale).to(target.dtype)
+                    blocks[torch.arange(len(counts), device=device), last] = bias.to(target.dtype)
         return out

@@ -146,7 +146,7 @@ class DocumentEncoder:
     def affixes(self) -> tuple[str, str]:
         """Prefix and suffix of every chunk; ValueError without a tokenizer, or if its chat template does not give them."""
         if self.tokenizer is None:
-            raise ValueError(f"encoder {self.config.name!r}: expected files of a tokenizer; give ids to generate_from_ids()")
+            raise ValueError(f"encoder {self.config.name!r}: expected files of a tokenizer; give ids to embed_ids()")
         if self.config.prefix is not None and self.config.suffix is not None:
             return self.config.prefix, self.config.suffix
         mark = "\u2063text\u2063"  # invisible separators, which no template has

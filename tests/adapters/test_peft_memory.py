@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from t2l_engine import AdapterStack, attach
 from t2l_engine.testing.numerics import LOGITS_ATOL, u
-from tests.hypernetwork.test_doc_to_lora import NAMES, Golden
+from tests.hypernetwork.test_doc_to_lora import NAMES, Golden, adapters_of
 
 peft = pytest.importorskip("peft")
 hotswap = pytest.importorskip("peft.utils.hotswap")
@@ -173,7 +173,7 @@ def test_folders_of_documents(tmp_path, name):
     """Each with its own rank, by its chunks, and lora_alpha times as much: the scaling is alpha itself."""
     golden = Golden(name)
     alpha, expected = golden.case["alpha"], golden.expected
-    stack, total_rank = golden.engine.generate_from_ids(golden.contexts), golden.engine.hypernetwork.config.total_rank
+    stack, total_rank = adapters_of(golden.engine, golden.contexts), golden.engine.hypernetwork.config.total_rank
     for i, chunks in enumerate(golden.case["chunks"]):
         stack.save_pretrained(tmp_path / str(i), i)
         config, rank = json.loads((tmp_path / str(i) / "adapter_config.json").read_text()), total_rank(chunks)

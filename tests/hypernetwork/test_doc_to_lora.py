@@ -40,6 +40,11 @@ def golden(request) -> Golden:
     return Golden(request.param)
 
 
+def adapters_of(engine, contexts):
+    """Of token ids, without a tokenizer."""
+    return engine.hypernetwork.generate(engine.embed_ids(contexts))
+
+
 def delta(lora_A, lora_B):
     return torch.einsum("nlor,nlri->nloi", lora_B.double(), lora_A.double())
 
@@ -55,7 +60,7 @@ def deltas(stack):
 
 def test_adapters_are_those_of_its_own_code(golden):
     """All contexts in one padded batch, of several chunks each."""
-    found = golden.engine.generate_from_ids(golden.contexts)
+    found = adapters_of(golden.engine, golden.contexts)
     for name, got in deltas(found).items():
         expected = delta(golden.expected[f"A.{name}"], golden.expected[f"B.{name}"].mT)
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
@@ -67,7 +72,7 @@ def test_adapters_are_those_of_its_own_code(golden):
 
 def test_logits_are_those_of_its_own_code(golden):
     model = AutoModelForCausalLM.from_pretrained(golden.folder / "base", attn_implementation="eager")
-    lora = t2l.attach(model, golden.engine.generate_from_ids(golden.contexts))
+    lora = t2l.attach(model, adapters_of(golden.engine, golden.contexts))
     question = golden.expected["question"]
     with torch.no_grad(), lora.use(list(range(len(question)))):
         found = model(question).logits
@@ -77,9 +82,9 @@ def test_logits_are_those_of_its_own_code(golden):
 
 def test_a_context_alone_makes_the_adapter_that_it_makes_among_others(golden):
     """Within rounding: the sizes of matrix products, and so the order of their sums, depend on the batch."""
-    together = deltas(golden.engine.generate_from_ids(golden.contexts))
+    together = deltas(adapters_of(golden.engine, golden.contexts))
     for i, context in enumerate(golden.contexts):
-        for name, alone in deltas(golden.engine.generate_from_ids([context])).items():
+        for name, alone in deltas(adapters_of(golden.engine, [context])).items():
             torch.testing.assert_close(alone[0], together[name][i], atol=1e-6, rtol=0)
 
 
@@ -98,18 +103,9 @@ def test_a_chunk_makes_the_same_bits_beside_longer_ones(golden):
                 assert torch.equal(alone.lora_B[name][0], together.lora_B[name][i]), (name, n)
 
 
-def test_scales_of_chunks_and_bias():
-    golden = Golden("mistral-down-shared")
-    both, chunks_alone = (deltas(golden.engine.generate_from_ids(golden.contexts, bias_scale=s)) for s in (1.0, 0.0))
-    scaled = deltas(golden.engine.generate_from_ids(golden.contexts, chunk_scale=2.0, bias_scale=3.0))
-    for name, whole in both.items():  # the bias's A and B are both scaled
-        expected = 2 * chunks_alone[name] + 9 * (whole - chunks_alone[name])
-        torch.testing.assert_close(scaled[name], expected, atol=1e-5, rtol=1e-5)
-
-
 def test_slots_of_a_model_receive_the_same_adapters(golden):
     model = AutoModelForCausalLM.from_pretrained(golden.folder / "base", attn_implementation="eager")
-    stack = golden.engine.generate_from_ids(golden.contexts)
+    stack = adapters_of(golden.engine, golden.contexts)
     lora = t2l.attach(model, stack[0], slots=4, max_rank=16)
     with lora.borrow_slots(1, golden.engine.hypernetwork.meta_stack(golden.case["chunks"])) as out:
         golden.engine.hypernetwork.generate(golden.engine.embed_ids(golden.contexts), out)
@@ -122,7 +118,7 @@ def test_converting_there_and_back_loses_nothing(golden, tmp_path):
     """The native form makes the same bits."""
     convert(golden.folder, tmp_path / "native")
     again = t2l.TextToLoRA.from_pretrained(tmp_path / "native", encoder=golden.folder / "base")
-    first, second = (engine.generate_from_ids(golden.contexts) for engine in (golden.engine, again))
+    first, second = (adapters_of(engine, golden.contexts) for engine in (golden.engine, again))
     assert second.allclose(first, rtol=0, atol=0)
     convert(tmp_path / "native", tmp_path / "back", to="doc-to-lora")
     (tensors, records), (again, records_again) = (
@@ -261,8 +257,8 @@ def test_contexts_that_cannot_be_read_are_errors():
         ([[[1, 96]]], r"contexts\[0\]: expected token ids below 96"),
     ):
         with pytest.raises(ValueError, match=message):
-            engine.generate_from_ids(contexts)
-    with pytest.raises(ValueError, match="expected files of a tokenizer; give ids to generate_from_ids"):
+            engine.embed_ids(contexts)
+    with pytest.raises(ValueError, match="expected files of a tokenizer; give ids to embed_ids"):
         engine.generate(["a text"])
 
 

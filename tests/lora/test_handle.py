@@ -11,7 +11,7 @@ from t2l_engine.lora import handle as handles
 from t2l_engine.lora.slots import Slots
 from t2l_engine.testing.numerics import LOGITS_ATOL
 from tests.hypernetwork.test_doc_to_lora import NAMES as DOCUMENTS
-from tests.hypernetwork.test_doc_to_lora import Golden
+from tests.hypernetwork.test_doc_to_lora import Golden, adapters_of
 from tests.lora.tiny_llama import NAMES, assert_untouched, logits, snapshot
 
 
@@ -169,7 +169,7 @@ def test_adapters_of_documents_and_descriptions_in_one_batch():
     )  # fmt: skip
     torch.manual_seed(0)
     described = HyperNetwork(of_descriptions).generate(torch.randn(2, 8))
-    stack = AdapterStack.cat([described, golden.engine.generate_from_ids(golden.contexts)])
+    stack = AdapterStack.cat([described, adapters_of(golden.engine, golden.contexts)])
     assert stack.ranks["down_proj"][:, 0].tolist() == [3, 3, 12, 8]
     model = AutoModelForCausalLM.from_pretrained(golden.folder / "base")
     tokens = torch.randint(3, 90, (5, 7))

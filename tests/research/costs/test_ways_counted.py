@@ -27,7 +27,7 @@ class Server:
             hypernet = hypernetwork_for(decoder, encoder, variant="pointer", rank=2, latent_size=16, lora_alpha=4.0, **sizes)
             reads = t2l.DocumentEncoderConfig("tiny", "layers", layers=(0, 1))
             engine = t2l.DocToLoRA(t2l.DocumentEncoder(self.model, None, reads), t2l.PointerHyperNetwork(hypernet))
-            self.make = lambda: engine.generate_from_ids([ids.tolist()])
+            self.make = lambda: engine.hypernetwork.generate(engine.embed_ids([ids.tolist()]))
         else:
             values = {"intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
             bert = BertModel(BertConfig(vocab_size=97, hidden_size=48, **values), add_pooling_layer=False).eval()
