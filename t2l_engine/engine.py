@@ -139,35 +139,17 @@ class TextToLoRA:
         described = has_described_prompts(contents.blocks)
         return cls(encoder, hypernetwork, contents.prompt_form, description_in_prompt=described)
 
-    def generate(
-        self,
-        texts: Sequence[str],
-        examples: WorkedExamples = None,
-        *,
-        library: AdapterLibrary | None = None,
-        top_k: int = 1,
-        min_similarity: float = -1.0,
-    ) -> AdapterStack:
+    def generate(self, texts: Sequence[str], examples: WorkedExamples = None) -> AdapterStack:
         """One adapter per description (per task name, for a checkpoint with one-hot embeddings), all in one pass.
 
         ``examples``: of each text, worked examples (input, answer) or None, for a checkpoint whose encoder is a
         :class:`DocumentEncoder` with ``max_examples``; a text with examples may be empty.
 
-        ``library``: stored adapters of the same modules, ``top_k``, ``min_similarity``: see
-        :meth:`AdapterLibrary.adapters`; :meth:`retrieve` also says which stored adapters were used.
-
-        Raises ValueError for an empty list, an empty text, anything but strings, an unknown task name, examples for an
-        encoder that reads none or together with a library, ``top_k`` or ``min_similarity`` without one, or a library of
-        other modules; RuntimeError if the language model is the encoder and has adapters in use.  A description longer than
-        the encoder's length is truncated with a warning.
+        Raises ValueError for an empty list, an empty text, anything but strings, an unknown task name, or examples for an
+        encoder that reads none; RuntimeError if the language model is the encoder and has adapters in use.  A description
+        longer than the encoder's length is truncated with a warning.
         """
-        if library is None:
-            if top_k != 1 or min_similarity != -1.0:
-                raise ValueError("top_k, min_similarity: expected none without a library, of whose adapters they choose")
-            return self.hypernetwork.generate(self.embed(texts, examples))
-        if examples is not None:
-            raise ValueError("examples: expected none with a library, whose adapters are found by their descriptions")
-        return self.retrieve(texts, library, top_k, min_similarity)[0]
+        return self.hypernetwork.generate(self.embed(texts, examples))
 
     def save_pretrained(self, folder: str | Path, base_model: str | None = None) -> None:
         """Write hypernetwork and encoder as a native checkpoint; ``base_model``: name of the model that adapters are for.
@@ -177,9 +159,11 @@ class TextToLoRA:
         save(self.hypernetwork, Path(folder), {"encoder": to_json(self.encoder.config), "base_model": base_model})
 
     def retrieve(
-        self, texts: Sequence[str], library: AdapterLibrary, top_k: int = 1, min_similarity: float = -1.0
-    ) -> tuple[AdapterStack, list[list[Match]]]:
-        """The adapters of :meth:`generate` with ``library``, and the stored ones that each is made of (none if generated).
+        self, texts: Sequence[str], library: AdapterLibrary, min_similarity: float = -1.0
+    ) -> tuple[AdapterStack, list[Match | None]]:
+        """One adapter per text, and the stored one of ``library`` that it is, None for a generated one.
+
+        ``min_similarity``: a text gets the nearest stored adapter if the cosine to its descriptions is at least this.
 
         Raises ValueError for a library of other modules, and as :meth:`AdapterLibrary.adapters`.
         """
@@ -189,7 +173,7 @@ class TextToLoRA:
                 f"library: expected adapters of modules (layers, in, out) {short_repr(own)}, as this checkpoint's, "
                 f"got {short_repr(stored)}"
             )
-        return library.adapters(texts, self.generate, top_k, min_similarity)
+        return library.adapters(texts, self.generate, min_similarity)
 
     def generate_into(
         self, lora: LoRAHandle, slot: int, texts: Sequence[str], examples: WorkedExamples = None, **reading: Any
@@ -272,14 +256,7 @@ class DocToLoRA(TextToLoRA):
         self.description_in_prompt = False
 
     def generate(
-        self,
-        texts: Sequence[str],
-        examples: WorkedExamples = None,
-        *,
-        library: AdapterLibrary | None = None,
-        top_k: int = 1,
-        min_similarity: float = -1.0,
-        max_chunk_tokens: int | None = None,
+        self, texts: Sequence[str], examples: WorkedExamples = None, *, max_chunk_tokens: int | None = None
     ) -> AdapterStack:
         """One adapter per text, of rank ``(chunks + bias) * rank``; other arguments as in :meth:`TextToLoRA.generate`.
 
@@ -287,10 +264,6 @@ class DocToLoRA(TextToLoRA):
 
         Raises as :meth:`TextToLoRA.generate` and :meth:`DocumentEncoder.chunks`.
         """
-        if library is not None or top_k != 1 or min_similarity != -1.0:
-            if max_chunk_tokens is not None:
-                raise ValueError("max_chunk_tokens: expected none with a library")
-            return super().generate(texts, examples, library=library, top_k=top_k, min_similarity=min_similarity)
         return self.hypernetwork.generate(self.embed(texts, examples, max_chunk_tokens=max_chunk_tokens))
 
     def embed(

@@ -18,12 +18,12 @@ from t2l_engine.cli.export import GGUF, save_gguf
 from t2l_engine.engine import TextToLoRA
 from t2l_engine.files.weights import write_text
 from t2l_engine.hypernetwork.checkpoint import describe
-from t2l_engine.library import AdapterLibrary, Match
+from t2l_engine.library import AdapterLibrary
 from t2l_engine.text import packaged
 from t2l_engine.text.base_model import config_of
 from t2l_engine.text.prompts import read_examples
 
-BATCH_SIZE = 64  # bounds the adapters in memory; a mixture is as large as those that it is made of
+BATCH_SIZE = 64  # bounds the adapters in memory
 INDEX_NAME = "index.json"
 Format = common.choices("Format", ("peft", "gguf"))
 
@@ -41,7 +41,6 @@ class Options:
     examples: Annotated[Path | None, typer.Option(help="JSON Lines of worked examples for the encoder.")] = None
     form: Annotated[Format, typer.Option("--format", help="gguf: DIR/adapter.gguf, or DIR/0.gguf, ...")] = Format.peft
     library: Annotated[Path | None, typer.Option(help="Folder of stored adapters: take the nearest one from there.")] = None
-    top_k: Annotated[int, typer.Option(min=1, help="With --library: mix the nearest ones, weighted by nearness.")] = 1
     min_similarity: Annotated[
         float, typer.Option(min=-1, max=1, help="With --library: generate where the nearest has a lower cosine.")
     ] = -1.0
@@ -58,7 +57,7 @@ def generate(options: Options, engine_options: EngineOptions) -> None:
 
     A single description as argument is written to DIR itself; several, or those of --file, to DIR/0, DIR/1, ..., with
     DIR/index.json as their index.  --json prints a list of objects with description, folder (of GGUF, file), rank, scaling,
-    modules and parameters; with --library, also the stored adapters that were used, with similarity and weight.
+    modules and parameters; with --library, also the stored adapter that it is, with its similarity, or null.
     --examples needs a checkpoint whose encoder reads examples, --document one that reads documents, which are stated by
     their files.  PEFT folders state --base-model, of which a name is enough.
     """
@@ -77,20 +76,20 @@ def generate(options: Options, engine_options: EngineOptions) -> None:
     base = name and packaged.hub_name(name)
     if options.form is Format.gguf:
         config, ending = config_of(common.base_model_of(folder, engine_options.base_model)), GGUF
-    library = None if options.library is None else _open_library(options.library, base, options.top_k)
+    library = None if options.library is None else _open_library(options.library, base)
     texts, index, results = list(lines.values()), options.output / INDEX_NAME, []
     stated = list(lines) if options.document else texts  # of a document its file
     names = [f"{i}{ending}" for i in range(len(texts))] if options.several else [ending and f"adapter{ending}"]
     if options.several:  # there is no index while adapters are written
         index.unlink(missing_ok=True)
     adapters = _adapters(options, engine, texts, shots, library)
-    for name, text, (stack, i, matches) in zip(names, stated, adapters, strict=True):
+    for name, text, (stack, i, stored) in zip(names, stated, adapters, strict=True):
         path = options.output / name
         if config is None:
             stack.save_pretrained(path, adapter=i, base_model_name_or_path=base)
         else:
             save_gguf(stack, i, path, config, description=text, engine=engine)
-        results.append(_about(text, path, options.form, stack, i, matches))
+        results.append(_about(text, path, options.form, stack, i, stored))
         if not options.as_json:
             typer.echo(_line(results[-1], path))
     if options.several:
@@ -104,8 +103,8 @@ def _check(options: Options, engine: EngineOptions) -> None:
     output, index, generates = options.output, options.output / INDEX_NAME, options.min_similarity != -1
     if [bool(options.descriptions), options.file is not None, bool(options.document)].count(True) != 1:
         raise typer.BadParameter("expected descriptions as arguments, --file or --document; one of them")
-    if options.library is None and (options.top_k != 1 or generates):
-        raise typer.BadParameter("--top-k and --min-similarity: expected --library too")
+    if options.library is None and generates:
+        raise typer.BadParameter("--min-similarity: expected --library too")
     if options.library is not None and options.examples is not None:
         raise ValueError("--examples: expected none with --library, whose adapters are found by their descriptions")
     for option, value in (("--scaling", engine.scaling), ("--encoder", engine.encoder)):
@@ -120,35 +119,32 @@ def _check(options: Options, engine: EngineOptions) -> None:
         raise FileExistsError(f"--output: {index}: {expected}")
 
 
-def _open_library(folder: Path, base: str | None, top_k: int) -> AdapterLibrary:
+def _open_library(folder: Path, base: str | None) -> AdapterLibrary:
     """The library in ``folder``, with a warning if its adapters are of another base model than ``base``."""
     library, theirs = AdapterLibrary.open(folder), common.stored_base(folder)
     if common.differ(base, theirs):
         stated = f"the adapters in {folder} are of {theirs}, and are written as of {base}"
         common.say(f"warning: {stated}; --base-model names another")
-    if top_k > len(library):
-        raise ValueError(f"--top-k: expected at most the {len(library)} adapters of the library, got {top_k}")
     return library
 
 
 def _adapters(
     options: Options, engine: TextToLoRA, texts: list[str], shots: Any, library: AdapterLibrary | None
-) -> Iterator[tuple[AdapterStack, int, list[Match] | None]]:
-    """(stack, index in it, stored adapters that were used) of the adapter of each text, made in batches."""
-    size = max(1, BATCH_SIZE // options.top_k)
-    for start in range(0, len(texts), size):
-        some = texts[start : start + size]
+) -> Iterator[tuple[AdapterStack, int, dict[str, Any]]]:
+    """(stack, index in it, what to say of a library) of the adapter of each text, made in batches."""
+    for start in range(0, len(texts), BATCH_SIZE):
+        some = texts[start : start + BATCH_SIZE]
         if library is None:
-            stack, matches = engine.generate(some, shots and [shots] * len(some)), [None] * len(some)
+            stack, stored = engine.generate(some, shots and [shots] * len(some)), [{}] * len(some)
         else:
-            stack, matches = engine.retrieve(some, library, options.top_k, options.min_similarity)
-        yield from ((stack, i, of) for i, of in enumerate(matches))
+            stack, matches = engine.retrieve(some, library, options.min_similarity)
+            stored = [{"stored": match and dataclasses.asdict(match)} for match in matches]
+        yield from ((stack, i, of) for i, of in enumerate(stored))
 
 
-def _about(text: str, path: Path, form: Format, stack: AdapterStack, i: int, matches: list[Match] | None) -> dict[str, Any]:
+def _about(text: str, path: Path, form: Format, stack: AdapterStack, i: int, stored: dict[str, Any]) -> dict[str, Any]:
     """What --json prints of an adapter."""
     ranks = {name: of[i] for name, of in stack.ranks.items()}
-    stored = {} if matches is None else {"stored": [dataclasses.asdict(match) for match in matches]}
     return {
         "description": text,
         "folder" if form is Format.peft else "file": str(path),
@@ -160,8 +156,8 @@ def _about(text: str, path: Path, form: Format, stack: AdapterStack, i: int, mat
 
 
 def _line(about: dict[str, Any], path: Path) -> str:
-    stored = ", ".join(f"{match['name']} ({match['similarity']:.2f})" for match in about.get("stored", ()))
-    origin = f", stored: {stored}" if stored else ", generated" if "stored" in about else ""
+    stored = about.get("stored")
+    origin = f", stored: {stored['name']} ({stored['similarity']:.2f})" if stored else ", generated" * ("stored" in about)
     return f"{path}: rank {about['rank']}, scaling {about['scaling']:g}, {about['description']!r}{origin}"
 
 

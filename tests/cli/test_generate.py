@@ -157,13 +157,11 @@ def test_generate_from_a_library(run, expect_error, checkpoint, library, tmp_pat
     code, out, err = run("generate", *asked, *options, "--min-similarity", 0.6)
     assert (code, err) == (0, "") and "stored: last (0." in out.splitlines()[0] and out.splitlines()[1].endswith("generated")
     assert t2l.AdapterStack.from_peft(tmp_path / "out" / "0").allclose(stored.stack[0])
-    code, out, _ = run("generate", asked[0], *options, "--top-k", 2, "--json")
-    (about,) = json.loads(out)
-    assert [match["name"] for match in about["stored"]] == ["last", "past"] and about["rank"] == 8
+    code, out, _ = run("generate", *asked, *options, "--min-similarity", 0.6, "--json")
+    near, far = json.loads(out)
+    assert near["stored"]["name"] == "last" and near["stored"]["similarity"] >= 0.6 and far["stored"] is None
     for option in (("--scaling", 4), ("--encoder", "minilm")):
         expect_error(f"{option[0]}: expected none with --library, unless", "generate", asked[0], *options, *option)
-    message = "--top-k: expected at most the 2 adapters of the library, got 3"
-    expect_error(message, "generate", asked[0], *options, "--top-k", 3)
 
 
 def test_a_library_of_another_base_model(run, checkpoint, library, tmp_path):

@@ -323,7 +323,7 @@ class Candidates:
             raise ConfigError(f"descriptions: expected some of every adapter, got none of {without[0]}")
         texts = {name: described[name] for name in names}
         index = functools.cache(lambda: DescriptionIndex(texts, encoder or TextEncoder.from_pretrained()))
-        nearest = lambda task, example, repeat: index().nearest([description_of(task, repeat)])[0][0].name  # noqa: E731
+        nearest = lambda task, example, repeat: index().nearest([description_of(task, repeat)])[0].name  # noqa: E731
         self._add("nearest", Stored(stack, names), prompt, nearest, repeats=True)
 
     def add_multi_task(self, folder: Path) -> None:
