@@ -17,6 +17,7 @@ from t2l_engine.files.text import to_json
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.config import PerceiverConfig
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
+from t2l_engine.hypernetwork.network import num_parameters
 from t2l_engine.research import costs
 from t2l_engine.text.config import DocumentEncoderConfig, EncoderConfig
 
@@ -103,7 +104,7 @@ def _setup(options: Options) -> tuple[dict[str, Any], costs.Setup]:
         "model": {"name": model, "parameters": setup.model.parameters, "dtype": dtype},
         "cache": {"dtype": cache, "bytes_per_token": setup.kv(1)},
         "encoder": {"name": encoder, "parameters": setup.encoder.parameters},
-        "hypernetwork": to_json(setup.hypernet) | {"parameters": setup.hypernet.num_parameters},
+        "hypernetwork": to_json(setup.hypernet) | {"parameters": num_parameters(setup.hypernet)},
         "adapter_bytes": setup.adapter_bytes,
         "generator_bytes": setup.generator_bytes,
     }, setup

@@ -12,7 +12,7 @@ from t2l_engine.files.text import read_json
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.config import PerceiverConfig
 from t2l_engine.hypernetwork.folder import CONFIG_NAME, D2L_NAME, SAKANA_NAMES, WEIGHTS_NAME, format_of
-from t2l_engine.hypernetwork.network import HyperNetwork, hypernet_flops, load
+from t2l_engine.hypernetwork.network import HyperNetwork, hypernet_flops, load, num_parameters
 from t2l_engine.hypernetwork.tokens import TokenHyperNetwork
 
 
@@ -74,8 +74,8 @@ def _of_task_embedding(net: HyperNetwork) -> dict[str, Any]:
         "head_in_size": c.head_in_size,
         "embed_dim": c.embed_dim,
         "parameters": {
-            "total": c.num_parameters,
-            "trunk": c.num_parameters - heads,
+            "total": num_parameters(c),
+            "trunk": num_parameters(c) - heads,
             "heads": heads,
             "offsets": sum(b.numel() for b in net.offsets.buffers()),
         },
@@ -86,7 +86,7 @@ def _of_task_embedding(net: HyperNetwork) -> dict[str, Any]:
 def _of_documents(net: TokenHyperNetwork) -> dict[str, Any]:
     c = net.config
     parts = {name: sum(p.numel() for p in module.parameters()) for name, module in net.named_children()}
-    about = {"feature_size": c.feature_size, "parameters": {"total": c.num_parameters, **parts}}
+    about = {"feature_size": c.feature_size, "parameters": {"total": num_parameters(c), **parts}}
     if not isinstance(c, PerceiverConfig):
         return about | {"blocks": c.num_blocks, "copied": list(c.copied), "first_layer": c.first_layer}
     about["parameters"]["head"] = net.get_parameter("head").numel()

@@ -7,7 +7,7 @@ from typing import Any
 
 #: Bounds on what a file may ask for, so that refusing it costs little.
 MAX_CONFIG_BYTES, MAX_MODULES, MAX_NAME, MAX_SIZE, MAX_RANK, MAX_LAYERS = 1 << 20, 64, 64, 1 << 31, 1 << 16, 4096
-MAX_PARAMETERS = 1 << 40  # more than any checkpoint, and within torch's tensor sizes
+MAX_FEATURES = 1 << 20  # more than any vocabulary; with the others, parameters are within torch's tensor sizes
 #: Bounds of LoRA scalings and of the numbers they are computed from, so that ratios and products stay within float32.
 MIN_NUMBER, MAX_NUMBER = 1e-9, 1e9
 

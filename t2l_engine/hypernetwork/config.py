@@ -10,11 +10,11 @@ from torch import nn
 
 from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, path_error
 from t2l_engine.files.errors import (
+    MAX_FEATURES,
     MAX_LAYERS,
     MAX_MODULES,
     MAX_NAME,
     MAX_NUMBER,
-    MAX_PARAMETERS,
     MAX_RANK,
     MIN_NUMBER,
     ConfigError,
@@ -77,7 +77,7 @@ class TargetConfig:
             values = getattr(self, name)
             expect(len(values) == len(self.modules), name, f"{len(self.modules)} values, one a module", len(values))
             for value in values:
-                positive_int(name, value)
+                positive_int(name, value, MAX_FEATURES)
         positive_int("num_layers", self.num_layers, MAX_LAYERS)
         positive_int("rank", self.rank, MAX_RANK)
         positive_number("lora_alpha", self.lora_alpha)
@@ -103,10 +103,6 @@ class TargetConfig:
                 error = f"expected {LAYER} in it"
             if error is not None:
                 raise ConfigError(f"paths: {short_repr(path)}: {error}")
-
-    def _check_parameters(self, count: int) -> None:
-        if count > MAX_PARAMETERS:
-            raise ConfigError(f"expected sizes of at most {MAX_PARAMETERS} parameters in all, got {count}")
 
     @property
     def module_paths(self) -> dict[str, str]:
@@ -147,8 +143,8 @@ class HyperNetworkConfig(TargetConfig):
     >>> config = HyperNetworkConfig(variant="L", modules=("q_proj", "v_proj"), in_features=(4096, 4096),
     ...     out_features=(4096, 1024), num_layers=32, rank=8, embed_dim=1024, latent_size=128, head_in_size=512,
     ...     lora_alpha=16)
-    >>> config.width, config.head_rows(1), config.num_parameters
-    (128, 40960, 55424000)
+    >>> config.width, config.head_rows(1)
+    (128, 40960)
     """
 
     variant: str
@@ -164,7 +160,7 @@ class HyperNetworkConfig(TargetConfig):
         one_of("variant", self.variant, VARIANTS)
         one_of("task_encoder", self.task_encoder, TASK_ENCODERS)
         for name in ("embed_dim", "latent_size", "head_in_size"):
-            positive_int(name, getattr(self, name))
+            positive_int(name, getattr(self, name), MAX_FEATURES)
         expect(self.latent_size >= 4, "latent_size", "at least 4", self.latent_size)
         fits = self.task_encoder != "discrete" or self.task_width == NUM_CLASSES
         expect(fits, "latent_size", "128 or 129 with the discrete task encoder", self.latent_size)
@@ -172,7 +168,6 @@ class HyperNetworkConfig(TargetConfig):
             raise ConfigError(f"latent_size: expected an even trunk width for {self.variant}, got width {self.width}")
         positive_number("output_scale", self.output_scale)
         boolean("head_bias", self.head_bias)
-        self._check_parameters(self.num_parameters)
 
     @property
     def task_width(self) -> int:
@@ -215,29 +210,6 @@ class HyperNetworkConfig(TargetConfig):
         per_latent = self.rank // self.num_ranks
         return per_latent * (max(n_in, n_out) if self.num_sides == 2 else n_in + n_out)
 
-    @property
-    def num_parameters(self) -> int:
-        """Number of parameters and of vq's buffers; the offsets of the last step are not counted."""
-        e, t, m, h = self.embed_dim, self.task_width, self.width, self.head_in_size
-        k = len(self.modules)
-        encoder = {
-            "linear": (e + 1) * t + 2 * t,
-            "vq": (e + 1) * 4 * t + (4 * t + 1) * t + (2 * t + 1) * NUM_CODES + 2 * t,
-            "softmax": (e + 1) * 4 * t + (4 * t + 1) * NUM_CODES + NUM_CODES * t + 2 * t,
-            "discrete": (e + 1) * DISCRETE_HIDDEN + (DISCRETE_HIDDEN + 1) * NUM_CLASSES,
-        }[self.task_encoder]
-        embeddings = 0
-        if self.task_encoder != "discrete":
-            embeddings = (self.num_layers + 2) * self.depth_width + (k + 2) * self.module_width
-        if self.num_sides == 2:
-            embeddings += (2 * k + 2) * m
-        if self.variant.endswith("learnable"):
-            embeddings += (self.rank + 2) * m
-        hidden = (m + 1) * 4 * m
-        trunk = 3 * (hidden + (4 * m + 1) * m) + hidden + (4 * m + 1) * h + 6 * m
-        heads = sum(self.head_rows(i) for i in range(k)) * (h + self.head_bias)
-        return encoder + embeddings + trunk + heads
-
 
 #: Attention of every width has these (constants of Idefics2's perceiver, which Doc-to-LoRA takes over).
 HEADS, KEY_VALUE_HEADS, HEAD_WIDTH = 16, 4, 128
@@ -266,8 +238,8 @@ class PerceiverConfig(TargetConfig):
     >>> config = PerceiverConfig(variant="perceiver-layers", modules=("down_proj",), in_features=(9216,),
     ...     out_features=(2304,), num_layers=26, rank=8, lora_alpha=45.25, scaling=45.25, feature_size=2304,
     ...     latent_size=512, num_latents=8, num_blocks=9, num_mlps=1, per_layer_mlps=True)
-    >>> config.total_rank(chunks=2), config.num_parameters // 10**6
-    (24, 315)
+    >>> config.total_rank(chunks=2)
+    24
     """
 
     variant: str
@@ -285,14 +257,13 @@ class PerceiverConfig(TargetConfig):
         super().__post_init__()
         one_of("variant", self.variant, PERCEIVERS)
         for name in ("feature_size", "latent_size", "num_latents", "num_blocks"):
-            positive_int(name, getattr(self, name))
+            positive_int(name, getattr(self, name), MAX_FEATURES)
         whole_number("num_self_attention", self.num_self_attention, MAX_BLOCKS)
         whole_number("num_mlps", self.num_mlps, MAX_BLOCKS)
         layers = self.num_blocks * (1 + self.num_self_attention)
         expect(layers <= MAX_BLOCKS, "num_blocks, num_self_attention", f"at most {MAX_BLOCKS} layers", layers)
         for name in ("shared_blocks", "per_layer_mlps", "bias"):
             boolean(name, getattr(self, name))
-        self._check_parameters(self.num_parameters)
 
     @property
     def per_layer(self) -> bool:
@@ -308,20 +279,6 @@ class PerceiverConfig(TargetConfig):
     def latent_shape(self) -> tuple[int, int, int, int]:
         """Of the latents of a chunk, ``[layers, modules, rank, d]``."""
         return self.num_layers, len(self.modules), self.rank, self.latent_size
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of parameters; layers that are shared count once."""
-        f, d, n, k = self.feature_size, self.latent_size, self.num_layers, len(self.modules)
-        attention, mlp = d * HEAD_WIDTH * 2 * (HEADS + KEY_VALUE_HEADS), 12 * d * d
-        cross, itself = attention + mlp + 5 * d, attention + mlp + 4 * d
-        blocks = min(self.num_blocks, 2) if self.shared_blocks else self.num_blocks
-        selves = self.num_self_attention * (1 if self.shared_blocks else self.num_blocks)
-        queries = self.num_latents + k * self.rank * (1 if self.per_layer else n)
-        perceiver = f * 8 * f + 4 * f * d + (blocks + 1) * cross + selves * itself + (queries + 2) * d
-        mlps = self.num_mlps * ((n if self.per_layer_mlps else 1) * (8 * d * d + 5 * d) + 4 * d)
-        sizes = [sum(pair) for pair in zip(self.in_features, self.out_features, strict=True)]
-        return perceiver + mlps + n * k * d * max(sizes) + n * self.rank * (2 * k + sum(sizes))
 
     def total_rank(self, chunks: int) -> int:
         """Rank of the adapter of a text of ``chunks`` chunks."""
@@ -350,8 +307,8 @@ class PointerConfig(TargetConfig):
     >>> config = PointerConfig(variant="pointer", modules=("q_proj", "down_proj"), in_features=(576, 1536),
     ...     out_features=(576, 576), num_layers=30, rank=8, lora_alpha=16, feature_size=1728, latent_size=192,
     ...     copied=("down_proj",), first_layer=16)
-    >>> config.latent_shape, config.num_parameters
-    ((14, 8, 768), 2293552)
+    >>> config.latent_shape
+    (14, 8, 768)
     """
 
     variant: str
@@ -366,7 +323,7 @@ class PointerConfig(TargetConfig):
         super().__post_init__()
         one_of("variant", self.variant, (POINTER,))
         for name in ("feature_size", "latent_size", "num_heads"):
-            positive_int(name, getattr(self, name))
+            positive_int(name, getattr(self, name), MAX_FEATURES)
         positive_int("num_blocks", self.num_blocks, MAX_BLOCKS)
         divides = self.latent_size % self.num_heads == 0
         expect(divides, "latent_size", f"a multiple of the {self.num_heads} heads", self.latent_size)
@@ -378,7 +335,6 @@ class PointerConfig(TargetConfig):
         sizes = {self.out_features[self.modules.index(name)] for name in self.copied}
         expect(len(sizes) < 2, "copied", "modules with out_features of one size, that of an embedding", sorted(sizes))
         expect(self.copied_size <= self.feature_size, "feature_size", f"at least {self.copied_size}", self.feature_size)
-        self._check_parameters(self.num_parameters)
 
     @property
     def bias(self) -> bool:
@@ -405,15 +361,6 @@ class PointerConfig(TargetConfig):
     def num_adapted(self) -> int:
         """Number of layers that get an adapter."""
         return self.num_layers - self.first_layer
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of parameters."""
-        layers, r, _ = self.latent_shape
-        d, sizes = self.latent_size, sum(self.in_features + self.out_features)
-        blocks = self.num_blocks * (12 * d * d + 15 * d)
-        pointers = len(self.copied) * (2 * d * (d + 1) + layers * r)
-        return (self.feature_size + 1) * d + (layers + r + 2) * d + blocks + pointers + sizes * (d + layers * r)
 
     def total_rank(self, chunks: int) -> int:
         """Rank of the adapter of a text of ``chunks`` chunks."""

@@ -369,6 +369,13 @@ def load(
 
 
 @functools.cache
+def num_parameters(config: AnyConfig) -> int:
+    """Number of parameters and of vq's buffers; layers that are shared count once, offsets of the last step do not."""
+    with torch.device("meta"):
+        return sum(tensor.numel() for tensor in _own_tensors(new(config)).values())
+
+
+@functools.cache
 def hypernet_flops(config: HyperNetworkConfig) -> dict[str, int]:
     """FLOPs of generating one adapter, by the formulas that are registered for this package's ops, as trunk and heads."""
     from torch.utils.flop_counter import FlopCounterMode

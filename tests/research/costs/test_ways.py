@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from t2l_engine import ConfigError, HyperNetwork, HyperNetworkConfig
 from t2l_engine.hypernetwork.config import TASK_ENCODERS, VARIANTS
-from t2l_engine.hypernetwork.network import hypernet_flops
+from t2l_engine.hypernetwork.network import hypernet_flops, num_parameters
 from t2l_engine.research.costs import (
     KNOWN,
     PAPER,
@@ -51,7 +51,7 @@ def test_known_setups():
     assert list(KNOWN["model"]) == list(PARAMETERS)
     for name, counts in PARAMETERS.items():
         setup = known_setup(name)
-        assert (setup.model.parameters, setup.hypernet.num_parameters) == counts, name
+        assert (setup.model.parameters, num_parameters(setup.hypernet)) == counts, name
         assert setup.hypernet == SHAPES[name].config(), name  # as the benchmarks have it
     assert setup.encoder.parameters == 22_565_376 and MISTRAL.encoder.parameters == 434_139_136
     assert hypernetwork_for(MISTRAL.model, MISTRAL.encoder, modules=("up_proj",)).out_features == (14336,)
