@@ -90,8 +90,7 @@ def test_base_model_of_a_sakana_checkpoint_as_encoder(edit, base_folder):
     engine = TextToLoRA.from_pretrained(folder)
     assert engine.encoder.config == EncoderConfig(str(base_folder), "last", 8192, dtype="bfloat16")
     loaded = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
-    encoder = TextEncoder.from_model(loaded, AutoTokenizer.from_pretrained(base_folder))
-    assert encoder.config == engine.encoder.config
+    encoder = TextEncoder(loaded.get_decoder(), AutoTokenizer.from_pretrained(base_folder), engine.encoder.config)
     texts = ["the capital", "name"]
     assert same(TextToLoRA.from_pretrained(folder, encoder=encoder).generate(texts), engine.generate(texts))
 

@@ -18,7 +18,7 @@ from t2l_engine.files.errors import short_repr
 from t2l_engine.files.text import is_unicode
 from t2l_engine.ops.reference import without_autocast
 from t2l_engine.text.bert import PackedBert, is_plain
-from t2l_engine.text.config import SAKANA_MAX_LENGTH, EncoderConfig, OneHotConfig
+from t2l_engine.text.config import EncoderConfig, OneHotConfig
 from t2l_engine.text.packaged import no_adapter, resolve
 
 if TYPE_CHECKING:
@@ -109,7 +109,8 @@ class TextEncoder:
     max_examples = 0
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: EncoderConfig, *, cache_size: int = CACHE_SIZE):
-        """``model``: a transformers encoder or decoder, set to eval mode; ``tokenizer``: its tokenizer, not modified.
+        """``model``: a transformers encoder or decoder, such as ``get_decoder()`` of a causal LM; shared, not copied, and set
+        to eval mode.  ``tokenizer``: its tokenizer, not modified.
 
         ``cache_size``: number of texts whose embeddings are kept, 0 for none.
 
@@ -174,31 +175,6 @@ class TextEncoder:
             config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
         model, tokenizer = load(config.name, config.dtype, device, trust_remote_code)
         return cls(model, tokenizer, config, cache_size=cache_size)
-
-    @classmethod
-    def from_model(
-        cls,
-        model: PreTrainedModel,
-        tokenizer: Any,
-        max_length: int = SAKANA_MAX_LENGTH,
-        *,
-        cache_size: int = CACHE_SIZE,
-    ) -> TextEncoder:
-        """The language model itself as encoder: the last token's hidden state after the final norm (paper section 3).
-
-        ``model``: a loaded transformers causal LM; its decoder is shared, not copied, and set to eval mode.  ``tokenizer``
-        is not modified.  Embeddings are those of the base model: embedding a new text while an adapter is in use raises
-        RuntimeError.  ``max_length``: in tokens, 8192 as in SakanaAI's code, at most the model's positions.  ``cache_size``:
-        number of texts whose embeddings are kept, 0 for none.
-
-        Raises ValueError if ``model`` is not a transformers model.
-        """
-        if not hasattr(model, "get_decoder"):
-            raise ValueError(f"model: expected a transformers language model, got {type(model).__name__}")
-        dtype = str(model.dtype).removeprefix("torch.")
-        name = model.config.name_or_path or type(model).__name__
-        config = EncoderConfig(name, "last", max_length, dtype=dtype)
-        return cls(model.get_decoder(), tokenizer, config, cache_size=cache_size)
 
     @property
     def embed_dim(self) -> int:

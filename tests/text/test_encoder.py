@@ -358,13 +358,17 @@ def test_code_in_a_folder_runs_only_on_request(with_code, encoder, monkeypatch):
 # --- the language model itself -------------------------------------------------------------------------------------
 
 
+def of_decoder(model, tokenizer, **options):
+    return TextEncoder(model.get_decoder(), tokenizer, EncoderConfig("tiny", "last", 128), **options)
+
+
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
 @torch.no_grad()
-def test_from_model(tiny_model, left_tokenizer, family):
+def test_a_language_model(tiny_model, left_tokenizer, family):
     model = tiny_model(family)
     model.model.norm.weight.uniform_(0.5, 2)  # so that before and after the norm differ by more than length
     before = json.dumps(left_tokenizer.init_kwargs, default=str)
-    enc = TextEncoder.from_model(model, left_tokenizer, max_length=128)
+    enc = of_decoder(model, left_tokenizer)
     got = enc.encode(TEXTS)
     assert enc.embed_dim == 64 and enc.config.pooling == "last" and enc.model is model.model
     for text, vector in zip(TEXTS, got, strict=True):
@@ -377,19 +381,10 @@ def test_from_model(tiny_model, left_tokenizer, family):
     assert left_tokenizer.backend_tokenizer.padding is None and left_tokenizer.backend_tokenizer.truncation is None
 
 
-def test_from_model_states_its_limits(tiny_model, left_tokenizer):
-    encoder = TextEncoder.from_model(tiny_model("Llama"), left_tokenizer)
-    assert (encoder.config.max_length, encoder.max_length) == (8192, 128)  # SakanaAI's, the model's
-    with pytest.raises(ValueError, match="model: expected a transformers language model, got Linear"):
-        TextEncoder.from_model(torch.nn.Linear(1, 1), left_tokenizer)
-    model = tiny_model("Llama", dtype=torch.bfloat16)
-    assert TextEncoder.from_model(model, left_tokenizer, max_length=128).config.dtype == "bfloat16"
-
-
 def test_an_encoder_leaves_training_mode(tiny_model, left_tokenizer):
     """What dropout changed later is not kept."""
     model = tiny_model("Llama", attention_dropout=0.5).train()
-    enc = TextEncoder.from_model(model, left_tokenizer, max_length=128)
+    enc = of_decoder(model, left_tokenizer)
     assert not enc.model.training
     model.train()
     assert not torch.equal(enc.encode(["the drugs"]), enc.encode(["the drugs"]))
@@ -397,12 +392,12 @@ def test_an_encoder_leaves_training_mode(tiny_model, left_tokenizer):
     assert torch.equal(enc.encode(["the drugs"]), enc.encode(["the drugs"]))
 
 
-def test_from_model_gives_the_base_models_vectors(tiny_model, left_tokenizer, stack_for):
+def test_a_language_model_gives_the_base_models_vectors(tiny_model, left_tokenizer, stack_for):
     model = tiny_model("Llama")
-    enc = TextEncoder.from_model(model, left_tokenizer, max_length=128)
+    enc = of_decoder(model, left_tokenizer)
     expected = enc.encode(["the drugs"])
     lora = attach(model, stack_for(model, ["q_proj", "v_proj"]))
-    fresh = TextEncoder.from_model(model, left_tokenizer, max_length=128)
+    fresh = of_decoder(model, left_tokenizer)
     with lora.use(1):
         with pytest.raises(RuntimeError, match="adapters are in use on this model"):
             fresh.encode(["the drugs"])
@@ -410,11 +405,11 @@ def test_from_model_gives_the_base_models_vectors(tiny_model, left_tokenizer, st
     assert torch.equal(fresh.encode(["the drugs"]), expected)
 
 
-def test_from_model_refuses_adapters_of_peft(tiny_model, left_tokenizer):
+def test_a_language_model_refuses_adapters_of_peft(tiny_model, left_tokenizer):
     """PEFT changes the model in place."""
     peft = pytest.importorskip("peft")
     model = tiny_model("Llama")
-    enc = TextEncoder.from_model(model, left_tokenizer, max_length=128, cache_size=0)
+    enc = of_decoder(model, left_tokenizer, cache_size=0)
     expected = enc.encode(["the drugs"])
     config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     wrapped = peft.get_peft_model(model, config)
