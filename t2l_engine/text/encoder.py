@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import threading
 import warnings
@@ -109,8 +108,8 @@ class TextEncoder:
     max_examples = 0
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: EncoderConfig, *, cache_size: int = CACHE_SIZE):
-        """``model``: a transformers encoder or decoder, such as ``get_decoder()`` of a causal LM; shared, not copied, and set
-        to eval mode.  ``tokenizer``: its tokenizer, not modified.
+        """``model``: a transformers encoder or decoder, such as ``get_decoder()`` of a causal LM, set to eval mode;
+        ``tokenizer``: its tokenizer.  Neither is copied.
 
         ``cache_size``: number of texts whose embeddings are kept, 0 for none.
 
@@ -138,19 +137,15 @@ class TextEncoder:
         config: EncoderConfig | str | Path = MINILM,
         *,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
-        cache_size: int = CACHE_SIZE,
     ) -> TextEncoder:
         """Load an encoder.
 
         Args:
             config: an :class:`EncoderConfig`; "minilm" for the packaged default (all-MiniLM-L6-v2, 384 wide, offline); or
                 a local sentence-transformers folder, which states its pooling.
-            dtype: of the encoder's weights, None = the configuration's; embeddings are always float32.
             trust_remote_code: run the Python code that the model's configuration names (``auto_map``), also of other
                 repositories; off by default.
-            cache_size: number of texts whose embeddings are kept, 0 for none.
 
         Raises:
             FileNotFoundError: the packaged encoder is not installed.
@@ -171,10 +166,8 @@ class TextEncoder:
                 )
         if not isinstance(config, EncoderConfig):
             raise ValueError(f"config: expected an EncoderConfig, got {type(config).__name__}, which has a class of its own")
-        if dtype is not None:
-            config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
         model, tokenizer = load(config.name, config.dtype, device, trust_remote_code)
-        return cls(model, tokenizer, config, cache_size=cache_size)
+        return cls(model, tokenizer, config)
 
     @property
     def embed_dim(self) -> int:
