@@ -6,7 +6,6 @@ load in two seconds.  These bfloat16 weights are the base model of the bundled c
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import shutil
@@ -85,18 +84,12 @@ def convert() -> Path:
 
 def _move(made: Path, folder: Path) -> None:
     """``made`` to ``folder``, unless another process was faster, whose folder may be in use."""
-    for _ in range(2):
-        try:
-            made.rename(folder)  # also over an empty one
-            return
-        except OSError:
-            if (folder / "config.json").is_file():
-                return
-            aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".broken-"))
-            with contextlib.suppress(OSError):  # another process may have moved it
-                folder.rename(aside)
-            shutil.rmtree(aside, ignore_errors=True)
-    raise FileExistsError(f"{folder}: expected a converted model or nothing, found a folder without config.json")
+    try:
+        made.rename(folder)  # also over an empty one
+    except OSError:
+        if not (folder / "config.json").is_file():
+            expected = "expected a converted model or nothing, found a folder without config.json"
+            raise FileExistsError(f"{folder}: {expected}; remove it") from None
 
 
 def load(dtype: torch.dtype = torch.float32, **kwargs):

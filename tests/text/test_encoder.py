@@ -450,7 +450,7 @@ def test_one_hot_knows_training_tasks_only(texts, message):
 # --- packaged ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("there", ["nothing", "an empty folder", "half a model", "a model"])
+@pytest.mark.parametrize("there", ["nothing", "an empty folder", "a model"])
 def test_a_converted_model_is_moved_to_its_place(tmp_path, there):
     """One that is there is kept, since another process may use it."""
     made, folder = tmp_path / "made", tmp_path / "folder"
@@ -458,10 +458,16 @@ def test_a_converted_model_is_moved_to_its_place(tmp_path, there):
     (made / "config.json").write_text("ours")
     if there != "nothing":
         folder.mkdir()
-    if there == "half a model":
-        (folder / "model.safetensors").touch()
     if there == "a model":
         (folder / "config.json").write_text("theirs")
     packaged._move(made, folder)
     assert (folder / "config.json").read_text() == ("theirs" if there == "a model" else "ours")
     assert {path.name for path in tmp_path.iterdir()} == ({"made", "folder"} if there == "a model" else {"folder"})
+
+
+def test_half_a_converted_model(tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "model.safetensors").touch()
+    with pytest.raises(FileExistsError, match="found a folder without config.json; remove it"):
+        packaged._move(tmp_path / "made", tmp_path / "folder")
