@@ -77,7 +77,7 @@ class TextToLoRA:
         if encoder.embed_dim != hypernetwork.config.embed_dim:
             raise ValueError(
                 f"encoder: expected embeddings of width {hypernetwork.config.embed_dim} as the hypernetwork was trained "
-                f"with, got {encoder.embed_dim} from {encoder.config.name!r}"
+                f"with, got {encoder.embed_dim} from {encoder.config.name!r}; pass encoder=..."
             )
         self.encoder, self.hypernetwork, self.prompt_form = encoder, hypernetwork, prompt_form
         self.description_in_prompt = description_in_prompt
@@ -126,12 +126,6 @@ class TextToLoRA:
                 encoder = DocumentEncoder.from_config(config, device=device, trust_remote_code=trust_remote_code)
             else:
                 encoder = TextEncoder.from_pretrained(config or MINILM, device=device, trust_remote_code=trust_remote_code)
-            width = 0 if isinstance(hypernetwork, TokenHyperNetwork) else hypernetwork.config.embed_dim
-            if config is None and isinstance(encoder, TextEncoder) and encoder.embed_dim != width:
-                raise ValueError(
-                    f"{folder}: names no text encoder and needs embeddings of width {width}, "
-                    f"which the default, {MINILM.name!r} of width {encoder.embed_dim}, does not give; pass encoder=..."
-                )
         if isinstance(encoder, DocumentEncoder) and isinstance(hypernetwork, TokenHyperNetwork):
             return DocToLoRA(encoder, hypernetwork, contents.prompt_form)
         if isinstance(encoder, DocumentEncoder) or isinstance(hypernetwork, TokenHyperNetwork):

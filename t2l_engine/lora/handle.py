@@ -50,7 +50,9 @@ class LoRAHandle:
 
     def __init__(self, model: nn.Module, slots: int, max_rank: int | None, packed: Packed | None):
         self._model: nn.Module | None = model
-        self._num_slots, self._max_rank, self._packed = slots, max_rank, packed
+        #: Number of adapters that the handle can hold.
+        self.num_slots = slots
+        self._max_rank, self._packed = max_rank, packed
         # By device of the layers, first that of the model's first weight.
         self._routings: dict[torch.device, Routing] = {device_of(model): Routing()}
         self._slots: dict[str, Slots] = {}  # by path in the first stack that had the module
@@ -72,7 +74,7 @@ class LoRAHandle:
         """
         self._check_free("set")
         for device, routing in self._routings.items():
-            routing.set(ids, self._num_slots, self._filled, device)
+            routing.set(ids, self.num_slots, self._filled, device)
             routing.overrides, routing.dropout = None, 0.0
 
     @contextlib.contextmanager
@@ -144,16 +146,6 @@ class LoRAHandle:
             routing.slots_changed()
 
     # --- slots -----------------------------------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        """That of the model's first weight."""
-        return next(iter(self._routings))
-
-    @property
-    def num_slots(self) -> int:
-        """Number of adapters that the handle can hold."""
-        return self._num_slots
 
     def put(self, slot: int, adapter: AdapterStack) -> None:
         """Copy a stack of one adapter into ``slot``; modules that it lacks get rank 0 there.
@@ -233,11 +225,11 @@ class LoRAHandle:
 
     def _check_slots(self, slot: int, count: int) -> None:
         """IndexError unless there are ``count`` slots from ``slot`` on."""
-        if count > self._num_slots:
-            raise IndexError(f"slot: expected at most {self._num_slots} adapters, as many as there are slots, got {count}")
-        if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot <= self._num_slots - count:
+        if count > self.num_slots:
+            raise IndexError(f"slot: expected at most {self.num_slots} adapters, as many as there are slots, got {count}")
+        if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot <= self.num_slots - count:
             raise IndexError(
-                f"slot: expected an int in [0, {self._num_slots - count}], for {count} of {self._num_slots} slots, "
+                f"slot: expected an int in [0, {self.num_slots - count}], for {count} of {self.num_slots} slots, "
                 f"got {short_repr(slot)}"
             )
 
@@ -280,7 +272,7 @@ class LoRAHandle:
                 a, b = stack.lora_A[name], stack.lora_B[name]
                 rank, sizes = self._max_rank or a.shape[2], (a.shape[3], b.shape[2])
                 sharding = find_sharding(model, name, targets)
-                new[key] = Slots(targets, a.shape[1], self._num_slots, rank, sizes, a.dtype, device_of(model), sharding)
+                new[key] = Slots(targets, a.shape[1], self.num_slots, rank, sizes, a.dtype, device_of(model), sharding)
         return matched, new
 
     @torch.inference_mode(False)
@@ -300,7 +292,7 @@ class LoRAHandle:
         """Routing and scalings on ``device``, equal to those on the others."""
         (first, *_), scalings = self._routings.values(), list(self._scalings.values())
         if device not in self._scalings:
-            values = scalings[0] if scalings else torch.ones(self._num_slots, dtype=torch.float32)
+            values = scalings[0] if scalings else torch.ones(self.num_slots, dtype=torch.float32)
             self._scalings[device] = values.to(device, copy=True)
         if device not in self._routings:
             self._routings[device] = Routing()
