@@ -54,16 +54,13 @@ class Options:
     dtype: BaseDType = DType.float32
     device: Annotated[str, typer.Option(help="cpu or cuda, for the base model and the hypernetwork.")] = "cpu"
     resume: Annotated[Path | None, typer.Option(help="File that keeps the answers; default: one beside --json.")] = None
-    plot: Annotated[Path | None, typer.Option(help="Draw means and intervals here (.png, .svg or .pdf).")] = None
     measure: Annotated[Measure, typer.Option(help="Measure of the printed table; the JSON has all.")] = Measure.score
 
     def check(self, settings: Settings) -> None:
         """Errors that need no file of the task folder: before answers are computed."""
-        for option, file in (("--json", self.json_file), ("--plot", self.plot), ("--resume", self.resume)):
+        for option, file in (("--json", self.json_file), ("--resume", self.resume)):
             if file is not None and (file.is_dir() or not file.parent.is_dir()):
                 raise ValueError(f"{option}: expected a file in a folder that exists, got {file}")
-        if self.plot is not None and self.plot.suffix not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"--plot: expected a name that ends in .png, .svg or .pdf, got {self.plot}")
         if settings.verify and self.measure is not Measure.score:
             raise ValueError(f"--measure: expected score with --verify, which generates no text, got {self.measure.value}")
 
@@ -229,10 +226,6 @@ def _write(options: Options, result: dict[str, Any]) -> None:
         else:
             write_text(options.json_file.resolve(), text)  # a link stays one
     console().print(_table(result, options.measure.value))
-    if options.plot is not None:
-        from t2l_engine.research.evaluation.plots import means
-
-        means(result, options.plot)
     if options.journal is not None:
         options.journal.unlink(missing_ok=True)
 

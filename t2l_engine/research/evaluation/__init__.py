@@ -1,5 +1,5 @@
 """Evaluation of adapters on tasks: answers, scores, comparisons with baselines.
 
 May be imported: ``run`` (Evaluation), ``settings``, ``methods``, ``answers``, ``metrics``, ``library`` (average, arrow),
-``sandbox``, ``plots``.  Imports ``tasks``, ``training.runs`` and the rooms of the engine.
+``sandbox``.  Imports ``tasks``, ``training.runs`` and the rooms of the engine.
 """

@@ -265,10 +265,9 @@ def test_a_manifest_adds_its_splits(evaluate, tmp_path):
     assert "asked 2 of 3 tasks" in err
 
 
-def test_another_measure_and_the_plot(evaluate, tmp_path):
-    _, out, _ = evaluate("--methods", "t2l,base", *QUICK, "--measure", "rouge_l", "--plot", tmp_path / "means.png")
+def test_another_measure(evaluate):
+    _, out, _ = evaluate("--methods", "t2l,base", *QUICK, "--measure", "rouge_l")
     assert "ROUGE-L, %" in out and "mean" not in out
-    assert (tmp_path / "means.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "result.json").is_file()
 
 
 def test_a_base_model_that_has_moved(evaluate, base_model, tmp_path):
@@ -336,10 +335,9 @@ def test_a_tokenizer_without_chat_template(run, base_model, tasks, tmp_path):
     (("--manifest", "nowhere"), "'nowhere'"), (("--base-model", "nowhere"), "'nowhere'"),
     (("--scaling", "big"), "--scaling: "),
     (("--device", "tpu"), "--device: expected 'cpu' or 'cuda', got 'tpu'"),
-    (("--plot", "{folder}/means.pgn"), "--plot: expected a name that ends in .png, .svg or .pdf, got "),
     (("--resume", "{folder}/notes.txt"), "{folder}/notes.txt:1: "), (("--tasks", "{folder}"), "descriptions.json"),
     *(((option, f"{{folder}}{path}"), f"{option}: expected a file in a folder that exists, got {{folder}}{path}")
-      for option in ("--json", "--plot", "--resume") for path in ("", "/none/file.png")),
+      for option in ("--json", "--resume") for path in ("", "/none/file.json")),
     (("--verify", "--measure", "rouge_l"), "--measure: expected score with --verify, which generates no text, got rouge_l"),
 ])  # fmt: skip
 def test_options_that_cannot_be_met(refuse, checkpoint, adapters, tmp_path, options, message):
