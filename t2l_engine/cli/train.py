@@ -104,17 +104,8 @@ def reconstruction(
     _train("reconstruction", run, adapters, split_names(run.names) or None)
 
 
-@app.command()
-def plot(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
-    """Plot a run's losses so far to loss.png."""
-    need_packages()
-    from t2l_engine.research.training.runs import plot as draw
-
-    typer.echo(str(draw(folder)))
-
-
 def _train(kind: str, run: Run, source: Path, names: list[str] | None) -> None:
-    """Print the settings, train on the tasks or adapters ``names`` in ``source``, plot the log."""
+    """Print the settings, train on the tasks or adapters ``names`` in ``source``, print the speed."""
     from transformers.utils import logging
 
     keep_freed_memory()
@@ -122,7 +113,6 @@ def _train(kind: str, run: Run, source: Path, names: list[str] | None) -> None:
     check_kernels()
     from t2l_engine.research.training import loop, settings
     from t2l_engine.research.training.runs import WAVES, speed
-    from t2l_engine.research.training.runs import plot as draw
 
     logging.disable_progress_bar()
     chosen = settings.read(getattr(settings, KINDS[kind]), run.config, run.overrides)
@@ -139,6 +129,5 @@ def _train(kind: str, run: Run, source: Path, names: list[str] | None) -> None:
     training.train(chosen, source, run.output, names=names, accelerator=accelerator)
     if accelerator.is_main_process:
         for folder in sorted((run.output / WAVES).glob("*")) or [run.output]:
-            draw(folder)
             say(f"{folder}: {speed(folder)}")
         typer.echo(f"{run.output}: done")

@@ -6,6 +6,6 @@ May be imported: ``sft``, ``lora`` and ``reconstruction`` (each with ``train``),
 
 import importlib.util
 
-_missing = [name for name in ("accelerate", "matplotlib", "pydantic") if importlib.util.find_spec(name) is None]
+_missing = [name for name in ("accelerate", "pydantic") if importlib.util.find_spec(name) is None]
 if _missing:
     raise ImportError(f'training and evaluation need {", ".join(_missing)}; run: pip install "t2l_engine[train]"')

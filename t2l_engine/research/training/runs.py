@@ -1,9 +1,8 @@
-"""What runs leave in their folders: the log and its plot; how the adapters of ``t2l train lora`` are asked."""
+"""What runs leave in their folders: the log; how the adapters of ``t2l train lora`` are asked."""
 
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +17,8 @@ from t2l_engine.text.prompts import CHAT, check_prompt_form
 ADAPTERS, LAST, WAVES, RECORD, MULTI_TASK = "adapters", "last", "waves", "done.json", "multi-task"
 #: Folder of the run in that of an adapter of ``t2l adapt``.
 RUN = "run"
-#: Files in the folder of a run, or of a wave: settings, log and its plot.
-SETTINGS, LOG, PICTURE = "settings.yaml", "log.jsonl", "loss.png"
+#: Files in the folder of a run, or of a wave.
+SETTINGS, LOG = "settings.yaml", "log.jsonl"
 #: What a step counts, beside its loss.
 COUNTS = ("examples", "tokens")
 
@@ -62,33 +61,6 @@ def speed(folder: Path) -> str:
     seconds = sum(row["seconds"] for row in rows)
     rates = [f"{sum(row[name] for row in rows) / seconds:,.0f} {name}/s" for name in COUNTS if name in rows[0]]
     return f"{len(rows)} steps in {seconds:,.0f} s" + (f" ({', '.join(rates)})" if rates else "")
-
-
-def plot(folder: Path) -> Path:
-    """Plot loss and validation loss over steps to ``loss.png`` in ``folder``; returns its path."""
-    from matplotlib.figure import Figure
-
-    rows = read_log(folder)
-    losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
-    validations = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
-    if not losses:
-        raise ConfigError(f"{folder / LOG}: expected at least one step, got none")
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*zip(*losses.items(), strict=True), color="#b8c4d6", linewidth=0.8, label="loss of a step")
-    window = len(losses) // 25
-    if window > 1:
-        values = list(losses.values())
-        smooth = [statistics.fmean(values[max(0, i - window) : i]) for i in range(1, len(values) + 1)]
-        axes.plot([*losses], smooth, color="#1f4e9c", linewidth=1.8, label=f"mean of the last {window}")
-    if validations:
-        style: dict[str, Any] = {"color": "#c8102e", "marker": "o", "markersize": 4, "label": "validation"}
-        axes.plot(*zip(*validations.items(), strict=True), **style)
-    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(folder / PICTURE, dpi=120)
-    return folder / PICTURE
 
 
 class Prompt(NamedTuple):
