@@ -94,7 +94,7 @@ def evaluate(options: Options, engine_options: EngineOptions, settings: Settings
     methods = _methods(options, tasks, by_split["train"], checkpoints)
     _, engine, folder = checkpoints[0]
     trained = sorted(trained_tasks(describe(folder)))
-    groups = _groups([task.name for task in tasks], set(trained), options.manifest, apart=bool(settings.precision))
+    groups = _groups([task.name for task in tasks], set(trained), options.manifest)
     model_name = common.base_model_of(folder, engine_options.base_model)
     answerer, tokenizer = _answerer(options, model_name)
     _say_other_bases(options, [folder for _, _, folder in checkpoints], model_name)
@@ -110,11 +110,10 @@ def evaluate(options: Options, engine_options: EngineOptions, settings: Settings
 
     evaluation = run.Evaluation(
         answerer, tokenizer, tasks, methods, settings,
-        pools=by_split["train"], validation=by_split["val"], groups=groups, progress=progress,
+        pools=by_split["train"], validation=by_split["val"], progress=progress,
     )  # fmt: skip
     with tqdm(total=evaluation.answers, unit="answer") as bar:
         result = evaluation.run()
-    groups = {group: [name for name in of if name in result["tasks"]] for group, of in groups.items()}
     own = {"batch_size": options.batch_size, "held_out_descriptions": options.held_out_descriptions}
     _write(options, {
         "checkpoint": engine_options.checkpoint, "base_model": model_name, "dtype": options.dtype.value,
@@ -198,25 +197,17 @@ def _say_other_bases(options: Options, checkpoints: list[Path], model_name: str)
             say(f"{path} is of {other}, and is evaluated on {model_name}")
 
 
-def _groups(names: list[str], trained: set[str], manifest: str, *, apart: bool) -> dict[str, list[str]]:
-    """Non-empty groups of task names: all, trained and not trained, and the manifest's splits of tasks.
-
-    ``apart``: only groups that share no task, each of which ends by itself: a mean across them would be of an uneven sample.
-    """
-    members = {"trained": trained, "not trained": {*names} - trained} if trained else {}
+def _groups(names: list[str], trained: set[str], manifest: str) -> dict[str, list[str]]:
+    """Non-empty groups of task names: all, trained and not trained, and the manifest's splits of tasks."""
+    members = {"all": {*names}} | ({"trained": trained, "not trained": {*names} - trained} if trained else {})
     if manifest:
         read = manifests.read(manifest)
-        splits = {split: {*read.names(split)} for split in manifests.TASK_SPLITS}
-        members = splits if apart else members | splits
-    groups = {group: [name for name in names if name in of] for group, of in members.items() if not of.isdisjoint(names)}
-    return groups if apart and groups else {"all": names} | groups
+        members |= {split: {*read.names(split)} for split in manifests.TASK_SPLITS}
+    return {group: [name for name in names if name in of] for group, of in members.items() if not of.isdisjoint(names)}
 
 
 def _write(options: Options, result: dict[str, Any]) -> None:
     """Write and print the result; remove the file of answers."""
-    if precision := result["settings"]["precision"]:
-        asked, left = len(result["tasks"]), len(result["not_asked"])
-        say(f"asked {asked} of {asked + left} tasks, for intervals of at most +-{precision:g} points")
     for method, count in result["no_adapter"].items():
         say(f"{method} has no adapter for {count} of {len(result['tasks'])} tasks, which are not compared with it")
     if options.json_file is not None:  # before the table, whose pipe may be closed

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +16,6 @@ from t2l_engine.research.evaluation.metrics import interval
 from t2l_engine.research.evaluation.settings import Settings
 from t2l_engine.research.tasks.folder import Example, Task
 from t2l_engine.text.prompts import answer_in, answer_of, prompt_ids, prompt_of
-
-#: Tasks that are asked between two looks at the intervals, and the least that an interval is judged by.
-TASKS_A_ROUND = 40
 
 
 class _Item(NamedTuple):
@@ -49,10 +44,9 @@ class Evaluation:
         pools: per task, the examples from which few-shot examples are drawn; not needed without few-shot methods.
         validation: per task, the examples on which a method's prompt template is selected; without any, a method uses its
             first template, and the result's "validation" is null.
-        groups: names of tasks by group, for ``settings.precision``; default: one group of all.
         progress: called with (method, number of new answers).
 
-    Raises ValueError for ``settings.precision`` and a single method, and for tasks of code without ``settings.run_code``.
+    Raises ValueError for tasks of code without ``settings.run_code``.
     """
 
     answerer: Answerer
@@ -63,13 +57,9 @@ class Evaluation:
     _: dataclasses.KW_ONLY
     pools: Mapping[str, Sequence[Example]] = dataclasses.field(default_factory=dict)
     validation: Mapping[str, Sequence[Example]] = dataclasses.field(default_factory=dict)
-    groups: Mapping[str, Sequence[str]] | None = None
     progress: Callable[[str, int], None] = lambda method, count: None
 
     def __post_init__(self) -> None:
-        if self.settings.precision and len(self.methods) < 2:
-            names = [method.name for method in self.methods]
-            raise ValueError(f"precision: expected at least two methods, whose differences it bounds, got {names}")
         if any(e.metric == "pass" for task in self.tasks for e in task.examples):
             if not self.settings.run_code:
                 raise ValueError("run_code: expected to be set, since some answers are code that has to be run to be judged")
@@ -93,66 +83,20 @@ class Evaluation:
         """
         kept = {task.name: self._fitting(task) for task in self.tasks}
         templates = {method.name: self._choose(method) for method in self.methods}
-        given: dict[str, list[_Scored]] = {method.name: [] for method in self.methods}
-        scores: dict[str, dict[str, float]] = {}
         details: dict[str, dict[str, Any]] = {}
-        while tasks := self._next(scores):
-            for method in self.methods:
-                items = self._items(method, {task.name: kept[task.name] for task in tasks}, self._repeats(method))
-                given[method.name] += self._ask(method, templates[method.name]["form"], items)
-            details = {name: _details(scored) for name, scored in given.items()}
-            asked = {*scores, *(task.name for task in tasks)}
-            scores = {
-                task.name: {m: of["tasks"][task.name]["score"] for m, of in details.items() if task.name in of["tasks"]}
-                for task in self.tasks
-                if task.name in asked
-            }
+        for method in self.methods:
+            items = self._items(method, kept, self._repeats(method))
+            details[method.name] = _details(self._ask(method, templates[method.name]["form"], items))
+        scores = {name: {m: of["tasks"][name]["score"] for m, of in details.items() if name in of["tasks"]} for name in kept}
         short = {task.name: len(task.examples) - len(kept[task.name]) for task in self.tasks}
         return {
             "tasks": scores,
-            "items": {name: len(kept[name]) for name in scores},
+            "items": {name: len(examples) for name, examples in kept.items()},
             "left_out": {name: count for name, count in short.items() if count},
-            "not_asked": [task.name for task in self.tasks if task.name not in scores],
             "no_adapter": {m: count for m, of in details.items() if (count := len(scores) - len(of["tasks"]))},
             "forms": templates,
             "details": details,
         }
-
-    def _next(self, scores: Mapping[str, Mapping[str, float]]) -> list[Task]:
-        """The tasks to ask next, after those with ``scores``."""
-        left = [task for task in self.tasks if task.name not in scores]
-        if not self.settings.precision:
-            return left
-        groups = self.groups or {"all": [task.name for task in self.tasks]}
-        wanted = {name for names in groups.values() if not self._precise(names, scores) for name in names}
-        left = [task for task in left if task.name in wanted]
-        return sorted(left, key=lambda task: hashlib.sha256(task.name.encode()).digest())[:TASKS_A_ROUND]
-
-    def _precise(self, names: Sequence[str], scores: Mapping[str, Mapping[str, float]]) -> bool:
-        """Whether the intervals of a group are as narrow as ``precision`` wants them.
-
-        Each is judged by a round of tasks that both methods answer, or by all that they can.
-        """
-        asked = [name for name in names if name in scores]
-        if not asked:
-            return False
-        first, *others = (method.name for method in self.methods)
-        differences = summary(scores, {"": asked}, first)[""]["difference"]
-        for other in others:
-            can = len(self._answered[first] & self._answered[other] & {*names})
-            found = differences.get(other, {"tasks": 0})
-            if can and (found["tasks"] < min(TASKS_A_ROUND, can) or reach(found) > self.settings.precision):
-                return False
-        return True
-
-    @functools.cached_property
-    def _answered(self) -> dict[str, set[str]]:
-        """Of each method, the tasks that it has adapters for.
-
-        Not before ``precision`` asks: finding the key of an adapter may load an encoder.
-        """
-        one = {task.name: task.examples[:1] for task in self.tasks}
-        return {method.name: {item.task.name for item in self._items(method, one)} for method in self.methods}
 
     # --- prompts ---------------------------------------------------------------------------------------------------
 
@@ -161,8 +105,7 @@ class Evaluation:
 
     def _items(self, method: Method, examples: Mapping[str, Sequence[Example]], repeats: int = 1) -> list[_Item]:
         """The items of ``examples``, by task, for which ``method`` has an adapter."""
-        tasks = [task for task in self.tasks if task.name in examples]
-        items = (_Item(task, e, repeat) for repeat in range(repeats) for task in tasks for e in examples[task.name])
+        items = (_Item(task, e, repeat) for repeat in range(repeats) for task in self.tasks for e in examples[task.name])
         return [item for item in items if method.key(*item) is not None]
 
     def _prompt(self, method: Method, template: str, item: _Item) -> str:
@@ -268,11 +211,6 @@ def _details(given: Sequence[_Scored]) -> dict[str, Any]:
         }
     seconds = statistics.fmean(scored.answer.seconds for scored in given) if given else None
     return {"tasks": tasks, "seconds_per_answer": seconds}
-
-
-def reach(difference: Mapping[str, float]) -> float:
-    """How far an interval of :func:`summary` reaches from its mean, on the wider side."""
-    return max(difference["high"] - difference["mean"], difference["mean"] - difference["low"])
 
 
 def summary(scores: Mapping[str, Mapping[str, float]], groups: Mapping[str, Sequence[str]], baseline: str) -> dict[str, Any]:

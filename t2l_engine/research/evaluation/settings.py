@@ -23,6 +23,3 @@ class Settings:
     validation_items: int = _field(8, "Examples of split val per task that choose a method's prompt template.", min=1)
     run_code: bool = _field(False, "Run model-written Python in a sandbox (HumanEval, MBPP).")
     verify: bool = _field(False, "Check in one pass whether greedy decoding gives an accepted answer; scores only.")
-    precision: float = _field(
-        0, "Stop early once every 95 % CI of a difference reaches at most N points to either side; 0: off.", min=0, max=100
-    )

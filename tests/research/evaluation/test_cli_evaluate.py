@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 
 import t2l_engine as t2l
 from t2l_engine.cli import evaluate as command
-from t2l_engine.research.evaluation import run as evaluation
 from t2l_engine.research.evaluation.answers import Answerer
 from t2l_engine.research.evaluation.methods import Generated
 from t2l_engine.research.tasks import manifest
@@ -80,13 +79,12 @@ def test_the_contract_with_a_test_split_alone(run, checkpoint, base_model, tmp_p
         "scaling": 4.0,
         "settings": {
             "repeats": 3, "max_new_tokens": 16, "max_long_tokens": 256, "max_prompt_tokens": 1024, "validation_items": 8,
-            "verify": False, "precision": 0, "run_code": False, "batch_size": 32, "held_out_descriptions": 0,
+            "verify": False, "run_code": False, "batch_size": 32, "held_out_descriptions": 0,
         },
         "trained_tasks": ["first", "last"],
         "groups": {"all": ["again", "first", "last"], "trained": ["first", "last"], "not trained": ["again"]},
         "items": dict.fromkeys(DESCRIPTIONS, 3),
         "left_out": {},
-        "not_asked": [],
         "no_adapter": {},
         "forms": {a: {"form": "raw" if a in BASE else "chat", "validation": None} for a in methods},
     }  # fmt: skip
@@ -177,15 +175,6 @@ def test_held_out_descriptions_are_the_last(evaluate, checkpoint, tmp_path):
         assert (f"{folder} held out 0 descriptions of each task, so that some of the 1 were" in err) == warned
 
 
-def test_precision_is_said(evaluate, monkeypatch):
-    monkeypatch.setattr(evaluation, "TASKS_A_ROUND", 1)
-    result, _, err = evaluate("--methods", "base,base-description", "--repeats", 1, "--precision", 100)
-    (left_out,) = result["not_asked"]  # the second of the trained ones: a task of each group is enough
-    assert left_out in ("first", "last") and left_out not in result["tasks"]
-    assert result["summary"].keys() == {"trained", "not trained"}  # a mean over both would be of an uneven sample
-    assert "asked 2 of 3 tasks, for intervals of at most +-100 points" in err
-
-
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_run_that_was_stopped_goes_on(evaluate, tmp_path, monkeypatch, resume):
     """Its answers are kept until the result is written; with --resume they stay."""
@@ -259,10 +248,6 @@ def test_a_manifest_adds_its_splits(evaluate, tmp_path):
         "out-of-family": ["last"],
     }  # fmt: skip
     assert result["summary"].keys() == result["groups"].keys() and "mean: out-of-family (1)" in out
-    options = ("--manifest", path, "--methods", "base,base-description", "--repeats", 1, "--precision", 5)
-    result, _, err = evaluate(*options)  # splits end apart, so there are no means across them
-    assert result["groups"] == {"train": ["first"], "out-of-family": ["last"]} and result["not_asked"] == ["again"]
-    assert "asked 2 of 3 tasks" in err
 
 
 def test_another_measure(evaluate):
@@ -327,7 +312,6 @@ def test_a_tokenizer_without_chat_template(run, base_model, tasks, tmp_path):
     *((("--shots", text), "--shots: expected different numbers from 1, comma-separated, got " + repr(text))
       for text in ("", "0", "3,3", "03,3", "three", "-1")),
     (("--also", "base={checkpoint}"), "--also: expected methods with names of their own, got two called 'ba"),
-    (("--methods", "base", "--precision", 5), "--precision: expected at least two methods"),
     (("--held-out-descriptions", 2), "--held-out-descriptions: expected fewer than the 2 descriptions of task again, got 2"),
     (("--oracle", "{folder}"), "--oracle: {folder}: "), (("--library", "{folder}"), "--library: {folder}: "),
     (("--oracle", "{adapters}", "--names", "again"), "--oracle: none of the adapters in {adapters} is named as a task"),

@@ -152,35 +152,6 @@ def test_code_chooses_no_form(monkeypatch):
 # --- what is left out ------------------------------------------------------------------------------------------------
 
 
-def many(kind, count, answer):
-    return [task(f"{kind}-{i}", *words("x", answer=answer(i)), descriptions=["Only."]) for i in range(count)]
-
-
-def test_no_more_is_asked_than_precision_needs():
-    """ "sure" differs from the other method alike everywhere, "split" by halves; "few" has fewer tasks than a round."""
-    tasks = [*many("sure", 200, lambda i: "red"), *many("split", 200, lambda i: ("red", "blue")[i % 2]),
-             *many("few", 8, lambda i: ("red", "blue")[i % 2])]  # fmt: skip
-    groups = {kind: [t.name for t in tasks if t.name.startswith(kind)] for kind in ("sure", "split", "few")}
-    methods = [Method("red", Stored(random_stack(1), ["a"]), lambda *_: "a"), Method("base")]
-
-    def ask(precision, tasks=tasks):
-        answerer = Scripted(lambda query, adapters: "red" if adapters else "none")
-        of = Settings(repeats=1, precision=precision)
-        return evaluation(answerer, tasks, methods, of, groups=groups).run(), answerer
-
-    (everything, _), (result, answerer), (again, _) = ask(0), ask(10), ask(10, tasks[::-1])
-    asked = {kind: sum(name in result["tasks"] for name in names) for kind, names in groups.items()}
-    assert asked["few"] == 8 and asked["sure"] < asked["split"] < 200
-    assert len(answerer.prompts) == 2 * len(result["tasks"])
-    assert result["tasks"].items() <= everything["tasks"].items() and everything["not_asked"] == []
-    assert [*result["tasks"], *result["not_asked"]] != list(result["items"]) == list(result["tasks"])
-    assert {*result["tasks"], *result["not_asked"]} == {t.name for t in tasks}
-    assert again["tasks"] == result["tasks"]  # the order is drawn by name
-    of = summary(result["tasks"], {"split": [n for n in groups["split"] if n in result["tasks"]]}, "red")["split"]
-    found = of["difference"]["base"]
-    assert max(found["high"] - found["mean"], found["mean"] - found["low"]) <= 10
-
-
 @pytest.mark.parametrize("longest, kept", [
     (26, ["a", "b b b", "c c c c c c"]),  # icl: 6 words of the longer description, 12 of worked examples, 2 + 6
     (25, ["a", "b b b"]),
@@ -356,8 +327,6 @@ def test_methods_and_settings_that_do_not_fit():
     tasks = [task("first", *words("x")), task("last", *words("y y y y"))]
     with pytest.raises(ConfigError, match="^max_prompt_tokens: no item of task last has prompts of at most 4 tokens in"):
         evaluation(Scripted(), tasks, [BASE], Settings(max_prompt_tokens=4)).run()
-    with pytest.raises(ValueError, match=r"precision: expected at least two methods, .* got \['base'\]"):
-        evaluation(Scripted(), tasks, [Method("base")], Settings(precision=5))
 
 
 # --- summaries -------------------------------------------------------------------------------------------------------
