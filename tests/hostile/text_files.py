@@ -26,7 +26,7 @@ JSON_FILES = [
 #: YAML files, and lines in them of a flag, a word and a number.
 YAML_FILES = [
     ("L-sft", "args.yaml", (b"shared_AB_head: false", b"training_task: sft", b"head_in_size: 40")),
-    ("settings", "run.yaml", (b"mix_descriptions: false", b"schedule: linear", b"steps: 30")),
+    ("settings", "run.yaml", (b"compile: false", b"schedule: linear", b"steps: 30")),
 ]
 
 TAGS = {

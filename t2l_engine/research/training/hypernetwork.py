@@ -6,7 +6,6 @@ Conditions are embeddings of texts, or the hidden states of their tokens.
 from __future__ import annotations
 
 import dataclasses
-import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from t2l_engine.files.errors import expect
 from t2l_engine.files.text import to_json
@@ -34,9 +33,6 @@ from t2l_engine.text.prompts import RAW
 
 #: One example set in this many has no description.
 _WITHOUT_DESCRIPTION = 8
-#: Of linear discriminants: what is added to the within-task variance along every axis, which few descriptions underestimate,
-#: per mean square of embeddings; least variance of an axis before scaling, in units of the within-task variance.
-WORDING_VARIANCE, MIN_VARIANCE = 0.1, 0.01
 
 
 class Conditions(ABC):
@@ -52,7 +48,7 @@ class Conditions(ABC):
     embed_dim: int
 
     def __init__(self, settings: HyperNetworkSettings, tasks: Sequence[Task], device: torch.device):
-        self._settings, self._device, held_out = settings, device, settings.held_out_descriptions
+        self._device, held_out = device, settings.held_out_descriptions
         self.train: list[Sequence[int]] = [*trained_descriptions(tasks, held_out)]
         self.val = [range(len(of), len(of) + held_out) if held_out else of for of in self.train]
 
@@ -60,9 +56,9 @@ class Conditions(ABC):
     def clean(self, groups: Sequence[Group]) -> Any:
         """The conditions of the groups' descriptions or inputs, without augmentation."""
 
-    @abstractmethod
     def augmented(self, groups: Sequence[Group]) -> Any:
-        """As :meth:`clean`, with the settings' augmentation, drawn from a seed by each group's key."""
+        """As :meth:`clean`, with the augmentation of training, if there is any, drawn from a seed by each group's key."""
+        return self.clean(groups)
 
 
 class TaskEmbeddings(Conditions):
@@ -82,37 +78,13 @@ class TaskEmbeddings(Conditions):
         self.embed_dim, self.encoder_config = encoder.embed_dim, encoder.config
         by_input = isinstance(settings, SFTSettings) and settings.condition == "input"
         self._input_encoder = encoder if by_input else None
-        # On the CPU, where mixes and noise are drawn.
-        self._rows = [] if by_input else [encoder.encode(list(task.descriptions)).cpu() for task in tasks]
-
-    def start(self, linear: nn.Linear) -> None:
-        """With ``task_init`` "discriminant", initialise the task encoder's ``linear`` by the training descriptions."""
-        if self._settings.task_init == "discriminant":
-            classes = [rows[: len(of)] for rows, of in zip(self._rows, self.train, strict=True)]
-            initialise_discriminant(linear, classes, self._settings.seed)
+        self._rows = [] if by_input else [encoder.encode(list(task.descriptions)).to(device) for task in tasks]
 
     def clean(self, groups: Sequence[Group]) -> Tensor:
-        return self._read(groups).to(self._device)
-
-    def _read(self, groups: Sequence[Group]) -> Tensor:
         if self._input_encoder is None:
             return torch.stack([self._rows[g.task][g.description] for g in groups])
         # One at a time: rounding depends on the batch, and a resumed run would batch other texts together.
-        return self._input_encoder.encode([g.samples[0].input for g in groups], batch_size=1).cpu()
-
-    def augmented(self, groups: Sequence[Group]) -> Tensor:
-        settings, rows = self._settings, []
-        for g, row in zip(groups, self._read(groups), strict=True):
-            generator = torch.Generator().manual_seed(seeded("task_emb", g.key))
-            if settings.mix_descriptions:
-                other = torch.randint(len(self.train[g.task]), (), generator=generator)
-                weight = torch.rand((), generator=generator)
-                row = weight * row + (1 - weight) * self._rows[g.task][other]
-                row = row * (math.sqrt(row.numel()) / row.norm())
-            if settings.embedding_noise:
-                row = row + settings.embedding_noise * torch.randn(row.shape, generator=generator)
-            rows.append(row)
-        return torch.stack(rows).to(self._device)
+        return self._input_encoder.encode([g.samples[0].input for g in groups], batch_size=1).to(self._device)
 
 
 def _encoder(settings: HyperNetworkSettings) -> str | EncoderConfig:
@@ -142,9 +114,10 @@ class Documents(Conditions):
         else:
             reads = {"states": "last", "num_layers": layers[0]} if layers[0] else {"states": "embeddings"}
         plain = {"prefix": "", "suffix": ""} if settings.prompt_form == RAW else {}
-        self._share, most = settings.example_share, settings.max_examples
+        self._share, self._most = settings.example_share, settings.max_examples
+        most = self._most if self._share else 0
         self.encoder_config = DocumentEncoderConfig(
-            settings.base_model.rstrip("/"), dtype=settings.dtype, max_examples=most if self._share else 0, **reads, **plain
+            settings.base_model.rstrip("/"), dtype=settings.dtype, max_examples=most, **reads, **plain
         )
         self._encoder = DocumentEncoder.from_config(self.encoder_config, device=device)
         fits = self._encoder.model.config.get_text_config().tie_word_embeddings or not settings.copied
@@ -170,42 +143,11 @@ class Documents(Conditions):
         others = [example for example in task.examples if normalise(example.input) not in learnt]
         if not others:
             return plain
-        chosen = draw.sample(others, min(draw.randint(1, self._settings.max_examples), len(others)))
+        chosen = draw.sample(others, min(draw.randint(1, self._most), len(others)))
         about = "" if draw.randrange(_WITHOUT_DESCRIPTION) == 0 else task.descriptions[group.description]
         shots = [(example.input, example.outputs[0]) for example in chosen]
         ((ids,),) = self._encoder.chunks([about], examples=[shots])
         return ids
-
-
-@torch.no_grad()
-def initialise_discriminant(linear: nn.Linear, classes: Sequence[Tensor], seed: int) -> None:
-    """Initialise ``linear`` with the axes along which tasks differ most, compared with the wordings of a task (Fisher 1936).
-
-    Embeddings are centred at the mean over tasks, whitened by the within-task covariance and projected onto the axes of
-    largest total variance, each divided by the fourth root of its variance; a random rotation by ``seed`` follows.  With a
-    random start most of the encoder's output is wording or common to all texts, and the first steps learn to suppress it.
-
-    ``classes``: of each task, embeddings ``[descriptions, embed_dim]``.
-    """
-    embed_dim = linear.in_features
-    classes = [rows.double() for rows in classes]
-    means = torch.stack([rows.mean(dim=0) for rows in classes])
-    # Every task counts alike, whatever its number of descriptions.
-    residuals = [(rows - mean) / len(rows) ** 0.5 for rows, mean in zip(classes, means, strict=True)]
-    within = torch.cat(residuals)
-    within = within.T @ within / len(classes)
-    centre = means.mean(dim=0)
-    between = (means - centre).T @ (means - centre) / len(means)
-    values, axes = torch.linalg.eigh(within + WORDING_VARIANCE * torch.eye(embed_dim, dtype=torch.float64))
-    whiten = axes / values.sqrt() @ axes.T
-    values, axes = torch.linalg.eigh(whiten @ (within + between) @ whiten)
-    kept = min(linear.out_features, embed_dim)
-    generator = torch.Generator().manual_seed(seed)
-    random = torch.randn(linear.out_features, kept, dtype=torch.float64, generator=generator)
-    rotation, scales = torch.linalg.qr(random)[0], values[-kept:].clamp_min(MIN_VARIANCE) ** -0.25
-    weight = rotation @ (axes[:, -kept:] * scales).T @ whiten
-    linear.weight.copy_(weight)
-    linear.bias.copy_(-weight @ centre)
 
 
 # --- the job ------------------------------------------------------------------------------------------------------------
@@ -247,10 +189,8 @@ class HyperNetworkJob(loop.Job):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             net = new(config)
-            if isinstance(self._conditions, TaskEmbeddings):
-                if hyperinit:
-                    net.bias_hyperinit(torch.Generator().manual_seed(seed))
-                self._conditions.start(net.task_encoder.linear)
+            if hyperinit and isinstance(net, HyperNetwork):
+                net.bias_hyperinit(torch.Generator().manual_seed(seed))
         return net.to(self._device)
 
     def _write(self, net: HyperNetwork | TokenHyperNetwork, folder: Path, step: int, **stated: Any) -> None:

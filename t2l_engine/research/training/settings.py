@@ -47,10 +47,10 @@ OF_TOKENS = (
     "llm_layers", "llm_queries", "llm_heads", "llm_blocks", "llm_mlps", "copied", "first_layer", "example_share",
     "max_examples",
 )  # fmt: skip
-_NO_PERCEIVER = "head_in_size", "task_init", "llm_heads", "copied", "first_layer", "example_share", "max_examples"
+_NO_PERCEIVER = "head_in_size", "llm_heads", "copied", "first_layer", "example_share", "max_examples"
 UNUSED = {
     "perceiver-layers": (*_NO_PERCEIVER, "llm_layers"), "perceiver-flat": _NO_PERCEIVER,
-    POINTER: ("head_in_size", "task_init", "llm_queries", "llm_mlps"),
+    POINTER: ("head_in_size", "llm_queries", "llm_mlps"),
 }  # fmt: skip
 
 
@@ -136,20 +136,15 @@ class HyperNetworkSettings(Settings):
         '"minilm", a sentence-transformers folder, "one-hot": tasks by name, "base-model" (sft): its last token\'s hidden '
         'state, or "llm" (sft): the hidden states of all tokens, which perceiver-layers, perceiver-flat and pointer read',
     )
-    task_init: Literal["random", "discriminant"] = field(
-        "random", "initialisation of the task encoder: random, or linear discriminant analysis (LDA) of the descriptions"
-    )
     held_out_descriptions: Count = field(0, "last descriptions of a task, held out for validation")
-    embedding_noise: NotNegative = field(0.0, "standard deviation of noise on task_emb, whose entries have RMS 1")
     optimizer: Literal[ADAMW, MUON] = field(
         ADAMW, "adamw; muon: Muon for the weights of linears (orthogonalised updates), AdamW for the rest"
     )
-    mix_descriptions: bool = field(False, "random convex mixes of two descriptions of a task")
 
     @model_validator(mode="after")
     def _encoder(self):
         if self.encoder == "one-hot":
-            self._expect(task_init="random", held_out_descriptions=0, embedding_noise=0.0, mix_descriptions=False)
+            self._expect(held_out_descriptions=0)
         return self
 
     def _expect(self, when: str = "", **only: Any) -> None:
@@ -191,7 +186,7 @@ class SFTSettings(_Model, HyperNetworkSettings):
         variant, layers, when = self.variant, list(self.llm_layers), ""
         if self.encoder == LLM:
             expect(variant in UNUSED, "variant", f"one of {', '.join(UNUSED)} with encoder {LLM!r}", variant)
-            self._expect(embedding_noise=0.0, mix_descriptions=False, condition="description")
+            self._expect(condition="description")
             when = f"with {variant}"
         expect(when or variant in VARIANTS, "encoder", f"{LLM!r} with variant {variant}", self.encoder)
         unused = UNUSED[variant] if when else OF_TOKENS
@@ -207,8 +202,7 @@ class SFTSettings(_Model, HyperNetworkSettings):
             self._expect(prompt="input")
         if self.condition == "input":
             expect(self.encoder != "one-hot", "encoder", "one that reads text with condition input", self.encoder)
-            only = {"samples_per_task": 1, "held_out_descriptions": 0, "mix_descriptions": False, "task_init": "random"}
-            self._expect("with condition 'input'", **only)
+            self._expect("with condition 'input'", samples_per_task=1, held_out_descriptions=0)
         return self
 
 

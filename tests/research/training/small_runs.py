@@ -13,8 +13,8 @@ from t2l_engine.research.training.sampling import Group, Sample
 
 #: Every field that makes a step random, and steps of two batches.
 NOISE = {
-    "neftune_alpha": 5.0, "lora_dropout": 0.1, "label_smoothing": 0.1, "generated_l2": 1e-3, "embedding_noise": 0.1,
-    "mix_descriptions": True, "accumulation": 2, "held_out_descriptions": 0,
+    "neftune_alpha": 5.0, "lora_dropout": 0.1, "label_smoothing": 0.1, "generated_l2": 1e-3, "accumulation": 2,
+    "held_out_descriptions": 0,
 }  # fmt: skip
 
 

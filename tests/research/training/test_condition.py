@@ -85,12 +85,6 @@ def test_an_adapter_depends_on_its_own_input_alone(made, condition):
         assert len({tuple(B.tolist()) for B in stack.lora_B["q_proj"].flatten(1)}) == len({g.samples for g in batch.groups})
 
 
-def test_discriminants_are_where_training_starts(made):
-    plain, *both = (made(encoder="minilm", task_init=kind).model for kind in ("random", "discriminant", "discriminant"))
-    weights = [net.task_encoder.linear.weight for net in (plain, *both)]
-    assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[0], weights[1])
-
-
 def test_an_input_is_embedded_by_itself(long_and_short, made):
     """The same bits whatever is embedded with it or before it, as a run that goes on in the middle needs."""
     job, again = made(condition="input"), made(condition="input")

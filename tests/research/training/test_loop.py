@@ -179,11 +179,11 @@ def sft_noisy(base_model, tasks, folder):
 
 def other_conditions(**changes):
     """Runs of SFT with the noise that there is with these settings."""
-    noise = small_runs.NOISE | {"mix_descriptions": False, "embedding_noise": 0.0, "bucket_steps": 1, "steps": 5} | changes
+    noise = small_runs.NOISE | {"bucket_steps": 1, "steps": 5} | changes
     return lambda base_model, tasks, folder: sft.train(small_runs.sft(base_model, **noise), tasks, folder)
 
 
-by_input = other_conditions(condition="input", encoder="base-model", embedding_noise=0.1)
+by_input = other_conditions(condition="input", encoder="base-model")
 by_tokens = other_conditions(
     encoder="llm", variant="pointer", llm_layers=[0, 1], head_in_size=256, example_share=0.5, max_examples=2,
     optimizer="muon",

@@ -10,14 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from torch import nn
 
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.tasks.folder import Example, Task
 from t2l_engine.research.training import context, hypernetwork, sft
 from t2l_engine.research.training.hypernetwork import TaskEmbeddings
 from t2l_engine.research.training.sampling import Examples, Group, Sample, Shard, Stream, divide, permuted, seeded
-from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, STANDARD_ERRORS
 from t2l_engine.text.encoder import EncoderConfig
 from t2l_engine.text.prompts import prompt_of, raw_prompt
 from tests.research.training import small_runs
@@ -246,57 +244,6 @@ def test_held_out_descriptions(encoder):
         TaskEmbeddings(settings(held_out_descriptions=3), TASKS, torch.device("cpu"))
     with pytest.raises(ConfigError, match="encoder: expected 'minilm', .*'one-hot' or a local .* folder, got 'nowhere'"):
         TaskEmbeddings(settings(encoder="nowhere"), TASKS, torch.device("cpu"))
-
-
-def test_mixes_and_noise(encoder):
-    """Functions of a group's key; mixes are of what is trained on and keep the RMS of 1."""
-    pairs = [(i % 2, 0) for i in range(64)]
-    plain = TaskEmbeddings(settings(), TASKS, torch.device("cpu"))
-    assert torch.equal(plain.augmented(groups_of(pairs)), plain.clean(groups_of(pairs)))
-    for changes in ({"mix_descriptions": True, "held_out_descriptions": 1}, {"embedding_noise": 0.5}):
-        made = TaskEmbeddings(settings(**changes), TASKS, torch.device("cpu"))
-        groups = groups_of(pairs)
-        rows = made.augmented(groups)
-        assert torch.equal(rows[5:9], made.augmented(groups[5:9])) and torch.equal(made.clean(groups), plain.clean(groups))
-        assert len({tuple(row.tolist()) for row in rows}) > 32
-        if "embedding_noise" in changes:
-            noise = (rows - made.clean(groups)) / 0.5
-            assert abs(noise.mean()) <= STANDARD_ERRORS / noise.numel() ** 0.5
-            assert abs(noise.square().mean() - 1) <= STANDARD_ERRORS * (2 / noise.numel()) ** 0.5
-            continue
-        assert (rows.norm(dim=1) / 4 - 1).abs().max() <= EMBEDDING_FROBENIUS
-        for (index, _), row in zip(pairs, rows.double(), strict=True):
-            basis = encoder.encode(TASKS[index].descriptions)[made.train[index]].double().mT
-            parts = torch.linalg.lstsq(basis, row).solution
-            assert (basis @ parts - row).norm() <= EMBEDDING_FROBENIUS * row.norm()
-            assert (parts >= -EMBEDDING_FROBENIUS).all()
-
-
-@pytest.mark.parametrize("width", [3, 16, 24])  # of the task encoder, beside embeddings of 16
-def test_discriminants_tell_tasks_apart(encoder, width):
-    """Against the generalised eigenproblem by Cholesky: along the axes kept, variance is the root of its eigenvalues."""
-    made = TaskEmbeddings(settings(held_out_descriptions=1, task_init="discriminant"), TASKS, torch.device("cpu"))
-    linear = nn.Linear(16, width)
-    made.start(linear)
-    rows = [encoder.encode(task.descriptions[:-1]).double() for task in TASKS]
-    means = torch.stack([of.mean(dim=0) for of in rows])
-    within = sum(((of - mean).T @ (of - mean)) / len(of) for of, mean in zip(rows, means, strict=True)) / 2
-    centred = means - means.mean(dim=0)
-    total = within + centred.T @ centred / 2
-    lower = torch.linalg.cholesky(within + hypernetwork.WORDING_VARIANCE * torch.eye(16, dtype=torch.float64))
-    half = torch.linalg.solve_triangular(lower, total, upper=False)
-    expected = torch.linalg.eigvalsh(torch.linalg.solve_triangular(lower, half.mT, upper=False))
-    with torch.no_grad():
-        weight = linear.weight.double()
-        found = torch.linalg.eigvalsh(weight @ total @ weight.T)
-        assert linear(means.mean(dim=0, keepdim=True).float()).abs().max() <= EMBEDDING_FROBENIUS * weight.norm() * 4
-    kept = min(width, 16)
-    expected = expected[-kept:]
-    expected = torch.cat([torch.zeros(width - kept), expected / expected.clamp_min(hypernetwork.MIN_VARIANCE).sqrt()])
-    assert (found - expected).abs().max() <= EMBEDDING_FROBENIUS * expected.max()
-    again = nn.Linear(16, width)
-    made.start(again)
-    assert torch.equal(again.weight, linear.weight) and torch.equal(again.bias, linear.bias)
 
 
 @pytest.mark.parametrize("prompt", ["input", "description"])

@@ -35,9 +35,9 @@ def needed(kind):
 
 def test_a_file_with_overrides(write):
     """YAML 1.1 reads 1e-3 as a string; it is a number all the same.  What is given last counts."""
-    path = write("learning_rate: 1e-3\nweight_decay: 2\nscaling: 1e1\nmix_descriptions: yes\nsteps: 30")
+    path = write("learning_rate: 1e-3\nweight_decay: 2\nscaling: 1e1\ncompile: yes\nsteps: 30")
     found = settings.read(SFTSettings, path, ["steps=40", " rank = 4", "steps=50", "target_modules=[k_proj]", "seed=1"])
-    assert found.learning_rate == 1e-3 and found.weight_decay == 2.0 and found.scaling == 10.0 and found.mix_descriptions
+    assert found.learning_rate == 1e-3 and found.weight_decay == 2.0 and found.scaling == 10.0 and found.compile
     assert (found.steps, found.rank, found.target_modules, found.seed) == (50, 4, ("k_proj",), 1)
     assert found.base_model == "x" and found.warmup_steps == SFTSettings.model_fields["warmup_steps"].default
     assert settings.read(ReconstructionSettings, None) == ReconstructionSettings()
@@ -50,7 +50,7 @@ WRONG = {
     "steps": {"0": "greater than 0", "1.5": "integer", "": "integer"},
     "scaling": {"1e-12": "", "big": "'plain' or 'rslora'"}, "seed": {"99999999999999999999": "less than"},
     "learning_rate": {"fast": "valid number", ".nan": "finite"}, "schedule": {"cosine": "'linear' or 'constant'"},
-    "mix_descriptions": {"3": "boolean"}, "latent_size": {"3": "equal to 4"}, "base_model": {"7": "string"},
+    "compile": {"3": "boolean"}, "latent_size": {"3": "equal to 4"}, "base_model": {"7": "string"},
     "target_modules": {"q_proj": "", "[]": "at least 1 item", "[q_proj, q_proj]": "distinct"},
 }  # fmt: skip
 #: Values that no field of a type may have.
@@ -64,24 +64,22 @@ BY_INPUT = {"encoder": "base-model", "condition": "input"}
 #: What the encoder and the condition of a run ask for: field -> (what does not fit, what is expected instead).
 UNFIT = [
     ({"encoder": "one-hot"}, {
-        "mix_descriptions": (True, "False with encoder 'one-hot', got True"), "held_out_descriptions": (2, 0),
-        "task_init": ("discriminant", "'random'"), "embedding_noise": (0.5, 0.0), "prompt": ("description", "'input'")}),
+        "held_out_descriptions": (2, "0 with encoder 'one-hot', got 2"), "prompt": ("description", "'input'")}),
     ({}, {
         "llm_layers": ([0, 1], ".0, 10, 20. with encoder 'minilm', got .0, 1."), "example_share": (0.5, 0.0),
         "max_examples": (2, 6), "llm_mlps": (2, 1), "copied": (["q_proj"], r"\(\) with encoder 'minilm', got"),
         "first_layer": (1, 0)}),
     (POINTER, {
-        "embedding_noise": (0.1, 0.0), "mix_descriptions": (True, False), "condition": ("input", "'description'"),
-        "llm_queries": (4, "8 with pointer"), "task_init": ("discriminant", "'random' with pointer"),
+        "condition": ("input", "'description'"), "llm_queries": (4, "8 with pointer"),
         "llm_layers": ([1, 0], "increasing numbers, got .1, 0."), "encoder": ("minilm", "'llm' with variant pointer"),
         "variant": ("L", "one of perceiver-layers, perceiver-flat, pointer with encoder 'llm', got 'L'")}),
     (POINTER | {"copied": ["v_proj"]}, {"llm_layers": ([1, 2], "0 first, what is copied, got .1, 2.")}),
     (FLAT, {
-        "llm_layers": ([0, 1], "one number with perceiver-flat"), "llm_heads": (2, "4"), "task_init": ("discriminant", ""),
+        "llm_layers": ([0, 1], "one number with perceiver-flat"), "llm_heads": (2, "4"),
         "example_share": (0.5, 0.0), "copied": (["q_proj"], r"\(\) with perceiver-flat, got"), "first_layer": (1, 0)}),
     (BY_INPUT, {
         "samples_per_task": (2, "1 with condition 'input', got 2"), "encoder": ("one-hot", "one that reads text"),
-        "held_out_descriptions": (1, 0), "task_init": ("discriminant", "'random'"), "mix_descriptions": (True, False)}),
+        "held_out_descriptions": (1, 0)}),
     ({"validate_every": 0}, {"patience": (1, "0 with validate_every 0, got 1")}),
     ({}, {"decay_steps": (1, "at most 0 with schedule linear, got 1")}),
     ({"schedule": "constant", "steps": 20, "warmup_steps": 5}, {"decay_steps": (16, "at most 15 with schedule constant")}),
@@ -187,7 +185,7 @@ def test_every_field_has_a_sentence(kind):
 
 @pytest.mark.parametrize("changes", [
     {}, {"base_model": "yes: no\n'é\u2028", "target_modules": ["null", "1e3"]},
-    {"learning_rate": 1e-300, "scaling": 1e3, "seed": 2**63 - 1}, {"scaling": "rslora", "mix_descriptions": True},
+    {"learning_rate": 1e-300, "scaling": 1e3, "seed": 2**63 - 1}, {"scaling": "rslora", "compile": True},
 ], ids=str)  # fmt: skip
 def test_what_is_written_is_read_again(tmp_path, changes):
     found, path = SFTSettings(**NEEDED | changes), tmp_path / "run.yaml"
