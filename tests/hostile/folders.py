@@ -84,7 +84,7 @@ FILES = {
     },
     "settings": {
         "run.yaml": "base_model: smollm2-135m\ntarget_modules: [q_proj, v_proj]\nschedule: linear\nsteps: 30\n"
-        "compile: false\nlearning_rate: 0.001\nscaling: rslora\n"
+        "prompt: input\nlearning_rate: 0.001\nscaling: rslora\n"
     },
 }
 

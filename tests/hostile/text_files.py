@@ -23,10 +23,10 @@ JSON_FILES = [
     ("manifest", "manifest.json", "manifest"),
     ("sni", "task001_colours.json", "sni"),
 ]
-#: YAML files, and lines in them of a flag, a word and a number.
+#: YAML files, and lines in them of a flag (or another word), a word and a number.
 YAML_FILES = [
     ("L-sft", "args.yaml", (b"shared_AB_head: false", b"training_task: sft", b"head_in_size: 40")),
-    ("settings", "run.yaml", (b"compile: false", b"schedule: linear", b"steps: 30")),
+    ("settings", "run.yaml", (b"prompt: input", b"schedule: linear", b"steps: 30")),
 ]
 
 TAGS = {

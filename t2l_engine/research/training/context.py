@@ -18,7 +18,6 @@ from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError, expect
 from t2l_engine.files.weights import content_checksum
 from t2l_engine.lora.handle import attach
-from t2l_engine.lora.layer import LoRALinear
 from t2l_engine.lora.locate import features, find
 from t2l_engine.research.tasks.folder import Task, load_tasks
 from t2l_engine.research.tasks.manifest import summary
@@ -75,19 +74,6 @@ def locate(model: nn.Module, names: Sequence[str]) -> Modules:
         if layers != list(range(num_layers)):
             raise ConfigError(f"target_modules: {name}: expected one in each of {num_layers} layers, got layers {layers}")
     return Modules(tuple(names), tuple(paths), *map(tuple, zip(*sizes, strict=True)), num_layers)
-
-
-def compile_between(model: nn.Module, paths: Sequence[str]) -> None:
-    """Compile, in every layer of ``model``, the children without adapters: with attention's adapted, norms and MLP.
-
-    Not whole layers: their code would depend on each layer's adapters, and be compiled once for every layer.
-    ``paths``: of the adapted linears, with ``{layer}`` in place of the layer's index.
-    """
-    for parent in {path.partition(f".{LAYER}")[0] for path in paths}:
-        for layer in model.get_submodule(parent).children():
-            for child in layer.children():
-                if not any(isinstance(module, LoRALinear) for module in child.modules()):
-                    child.compile(dynamic=True)
 
 
 def _of_split(task: Task, split: str | None) -> Task:
@@ -165,8 +151,6 @@ class TrainingContext:
     def attach(self, stack: AdapterStack) -> None:
         """Attach to the model; ``stack``: one adapter, whose shapes the slots get."""
         self._handle = attach(self.model, stack)
-        if self.settings.compile:
-            compile_between(self.model, self.modules.paths)
         self._objective = Objective(self.model, self._handle)
 
     def losses(self, batch: Batch, stack: AdapterStack) -> Tensor:

@@ -3,7 +3,7 @@
 A run's folder holds its settings, its log (a line per step and per validation), ``training_state.pt`` and the job's
 checkpoint or adapters as of the last save, and under ``best/`` as of the best validation.  A killed run resumes from the
 state; on one process of the same machine, with the same number of threads, the result equals that of an uninterrupted run
-bit for bit, unless ``compile`` is set: which code a step runs may then depend on the sizes that the process has seen.
+bit for bit.
 """
 
 from __future__ import annotations

@@ -76,8 +76,8 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_boolean(cls, value: Any, info: Any) -> Any:
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+    def _no_boolean(cls, value: Any) -> Any:
+        if isinstance(value, bool):
             raise ValueError("expected a number or text")  # pydantic would convert it to 1
         return value
 
@@ -107,7 +107,6 @@ class _Model(BaseModel):
     prompt_form: Literal[PROMPT_FORMS] = field(
         "chat", 'chat: a user turn of the tokenizer\'s template; raw: plain text, "Input: ...", "Output:"'
     )
-    compile: bool = field(False, "torch.compile of norms and MLPs without adapters; needs a C++ compiler, up to a minute")
     samples_per_task: Positive = field(1, "examples of a task in a batch")
     max_tokens: Positive = field(192, "longest prompt and answer; longer examples are left out and counted")
     bucket_steps: Positive = field(8, "steps over which tasks are bucketed by length; 1: no bucketing")

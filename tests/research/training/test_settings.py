@@ -35,9 +35,9 @@ def needed(kind):
 
 def test_a_file_with_overrides(write):
     """YAML 1.1 reads 1e-3 as a string; it is a number all the same.  What is given last counts."""
-    path = write("learning_rate: 1e-3\nweight_decay: 2\nscaling: 1e1\ncompile: yes\nsteps: 30")
+    path = write("learning_rate: 1e-3\nweight_decay: 2\nscaling: 1e1\nsteps: 30")
     found = settings.read(SFTSettings, path, ["steps=40", " rank = 4", "steps=50", "target_modules=[k_proj]", "seed=1"])
-    assert found.learning_rate == 1e-3 and found.weight_decay == 2.0 and found.scaling == 10.0 and found.compile
+    assert found.learning_rate == 1e-3 and found.weight_decay == 2.0 and found.scaling == 10.0
     assert (found.steps, found.rank, found.target_modules, found.seed) == (50, 4, ("k_proj",), 1)
     assert found.base_model == "x" and found.warmup_steps == SFTSettings.model_fields["warmup_steps"].default
     assert settings.read(ReconstructionSettings, None) == ReconstructionSettings()
@@ -50,12 +50,12 @@ WRONG = {
     "steps": {"0": "greater than 0", "1.5": "integer", "": "integer"},
     "scaling": {"1e-12": "", "big": "'plain' or 'rslora'"}, "seed": {"99999999999999999999": "less than"},
     "learning_rate": {"fast": "valid number", ".nan": "finite"}, "schedule": {"cosine": "'linear' or 'constant'"},
-    "compile": {"3": "boolean"}, "latent_size": {"3": "equal to 4"}, "base_model": {"7": "string"},
+    "latent_size": {"3": "equal to 4"}, "base_model": {"7": "string"},
     "target_modules": {"q_proj": "", "[]": "at least 1 item", "[q_proj, q_proj]": "distinct"},
 }  # fmt: skip
 #: Values that no field of a type may have.
 NEVER = {
-    bool: ["3", None], int: [-1, 1.5, 1 << 64, True, None], float: [-1, math.nan, math.inf, True, None],
+    int: [-1, 1.5, 1 << 64, True, None], float: [-1, math.nan, math.inf, True, None],
     str: [-7, True, None, "\ud800"], tuple: [[], [None], "q_proj", None],
 }  # fmt: skip
 POINTER = {"encoder": "llm", "variant": "pointer", "llm_layers": [0, 1]}
@@ -185,7 +185,7 @@ def test_every_field_has_a_sentence(kind):
 
 @pytest.mark.parametrize("changes", [
     {}, {"base_model": "yes: no\n'é\u2028", "target_modules": ["null", "1e3"]},
-    {"learning_rate": 1e-300, "scaling": 1e3, "seed": 2**63 - 1}, {"scaling": "rslora", "compile": True},
+    {"learning_rate": 1e-300, "scaling": 1e3, "seed": 2**63 - 1}, {"scaling": "rslora"},
 ], ids=str)  # fmt: skip
 def test_what_is_written_is_read_again(tmp_path, changes):
     found, path = SFTSettings(**NEEDED | changes), tmp_path / "run.yaml"

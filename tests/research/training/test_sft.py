@@ -119,19 +119,3 @@ def test_runs_that_cannot_start_write_nothing(base_model, tasks, tmp_path):
             sft.train(small_runs.sft(base_model, **changes), tasks, tmp_path / "out", names=names)
         assert not (tmp_path / "out").exists()
     sft.train(small_runs.sft(base_model, steps=1), tasks, tmp_path / "out", names=["first"])
-
-
-@pytest.mark.slow
-def test_norms_and_mlps_may_be_compiled(base_model, tasks, tmp_path, monkeypatch):
-    """The curve of a compiled run is that of another, and layers share what is compiled."""
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend="aot_eager", **kw))
-    torch._dynamo.reset()
-    curves = []
-    for name, of_run in (("eager", False), ("compiled", True)):
-        torch._dynamo.utils.counters.clear()
-        curves.append(small_runs.losses(sft.train(small_runs.sft(base_model, compile=of_run), tasks, tmp_path / name)))
-    assert curves[1] == pytest.approx(curves[0], rel=numerics.TRAINING_RTOL)
-    # Norm and MLP, with an input that needs gradients, with one that does not, in validation, at other sizes; three modules
-    # of two layers, each compiled for itself, would have twice as many.
-    assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
