@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from t2l_engine.adapters import peft
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError
-from t2l_engine.files.text import read_json
+from t2l_engine.files.text import read_json, to_json
 from t2l_engine.hypernetwork import checkpoint
-from t2l_engine.hypernetwork.config import PerceiverConfig
 from t2l_engine.hypernetwork.folder import CONFIG_NAME, D2L_NAME, SAKANA_NAMES, WEIGHTS_NAME, format_of
-from t2l_engine.hypernetwork.network import HyperNetwork, hypernet_flops, load, num_parameters
-from t2l_engine.hypernetwork.tokens import TokenHyperNetwork
+from t2l_engine.hypernetwork.network import load
+
+#: Fields of a configuration with an entry for each module.
+_OF_MODULES = "modules", "in_features", "out_features", "paths"
 
 
 def describe(folder: Path) -> dict[str, Any]:
     """Structure, sizes and origin of a checkpoint (native, Sakana or Doc-to-LoRA format) or of a PEFT adapter folder.
 
-    Files are read and checked completely.  Checkpoints: ``parameters`` counts ``trunk`` (all but the heads), ``heads``
-    and ``offsets`` (buffers).  Adapters: ``parameters`` counts true ranks; ``partial``: the base model may have more
-    layers.  Raises ValueError for another folder or an invalid file.
+    Files are read and checked completely.  Checkpoints: the fields of the hypernetwork's configuration; ``parameters``:
+    their number, and that of entries, buffers included, by part.  Adapters: ``parameters`` counts true ranks; ``partial``:
+    the base model may have more layers.  Raises ValueError for another folder or an invalid file.
     """
     native = (folder / CONFIG_NAME).is_file() and (folder / WEIGHTS_NAME).is_file()
     documents = (folder / D2L_NAME).is_file() and not (folder / CONFIG_NAME).is_file()
@@ -40,22 +42,20 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     contents.check_encoder()
     net = load(contents)
     c, blocks = net.config, contents.blocks
-    training = blocks.get("training")
+    training, parts = blocks.get("training"), Counter[str]()
+    for name, tensor in net.state_dict().items():
+        parts[name.partition(".")[0]] += tensor.numel()
     return {
         "kind": "checkpoint",
         "folder": str(folder),
         "form": format_of(folder),
-        "variant": c.variant,
         "modules": [
             {"name": name, "in_features": n_in, "out_features": n_out}
             for name, n_in, n_out in zip(c.modules, c.in_features, c.out_features, strict=True)
         ],
-        "num_layers": c.num_layers,
-        "rank": c.rank,
-        "lora_alpha": c.lora_alpha,
+        **{name: value for name, value in to_json(c).items() if name not in _OF_MODULES},
         "scaling": {"mode": c.scaling if isinstance(c.scaling, str) else "given", "value": c.scaling_value},
-        "latent_size": c.latent_size,
-        **(_of_task_embedding(net) if isinstance(net, HyperNetwork) else _of_documents(net)),
+        "parameters": {"total": c.num_parameters, **parts},
         "dtype": str(net.dtype).removeprefix("torch."),
         "file_bytes": contents.path.stat().st_size,
         "values_per_adapter": c.adapter_values,
@@ -63,37 +63,6 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         "base_model": blocks.get("base_model"),
         "prompt": {"form": contents.prompt_form, "description": checkpoint.has_described_prompts(blocks)},
         "training": _training(training) if isinstance(training, dict) else None,
-    }
-
-
-def _of_task_embedding(net: HyperNetwork) -> dict[str, Any]:
-    c, heads = net.config, sum(p.numel() for p in net.heads.parameters())
-    return {
-        "task_encoder": c.task_encoder,
-        "trunk_width": c.width,
-        "head_in_size": c.head_in_size,
-        "embed_dim": c.embed_dim,
-        "parameters": {
-            "total": num_parameters(c),
-            "trunk": num_parameters(c) - heads,
-            "heads": heads,
-            "offsets": sum(b.numel() for b in net.offsets.buffers()),
-        },
-        "gflop_per_adapter": sum(hypernet_flops(c).values()) / 1e9,
-    }
-
-
-def _of_documents(net: TokenHyperNetwork) -> dict[str, Any]:
-    c = net.config
-    parts = {name: sum(p.numel() for p in module.parameters()) for name, module in net.named_children()}
-    about = {"feature_size": c.feature_size, "parameters": {"total": num_parameters(c), **parts}}
-    if not isinstance(c, PerceiverConfig):
-        return about | {"blocks": c.num_blocks, "copied": list(c.copied), "first_layer": c.first_layer}
-    about["parameters"]["head"] = net.get_parameter("head").numel()
-    return about | {
-        "latents": {"queries": c.num_latents, "blocks": c.num_blocks, "self_attention": c.num_self_attention},
-        "mlps": {"count": c.num_mlps, "per_layer": c.per_layer_mlps},
-        "bias": c.bias,
     }
 
 

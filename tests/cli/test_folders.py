@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 import t2l_engine as t2l
 from t2l_engine.hypernetwork import convert
 from t2l_engine.hypernetwork.folder import BUNDLED, resolve_checkpoint
-from t2l_engine.hypernetwork.network import hypernet_flops
 
 
 def test_show_bundled_checkpoint(run):
@@ -23,20 +22,19 @@ def test_show_bundled_checkpoint(run):
     ]
     net = t2l.HyperNetwork.from_pretrained("smollm2-135m-paper")
     sizes = {name: p.numel() for name, p in net.named_parameters()}
-    heads = sum(size for name, size in sizes.items() if name.startswith("heads."))
     total, values = sum(sizes.values()), net.generate(torch.zeros(1, 384)).num_parameters
-    assert about["parameters"] == {"total": total, "trunk": total - heads, "heads": heads, "offsets": 0}
+    assert about["parameters"].pop("total") == total == sum(about["parameters"].values())
+    assert about["parameters"]["heads"] == sum(size for name, size in sizes.items() if name.startswith("heads."))
     expected = {
         "kind": "checkpoint", "form": "native", "variant": "L", "task_encoder": "linear", "num_layers": 30, "rank": 8,
-        "lora_alpha": 16.0, "scaling": {"mode": "plain", "value": 2.0}, "latent_size": 128, "trunk_width": 128,
-        "head_in_size": 112, "embed_dim": 384, "dtype": "bfloat16", "values_per_adapter": values,
+        "lora_alpha": 16.0, "scaling": {"mode": "plain", "value": 2.0}, "latent_size": 128, "head_in_size": 112,
+        "embed_dim": 384, "dtype": "bfloat16", "values_per_adapter": values,
         "base_model": "smollm2-135m", "prompt": {"form": "raw", "description": False},
         "training": {"steps": 1600, "num_tasks": 37},
     }  # fmt: skip
     assert {key: about[key] for key in expected} == expected
     assert about["encoder"]["name"] == "minilm"
-    assert about["gflop_per_adapter"] == pytest.approx(sum(hypernet_flops(net.config).values()) / 1e9)
-    assert about["file_bytes"] > 2 * about["parameters"]["total"]
+    assert about["file_bytes"] > 2 * total
 
     code, out, _ = run("show", "smollm2-135m-paper")
     assert code == 0
@@ -53,7 +51,7 @@ def test_show_the_default_checkpoint(run):
     }  # fmt: skip
     assert {key: about[key] for key in expected} == expected
     assert about["encoder"]["name"] == "smollm2-135m" and about["encoder"]["max_examples"] == 4
-    assert about["parameters"]["total"] == 2_951_456
+    assert about["parameters"].pop("total") == sum(about["parameters"].values()) == 2_951_456
 
 
 def test_show_sakana_checkpoint(run, golden, edit):
