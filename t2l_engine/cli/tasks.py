@@ -37,7 +37,6 @@ def import_sni(
     descriptions: Annotated[Path | None, typer.Option(help="JSON {task name or number: [description, ...]}.")] = None,
     tasks: Annotated[str, typer.Option(help="Comma-separated names or numbers of tasks; default: all.")] = "",
     licence: Annotated[list[str], typer.Option(help="Allowed one ('CC BY'); may be repeated; default: any or none.")] = (),
-    category: Annotated[list[str], typer.Option(help="Category to import; may be repeated; default: all.")] = (),
     max_instances: Annotated[int | None, typer.Option(min=1, help="Examples per task, by hash; default: 200.")] = None,
     manifest: Manifest = "",
     force: Force = False,
@@ -53,7 +52,6 @@ def import_sni(
         max_instances=max_instances or MAX_EXAMPLES,
         manifest=manifests.read(manifest) if manifest else None,
         licences=licence,
-        categories=category,
     )
     for name, reason in imported.left_out.items():
         say(f"left out: {name}: {reason}")

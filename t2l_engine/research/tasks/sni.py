@@ -1,8 +1,7 @@
 """Import of Super-NaturalInstructions: one JSON file per task, as in ``tasks/`` of allenai/natural-instructions.
 
-Reads "Definition", "Categories", "Source", "Instance License" and "Instances" (a list of ``{"id", "input", "output"}``, with
-a string or a list of accepted ones as output).  Early versions lack some fields or have a string instead of a list.  Files
-are untrusted.
+Reads "Definition", "Source", "Instance License" and "Instances" (a list of ``{"id", "input", "output"}``, with a string or a
+list of accepted ones as output).  Early versions lack some fields or have a string instead of a list.  Files are untrusted.
 """
 
 from __future__ import annotations
@@ -46,7 +45,6 @@ def import_sni(
     max_instances: int = examples.MAX_EXAMPLES,
     manifest: Manifest | None = None,
     licences: Sequence[str] = (),
-    categories: Sequence[str] = (),
 ) -> Imported:
     """The tasks of a folder of Super-NaturalInstructions files, or of one file, sorted by name.
 
@@ -57,7 +55,6 @@ def import_sni(
         manifest: import its tasks with its examples and splits; ``max_instances`` is ignored then.
         licences: allowed licences; each licence of a task must contain one of them as whole words, ignoring case: "CC BY"
             allows "CC BY 4.0" but not "CC BY-NC 4.0".  Tasks that state none are left out.  Empty: any.
-        categories: of which a task must have one, ignoring case.  Empty: any.
 
     Tasks made from BENCHMARKS, by "Source" or by name, are left out.
     Raises FileNotFoundError if there are no task files, ConfigError naming the file and the invalid field.
@@ -71,7 +68,7 @@ def import_sni(
     imported = Imported([], {}, {})
     for path in paths:
         row = Row(str(path), _read_object(path))
-        reason = _reason(row, path.stem, licences, categories)
+        reason = _reason(row, path.stem, licences)
         found = [] if reason else list(_instances(row))
         if not found:
             imported.left_out[path.stem] = reason or "no instance with text"
@@ -145,10 +142,9 @@ def _instances(row: Row) -> Iterator[Example]:
             yield Example(text, outputs, "train")
 
 
-def _reason(row: Row, name: str, licences: Sequence[str], categories: Sequence[str]) -> str | None:
+def _reason(row: Row, name: str, licences: Sequence[str]) -> str | None:
     """Why the task ``name`` is left out; None if it is not."""
-    fields = ("Source", "Instance License", "Categories")
-    sources, stated, of = (row.one_or_more(field, MAX_LABEL) for field in fields)
+    sources, stated = (row.one_or_more(field, MAX_LABEL) for field in ("Source", "Instance License"))
     benchmarks = (source for text in (*sources, name) for source in BENCHMARKS if names_data_set(text, source))
     if benchmark := next(benchmarks, None):
         return f"made of {benchmark}"
@@ -157,8 +153,6 @@ def _reason(row: Row, name: str, licences: Sequence[str], categories: Sequence[s
     refused = [text for text in stated if not any(pattern.search(text) for pattern in allowed)]
     if licences and (refused or not stated):
         return f"licence {short_repr(refused[0])}" if refused else "no licence stated"
-    if categories and not set(map(str.casefold, categories)).intersection(map(str.casefold, of)):
-        return f"categories {short_repr(list(of))}"
     return None
 
 

@@ -86,12 +86,6 @@ def test_licences(sni, stated, allowed, kept):
     assert kept or "licence" in imported.left_out["task001_colours"]
 
 
-def test_categories(sni):
-    imported = import_sni(sni(task001_colours=COLOURS, task002_count=EARLY), categories=["word semantics", "Translation"])
-    assert [t.name for t in imported.tasks] == ["task001_colours"]
-    assert imported.left_out == {"task002_count": "categories []"}
-
-
 @pytest.mark.parametrize("name, source, reason", [
     *(("task001_x", *case) for case in (
         (["winogrande_xl"], "winogrande"), (["ai2_arc"], "arc"), ("ARC-Challenge", "arc"), (["swag"], None),
@@ -120,7 +114,7 @@ def test_broken_json_is_named(sni, tmp_path, broken_json):
 
 
 WRONG = {
-    "Definition": [None, [1], {"a": "b"}, ["\ud800"], ["", " "]], "Categories": [3], "Source": [[None], True],
+    "Definition": [None, [1], {"a": "b"}, ["\ud800"], ["", " "]], "Source": [[None], True],
     "Instance License": [{"MIT": 1}, [["MIT"]]],
     "Instances": [
         None, {}, "grass", [None], [[]], [{"output": ["x"]}], [{"input": "x"}], [{"input": 3, "output": ["x"]}],
