@@ -76,7 +76,7 @@ def _right(adapters: list[Path], made: Mapping[str, Any], description: str, exam
     from t2l_engine.research.evaluation.metrics import exact_match
 
     model, tokenizer = models.load(made["base_model"], getattr(torch, made["dtype"]))
-    answerer = Answerer(model, tokenizer, identity="", store=Store(), batch_size=32, clock=time.perf_counter)
+    answerer = Answerer(model, tokenizer, identity="", store=Store(), batch_size=32)
     longest = max(len(answer_ids(tokenizer, answer)) for _, answer in examples) + 4
     shown = description if made["prompt"] == "description" else ""
     prompts = [prompt_of(made["prompt_form"], tokenizer, text, shown) for text, _ in examples]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -136,8 +135,7 @@ def _answerer(options: Options, model_name: str) -> tuple[Any, Any]:
     begins = [str(i) for i in prompt_ids(tokenizer, [""])[0]]
     rounds = [options.device] if options.device != "cpu" else []  # another device rounds differently
     identity = digest(model.parameters(), model_name, model.config.to_json_string(), *begins, *rounds)
-    size, clock = options.batch_size, time.perf_counter
-    return Answerer(model, tokenizer, identity=identity, store=store, batch_size=size, clock=clock), tokenizer
+    return Answerer(model, tokenizer, identity=identity, store=store, batch_size=options.batch_size), tokenizer
 
 
 def _load_tasks(options: Options) -> tuple[list[Task], dict[str, dict[str, list]]]:

@@ -67,13 +67,12 @@ NOT_ACCEPTED = "\0"
 class Answer:
     """``text``: that was generated, or the accepted one that decoding gives, or NOT_ACCEPTED; ``likelihoods``: of options.
 
-    ``prompt_tokens``: length of the prompt; ``seconds``: time of the batch divided by its number of answers.
+    ``prompt_tokens``: length of the prompt.
     """
 
     text: str
     likelihoods: tuple[float, ...]
     prompt_tokens: int
-    seconds: float
 
 
 class Store:
@@ -93,7 +92,7 @@ class Store:
             try:
                 row = json.loads(line)
                 self._batches[row["key"]] = [
-                    Answer(a["text"], tuple(a["likelihoods"]), a["prompt_tokens"], a["seconds"]) for a in row["answers"]
+                    Answer(a["text"], tuple(a["likelihoods"]), a["prompt_tokens"]) for a in row["answers"]
                 ]
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise ConfigError(f"{path}:{number}: expected a batch of answers that an evaluation wrote") from None
@@ -115,14 +114,11 @@ class Answerer:
         model: a transformers causal LM in eval mode.
         tokenizer: of the model, padding on the left.
         identity: of the model and its dtype, part of the keys of ``store``.
-        clock: returns seconds, for :attr:`Answer.seconds`.
     """
 
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, *, identity: str, store: Store, batch_size: int, clock: Callable[[], float]
-    ):
+    def __init__(self, model: nn.Module, tokenizer: Any, *, identity: str, store: Store, batch_size: int):
         self._model, self._tokenizer, self._identity = model, tokenizer, identity
-        self._store, self._batch_size, self._clock = store, batch_size, clock
+        self._store, self._batch_size = store, batch_size
 
     @torch.no_grad()
     def ask(
@@ -140,7 +136,7 @@ class Answerer:
                 answers = self._store.get(key)
                 if answers is None or len(answers) != len(batch):
                     use = use or stack.enter_context(adapters.on(self._model))
-                    answers = self._timed(batch, [prompts[i] for i in indices], use)
+                    answers = self._answers(batch, [prompts[i] for i in indices], use)
                     self._store.put(key, answers)
                 for i, answer in zip(indices, answers, strict=True):
                     results[i] = answer
@@ -177,15 +173,13 @@ class Answerer:
         content = [self._identity, adapters.identity if adapters else "", *(dataclasses.astuple(q) for q in queries)]
         return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()
 
-    def _timed(self, queries: Sequence[Query], prompts: list[list[int]], use: Use) -> list[Answer]:
-        start = self._clock()
+    def _answers(self, queries: Sequence[Query], prompts: list[list[int]], use: Use) -> list[Answer]:
         if queries[0].options or queries[0].accepted:
             found = self._logits(queries, prompts, use)
             results = [self._judged(q, found) for q in queries]
         else:
             results = [(text, ()) for text in self._generate(queries, prompts, use)]
-        seconds = (self._clock() - start) / len(queries)
-        return [Answer(*result, len(prompt), seconds) for result, prompt in zip(results, prompts, strict=True)]
+        return [Answer(*result, len(prompt)) for result, prompt in zip(results, prompts, strict=True)]
 
     def _generate(self, queries: Sequence[Query], prompts: list[list[int]], use: Use) -> list[str]:
         batch = self._padded(prompts)

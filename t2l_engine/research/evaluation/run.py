@@ -196,7 +196,7 @@ class Evaluation:
 
 
 def _details(given: Sequence[_Scored]) -> dict[str, Any]:
-    """Means over the answers of one method: of the measures of each task, and of the time."""
+    """Means of the measures over the answers of one method, by task."""
     by_task: dict[str, list[_Scored]] = {}
     for scored in given:
         by_task.setdefault(scored.item.task.name, []).append(scored)
@@ -209,8 +209,7 @@ def _details(given: Sequence[_Scored]) -> dict[str, Any]:
             "by_repeat": [100 * statistics.fmean(s["score"] for i, _, s in rows if i.repeat == r) for r in repeats],
             "prompt_tokens": statistics.fmean(a.prompt_tokens for _, a, _ in rows),
         }
-    seconds = statistics.fmean(scored.answer.seconds for scored in given) if given else None
-    return {"tasks": tasks, "seconds_per_answer": seconds}
+    return {"tasks": tasks}
 
 
 def summary(scores: Mapping[str, Mapping[str, float]], groups: Mapping[str, Sequence[str]], baseline: str) -> dict[str, Any]:

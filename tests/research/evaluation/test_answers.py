@@ -34,14 +34,11 @@ def queries(keys, **changes):
 
 @pytest.fixture
 def answerer(loaded):
-    """Factory: an answerer of the tiny model; its clock says how often it was read."""
+    """Factory: an answerer of the tiny model."""
 
     def make(store=None, batch_size=4, model=None, tokenizer=None, identity="tiny"):
-        clock = itertools.count()
-        return Answerer(
-            model or loaded[0], tokenizer or loaded[1], identity=identity, store=store or Store(),
-            batch_size=batch_size, clock=lambda: float(next(clock)),
-        )  # fmt: skip
+        model, tokenizer = model or loaded[0], tokenizer or loaded[1]
+        return Answerer(model, tokenizer, identity=identity, store=store or Store(), batch_size=batch_size)
 
     return make
 
@@ -69,7 +66,7 @@ def batches(loaded, monkeypatch):
 
 # --- kept on disk ----------------------------------------------------------------------------------------------------
 
-ANSWERS = [Answer("naïve \u2028\r\n\ud800 {", (), 3, 0.1), Answer("", (-1.5, -0.1, -1e-17), 0, 2.0)]
+ANSWERS = [Answer("naïve \u2028\r\n\ud800 {", (), 3), Answer("", (-1.5, -0.1, -1e-17), 0)]
 
 
 def test_store_round_trip(tmp_path):
@@ -142,8 +139,6 @@ def test_batches_hold_one_kind_and_so_many_rows(answerer, batches, loaded):
     for query, answer in zip(asked, answers, strict=True):
         assert answer.prompt_tokens == len(query.prompt.split())
         assert len(answer.likelihoods) == len(query.options) and (not query.options or answer.text == "")
-    times = sorted(1 / n for n in [1] + 12 * [1] + 3 * ([5] * 5 + [5] * 5 + [2] * 2))
-    assert sorted(a.seconds for a in answers) == times  # one tick a batch, divided among its answers
 
 
 def test_an_answer_ends_at_its_first_line_break_where_it_is_one_line(answerer, loaded, monkeypatch):

@@ -26,10 +26,10 @@ class Scripted:
         self.asked.append((adapters, list(queries)))
         progress(len(queries))
         answers = []
-        for number, query in enumerate(queries):
+        for query in queries:
             found = self._reply(query, adapters)
             text, likelihoods = ("", tuple(found)) if query.options else (found, ())
-            answers.append(Answer(text, likelihoods, len(query.prompt.split()), float(number)))
+            answers.append(Answer(text, likelihoods, len(query.prompt.split())))
         return answers
 
     @property
@@ -186,7 +186,7 @@ def test_tasks_without_an_adapter_are_not_asked_and_absent():
     ]  # fmt: skip
     nobody = dataclasses.replace(method, key=lambda task, example, repeat: None)
     result = evaluation(Scripted(), tasks, [nobody]).run()
-    assert result["details"] == {"oracle": {"tasks": {}, "seconds_per_answer": None}} and result["tasks"]["first"] == {}
+    assert result["details"] == {"oracle": {"tasks": {}}} and result["tasks"]["first"] == {}
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ def test_code_is_refused_otherwise(monkeypatch):
     evaluation(Scripted(), tasks[:1], settings=Settings(run_code=True)).run()
 
 
-def test_repeats_and_seconds():
+def test_repeats():
     asked = []
 
     def reply(query, adapters):
@@ -320,7 +320,6 @@ def test_repeats_and_seconds():
     of = result["details"]["only"]
     assert of["tasks"]["first"]["by_repeat"] == [100.0, 50.0, 50.0]
     assert result["tasks"]["first"]["only"] == of["tasks"]["first"]["score"] == pytest.approx(200 / 3)
-    assert of["seconds_per_answer"] == statistics.fmean(range(6))
 
 
 def test_methods_and_settings_that_do_not_fit():
