@@ -25,10 +25,6 @@ from t2l_engine.text.prompts import has_chat, prompt_ids
 if TYPE_CHECKING:
     from t2l_engine.research.evaluation.methods import Method
 
-#: Measure of the printed table -> its title.
-TITLES = {"score": "score, %", "containment": "containment, %", "rouge_l": "ROUGE-L, %"}
-Measure = common.choices("Measure", TITLES)
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -53,15 +49,12 @@ class Options:
     dtype: BaseDType = DType.float32
     device: Annotated[str, typer.Option(help="cpu or cuda, for the base model and the hypernetwork.")] = "cpu"
     resume: Annotated[Path | None, typer.Option(help="File that keeps the answers; default: one beside --json.")] = None
-    measure: Annotated[Measure, typer.Option(help="Measure of the printed table; the JSON has all.")] = Measure.score
 
-    def check(self, settings: Settings) -> None:
+    def check(self) -> None:
         """Errors that need no file of the task folder: before answers are computed."""
         for option, file in (("--json", self.json_file), ("--resume", self.resume)):
             if file is not None and (file.is_dir() or not file.parent.is_dir()):
                 raise ValueError(f"{option}: expected a file in a folder that exists, got {file}")
-        if settings.verify and self.measure is not Measure.score:
-            raise ValueError(f"--measure: expected score with --verify, which generates no text, got {self.measure.value}")
 
     @property
     def journal(self) -> Path | None:
@@ -86,7 +79,7 @@ def evaluate(options: Options, engine_options: EngineOptions, settings: Settings
     from t2l_engine.research.evaluation import run
     from t2l_engine.research.evaluation.methods import without_chat
 
-    options.check(settings)
+    options.check()
     base_model.check_device(options.device)
     tasks, by_split = _load_tasks(options)
     checkpoints = _checkpoints(options, engine_options)
@@ -214,19 +207,19 @@ def _write(options: Options, result: dict[str, Any]) -> None:
             options.json_file.write_text(text, encoding="utf-8")
         else:
             write_text(options.json_file.resolve(), text)  # a link stays one
-    console().print(_table(result, options.measure.value))
+    console().print(_table(result))
     if options.journal is not None:
         options.journal.unlink(missing_ok=True)
 
 
-def _table(result: dict[str, Any], measure: str) -> Any:
+def _table(result: dict[str, Any]) -> Any:
     methods = list(result["details"])
-    table = Table("task", title=f"{TITLES[measure]}, split {result['split']}, scaling {result['scaling']:g}")
+    table = Table("task", title=f"score, %, split {result['split']}, scaling {result['scaling']:g}")
     for method in methods:
         table.add_column(method, justify="right")
 
-    def cells(values: dict[str, float | None]) -> list[str]:
-        return ["" if values.get(method) is None else f"{values[method]:.1f}" for method in methods]
+    def cells(values: dict[str, float]) -> list[str]:
+        return [f"{values[method]:.1f}" if method in values else "" for method in methods]
 
     def add_over_families(of: dict[str, Any], statistic: str, form: str) -> None:
         if found := of.get("over_families", {}).get(statistic):
@@ -234,9 +227,9 @@ def _table(result: dict[str, Any], measure: str) -> Any:
             most = max(d["families"] for d in found.values())
             table.add_row(f"95 % CI over families ({most})", *(spans.get(method, "") for method in methods))
 
-    for name in result["tasks"]:
-        table.add_row(name, *cells({m: result["details"][m]["tasks"].get(name, {}).get(measure) for m in methods}))
-    for group, of in result["summary"].items() if measure == "score" else ():
+    for name, scores in result["tasks"].items():
+        table.add_row(name, *cells(scores))
+    for group, of in result["summary"].items():
         table.add_section()
         table.add_row(f"mean: {group} ({of['tasks']})", *cells(of["mean"]), style="bold")
         add_over_families(of, "mean", ".1f")

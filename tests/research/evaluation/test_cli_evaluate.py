@@ -244,11 +244,6 @@ def test_a_manifest_adds_its_splits(evaluate, tmp_path):
     assert result["summary"].keys() == result["groups"].keys() and "mean: out-of-family (1)" in out
 
 
-def test_another_measure(evaluate):
-    _, out, _ = evaluate("--methods", "t2l,base", *QUICK, "--measure", "rouge_l")
-    assert "ROUGE-L, %" in out and "mean" not in out
-
-
 def test_a_base_model_that_has_moved(evaluate, base_model, tmp_path):
     """Reads the descriptions of a checkpoint that does so with its base model, too."""
     moved = save_checkpoint(tmp_path / "moved", "models/tiny", prompt="input")
@@ -316,7 +311,6 @@ def test_a_tokenizer_without_chat_template(run, base_model, tasks, tmp_path):
     (("--resume", "{folder}/notes.txt"), "{folder}/notes.txt:1: "), (("--tasks", "{folder}"), "descriptions.json"),
     *(((option, f"{{folder}}{path}"), f"{option}: expected a file in a folder that exists, got {{folder}}{path}")
       for option in ("--json", "--resume") for path in ("", "/none/file.json")),
-    (("--verify", "--measure", "rouge_l"), "--measure: expected score with --verify, which generates no text, got rouge_l"),
 ])  # fmt: skip
 def test_options_that_cannot_be_met(refuse, checkpoint, adapters, tmp_path, options, message):
     """One line that names the option, before anything is asked."""
