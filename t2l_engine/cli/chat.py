@@ -25,7 +25,6 @@ Every line is an input; its answer goes to standard output.  Lines are independe
   /tasks            print names and descriptions
   /base             answer the last input again with the base model, without adapter and description
   /both             answer the last input again with the base model and all tasks, in one batch
-  /history          print inputs and answers so far
   /save PATH        write the adapter in use as a PEFT folder, or to FILE.gguf
   /help             print this text
   /quit             quit; so do Ctrl-D and Ctrl-C
@@ -52,7 +51,6 @@ class Chat:
         self.desk, self.interactive, self.options = desk, interactive, options
         self.tasks: dict[str, str] = {}  # name -> description or document
         self.use(TASK, task)
-        self.history: list[tuple[str, str, str]] = []  # input, name of who answered, answer
         self.last: str | None = None
 
     def answer(self, text: str, *names: str) -> None:
@@ -72,7 +70,6 @@ class Chat:
             return
         for name, answer in zip(names, last.texts, strict=True):
             self._print((f"{name}: " if len(rows) > 1 and self.interactive else "") + answer[len(printed) :], end=True)
-            self.history.append((text, name, answer))
         if self.interactive:
             say(last.times)
 
@@ -102,9 +99,6 @@ class Chat:
         elif command == "/tasks":
             for name, description in self.tasks.items():
                 say(f"{'*' if name == self.current else ' '} {name}: {headline(description)}")
-        elif command == "/history":
-            for text, name, answer in self.history:
-                say(f"{text} -> {name}: {answer}")
         elif command == "/help":
             typer.echo(HELP, err=True)
         elif command != "/quit":
