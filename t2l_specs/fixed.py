@@ -6,12 +6,13 @@ import itertools
 from typing import Any
 
 from t2l_engine.files.errors import ConfigError, short_repr
-from t2l_engine.research.tasks.manifest import SPECS_FORMAT, STORED_TASK_SPLITS, Entry, Manifest, prefixes, short_digest
+from t2l_engine.research.tasks.manifest import SPECS_FORMAT, Entry, Manifest, prefixes, short_digest
 from t2l_engine.research.tasks.rows import check_text
 from t2l_specs.suite import EXAMPLES, SPECIFICATIONS, VERSION, Placed, digest, stream, suite, task
 
 ABOUT = "Specifications made by code, with tiers by unseen parameters (sibling) and unseen families (novel)."
-_STORED = {name: stored for stored, name in STORED_TASK_SPLITS.items()}
+#: Task split -> its name in the manifest.
+_STORED = {"train": "train", "in-family": "sibling", "out-of-family": "novel"}
 
 
 def build(specifications: int = SPECIFICATIONS, seed: int = 0) -> dict[str, Any]:

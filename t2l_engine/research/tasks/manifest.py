@@ -1,8 +1,7 @@
 """Manifests: the assignment of tasks' examples to splits as digests, without any text of the tasks.
 
 A manifest is JSON: ``{"format", "about", "tasks": {name: {"skill", "task_split", "source", "licence": [...], "permissive",
-"splits": {split: base64}}}}``.  (Earlier files say "tier" for "task_split", "sibling" for "in-family" and "novel" for
-"out-of-family".)  The base64 of a split holds the first 5 bytes of the SHA-256 of each example, sorted and
+"splits": {split: base64}}}}``.  The base64 of a split holds the first 5 bytes of the SHA-256 of each example, sorted and
 concatenated.  Applied to tasks from the same sources, it reproduces examples and splits.  The manifest of the suite of
 specifications is smaller: its examples are made again from a seed, see :mod:`t2l_specs.fixed`.
 """
@@ -28,8 +27,6 @@ FORMAT, SPECS_FORMAT = "t2l_engine.tasks.v1", "t2l_engine.specs.v1"
 PACKAGED = Path(__file__).parent / "manifests"
 #: train: training tasks.  in-family: held out, of skills in train.  out-of-family: held out, of other skills.
 TASK_SPLITS = ("train", "in-family", "out-of-family")
-#: Task splits by their names in manifests of specifications, and in earlier ones of tasks.
-STORED_TASK_SPLITS = {"train": "train", "sibling": "in-family", "novel": "out-of-family"}
 PREFIX_BYTES = 5
 #: A task of 200 examples takes about 1,500 bytes of the file and 20,000 bytes of memory.
 MAX_MANIFEST_BYTES = 1 << 23
@@ -248,12 +245,8 @@ def _parse(values: Any, where: str) -> Manifest:
 
 
 def _entry(values: Any, where: str) -> Entry:
-    values = dict(values) if isinstance(values, dict) else values
-    if isinstance(values, dict) and isinstance(values.get("splits"), dict):
-        values["splits"] = {name: _decoded(f"{where}: splits", name, text) for name, text in values["splits"].items()}
-    if isinstance(values, dict) and "tier" in values and "task_split" not in values:
-        tier = values.pop("tier")
-        values["task_split"] = STORED_TASK_SPLITS.get(tier, tier) if isinstance(tier, str) else tier
+    if isinstance(values, dict) and isinstance(splits := values.get("splits"), dict):
+        values = values | {"splits": {name: _decoded(f"{where}: splits", name, text) for name, text in splits.items()}}
     return from_json(Entry, values, where)
 
 
