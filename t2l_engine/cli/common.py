@@ -72,10 +72,9 @@ def standard_input() -> TextIO:
     return sys.stdin
 
 
-def console(stderr: bool = False) -> Console:
+def console() -> Console:
     """A rich console as wide as the terminal; if output is not a terminal, wide enough that no line is wrapped."""
-    width = None if (sys.stderr if stderr else sys.stdout).isatty() else 1000
-    return Console(markup=False, highlight=False, emoji=False, width=width, stderr=stderr)
+    return Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 1000)
 
 
 def json_text(value: Any) -> str:

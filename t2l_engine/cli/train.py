@@ -105,7 +105,7 @@ def reconstruction(
 
 
 def _train(kind: str, run: Run, source: Path, names: list[str] | None) -> None:
-    """Print the settings, train on the tasks or adapters ``names`` in ``source``, print the speed."""
+    """Train on the tasks or adapters ``names`` in ``source``, print the speed."""
     from transformers.utils import logging
 
     keep_freed_memory()
@@ -119,12 +119,6 @@ def _train(kind: str, run: Run, source: Path, names: list[str] | None) -> None:
     accelerator = loop.accelerator(run.device)
     if run.threads:
         torch.set_num_threads(run.threads)
-    if accelerator.is_main_process:
-        title = f"{KINDS[kind]}, {accelerator.num_processes} x {accelerator.device}"
-        table = Table("field", "value", "", "meaning", title=title)
-        for row in settings.rows(chosen):
-            table.add_row(*row)
-        console(stderr=True).print(table)
     training = importlib.import_module(f"t2l_engine.research.training.{kind}")
     training.train(chosen, source, run.output, names=names, accelerator=accelerator)
     if accelerator.is_main_process:

@@ -292,20 +292,11 @@ def _told(kind: type[Settings], fault: Mapping[str, Any], origins: Mapping[str, 
     return f"{origins.get(name, source)}: {name}: {message}, got {short_repr(fault['input'])}"
 
 
-def rows(settings: Settings) -> list[tuple[str, str, str, str]]:
-    """(field, value, "default" if it was not set, description) of every field."""
-    chosen, found = settings.model_fields_set, fields(type(settings))
-    return [(n, _plain(getattr(settings, n)), "" if n in chosen else "default", about) for n, _, about in found]
-
-
 def fields(kind: type[Settings]) -> list[tuple[str, str, str]]:
     """(field, default, description) of every field of ``kind``."""
+    plain = lambda value: ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)  # noqa: E731
     known = kind.model_fields.items()
-    return [(n, "required" if of.is_required() else _plain(of.default), of.description or "") for n, of in known]
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return [(n, "required" if of.is_required() else plain(of.default), of.description or "") for n, of in known]
 
 
 def to_yaml(settings: Settings) -> str:
