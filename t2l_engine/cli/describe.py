@@ -12,7 +12,7 @@ from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import read_json, to_json
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.folder import CONFIG_NAME, D2L_NAME, SAKANA_NAMES, WEIGHTS_NAME, format_of
-from t2l_engine.hypernetwork.network import load
+from t2l_engine.hypernetwork.network import load, num_parameters
 
 #: Fields of a configuration with an entry for each module.
 _OF_MODULES = "modules", "in_features", "out_features", "paths"
@@ -55,7 +55,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         ],
         **{name: value for name, value in to_json(c).items() if name not in _OF_MODULES},
         "scaling": {"mode": c.scaling if isinstance(c.scaling, str) else "given", "value": c.scaling_value},
-        "parameters": {"total": c.num_parameters, **parts},
+        "parameters": {"total": num_parameters(c), **parts},
         "dtype": str(net.dtype).removeprefix("torch."),
         "file_bytes": contents.path.stat().st_size,
         "values_per_adapter": c.adapter_values,
