@@ -38,7 +38,7 @@ def test_commands_and_example_run(sni, t2l_tasks, tmp_path, monkeypatch):
     assert load_tasks("other", None)[0].examples == (Example("igloo", ("5",), "test"),)
 
     commands = re.findall(r"^t2l tasks ([^#\n]*)", TEXT, re.M)
-    assert len(commands) == 14
+    assert len(commands) == 15
     for arguments in map(shlex.split, commands):
         if "specs" in arguments:  # thousands of tasks; test_specs.py runs the same commands for fewer
             continue
@@ -46,4 +46,4 @@ def test_commands_and_example_run(sni, t2l_tasks, tmp_path, monkeypatch):
         compared = arguments[0] == "check" and "--manifest" in arguments
         expected = "differs from manifest" if compared else None  # two tasks are not all of them
         assert error is None if expected is None else expected in str(error), arguments
-    assert load_tasks("train", None)[0].examples == (Example("India", ("1947",), "test"),)
+    assert load_tasks("clean", None)[0].examples == (Example("India", ("1947",), "test"),)
