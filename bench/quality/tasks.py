@@ -26,14 +26,14 @@ def write(work: Path, natural: Path) -> None:
     """
     placed = suite.suite(PLAN["specifications"])
     known = {
-        of.spec.name: suite.task(of.spec, suite.EXAMPLES, 0, PLAN["further"]) for of in placed if of.task_split == "train"
+        of.spec.name: suite.task(of.spec, PLAN["examples"], 0, PLAN["further"]) for of in placed if of.task_split == "train"
     }
     development = drawn(known, PLAN["development"]["tasks"], PLAN["development"]["seed"])
     made: dict[str, list[Task]] = {DEVELOPMENT: [known.pop(name) for name in sorted(development)]}
     made[TRAINED] = [*known.values(), *natural_tasks(natural)]
     for of in placed[: suite.SPECIFICATIONS]:
         if of.task_split != "train":
-            made.setdefault(of.new or of.task_split, []).append(suite.task(of.spec, suite.EXAMPLES, 0))
+            made.setdefault(of.new or of.task_split, []).append(suite.task(of.spec, PLAN["examples"], 0))
     skills = manifest.read("skills")
     made[NATURAL] = load_tasks(natural, None, names=[*skills.names("in-family"), *skills.names("out-of-family")])
     held = [(part, task) for part, of in made.items() if part not in (TRAINED, NATURAL) for task in of]
