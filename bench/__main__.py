@@ -112,13 +112,14 @@ def quality(
     natural: Annotated[Path, typer.Option(help="task folder with the natural tasks of bench/quality/plan.yaml")],
     runs: Annotated[str, typer.Option(help="comma-separated: train these runs of the plan, judge nothing")] = "",
     parts: Annotated[str, typer.Option(help="comma-separated: judge these parts, by the runs that have finished")] = "",
+    methods: Annotated[str, typer.Option(help="comma-separated: only these methods of the plan")] = "",
     threads: Threads = DEFAULT_THREADS,
     out: Out = None,
 ) -> None:
     """The training study of the bundled checkpoints: trains and judges the runs of its plan; many hours on two cores."""
     from bench.quality import runs as training
     from bench.quality import tasks
-    from bench.quality.plan import PARTS
+    from bench.quality.plan import METHODS, PARTS
     from t2l_engine.cli.common import keep_freed_memory
 
     torch.set_num_threads(threads)
@@ -129,7 +130,7 @@ def quality(
     if not runs:
         head = harness.head("quality", Context.of("full", threads), spelled(ctx))
         harness.Log(out or RESULTS / "quality.jsonl").add(
-            head, *training.records(work, parts.split(",") if parts else PARTS)
+            head, *training.records(work, parts.split(",") if parts else PARTS, methods.split(",") if methods else METHODS)
         )
 
 

@@ -72,7 +72,7 @@ def trained(name: str, work: Path) -> Record:
 # --- evaluations, by ``t2l evaluate`` as a user calls it ---------------------------------------------------------------
 
 
-def records(work: Path, parts: Sequence[str]) -> Iterator[Record]:
+def records(work: Path, parts: Sequence[str], methods: Sequence[str]) -> Iterator[Record]:
     """Every record of the result file but the run line, of the runs that have finished; evaluations made before are read.
 
     Raises BenchError for an unknown part, and if T2L has not finished.
@@ -85,8 +85,8 @@ def records(work: Path, parts: Sequence[str]) -> Iterator[Record]:
     yield record("plan", checkpoint=hashlib.sha256((rounded(T2L, work) / WEIGHTS_NAME).read_bytes()).hexdigest())
     for part in parts:
         without = {method for run, method in ((PAPER, PAPER), (RIVAL, plan.MULTI_TASK)) if run not in done}
-        methods = [method for method in plan.METHODS if method not in without]
-        yield from part_records(part, judged(part, work, [name for name in (PAPER, RIVAL) if name in done], methods), RIVAL)
+        possible = [method for method in methods if method not in without]
+        yield from part_records(part, judged(part, work, [name for name in (PAPER, RIVAL) if name in done], possible), RIVAL)
         if RIVAL_32 in done:  # it has the name of RIVAL
             yield from part_records(part, judged(part, work, [RIVAL_32], [plan.MULTI_TASK]), RIVAL_32)
         yield record("two_answers", part=part, tasks=with_two_answers(folder_of(work, part)))

@@ -14,8 +14,8 @@ cat << EOF
 ==> when vLLM says "Application startup complete", try, from another terminal:
 
 curl -s http://127.0.0.1:$port/v1/completions -H 'Content-Type: application/json' -d '{
-  "model": "t2l:Return the last element of the comma separated list.",
-  "prompt": "Input: paintbrush, hammer, impala\nOutput:", "max_tokens": 8, "temperature": 0}'
+  "model": "t2l:Give the antonym of the word.",
+  "prompt": "Input: early\nOutput:", "max_tokens": 8, "temperature": 0}'
 
     "model": "smollm2" is the model without an adapter.  Ctrl-C ends the server.
 EOF

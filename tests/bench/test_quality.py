@@ -121,9 +121,9 @@ def test_a_run_that_went_on_is_rounded_anew(monkeypatch, tmp_path):
 def test_what_cannot_be_judged_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(runs, "finished", lambda name, work: name == plan.PAPER)
     with pytest.raises(BenchError, match=r"--work: expected the finished run t2l of the plan in .*, got \['paper'\]$"):
-        list(runs.records(tmp_path, plan.PARTS))
+        list(runs.records(tmp_path, plan.PARTS, plan.METHODS))
     with pytest.raises(BenchError, match="--parts: expected some of trained, development, .* got other$"):
-        list(runs.records(tmp_path, ["other"]))
+        list(runs.records(tmp_path, ["other"], plan.METHODS))
 
 
 def test_evaluations_are_commands_with_the_runs_that_finished(monkeypatch, tmp_path):
@@ -149,7 +149,7 @@ def test_evaluations_are_commands_with_the_runs_that_finished(monkeypatch, tmp_p
     for done, parts, count in ((plan.RUNS, ["value", "natural"], 4), ([plan.T2L], ["trained"], 1)):
         given = []
         monkeypatch.setattr(runs, "finished", lambda name, work: name in done)  # noqa: B023
-        found = list(runs.records(tmp_path, parts))
+        found = list(runs.records(tmp_path, parts, plan.METHODS))
         assert len(given) == count and [of["run"] for of in found if of["record"] == "training"] == [*done]
         if count == 4:
             first, second, third, _ = given

@@ -236,8 +236,8 @@ def test_sampling_follows_the_seed(chat):
 @pytest.mark.skipif(find_spec(packaged.PACKAGE) is None, reason="make setup installs the model package")
 def test_the_real_model(run):
     packaged.convert()  # the first time shows its progress
-    task = "Return the last element of the comma separated list."
-    code, out, err = run("chat", "--task", task, "--max-new-tokens", 4, stdin="paintbrush, hammer, impala\n/base\n")
+    task = "Give the antonym of the word."
+    code, out, err = run("chat", "--task", task, "--max-new-tokens", 4, stdin="early\n/base\n")
     assert (code, err) == (0, "")
     adapted, base = out.splitlines()
-    assert adapted == "impala" != base
+    assert adapted == "late" != base

@@ -47,14 +47,14 @@ def run_program(tmp_path, monkeypatch, smollm):
 
 
 def test_readme_quick_start(run_program, capsys):
-    """One mixed batch: the list adapter, the verb adapter and the base model side by side."""
+    """One mixed batch: the antonym adapter, the verb adapter and the base model side by side."""
     names = run_program("README.md", "quick start")
-    assert "impala" in capsys.readouterr().out
+    assert "late" in capsys.readouterr().out
     printed = re.search(r"^# (\[.*\])$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)[1]
     texts = names["tokenizer"].batch_decode(
         names["out"][:, names["batch"]["input_ids"].shape[1] :], skip_special_tokens=True
     )
-    assert ast.literal_eval(printed)[:2] == texts[:2] == [" impala", " borrowed"]
+    assert ast.literal_eval(printed)[:2] == texts[:2] == [" late", " borrowed"]
     assert texts[2] != texts[1]
 
 
@@ -67,7 +67,7 @@ def test_program_for_assistants(run_program):
 def test_first_program(run_program, capsys, tmp_path):
     names = run_program("docs/quickstart.md", "first program")
     assert (tmp_path / "out" / "adapter_config.json").is_file()
-    assert "impala" in capsys.readouterr().out and len(names["stack"]) == 1
+    assert "late" in capsys.readouterr().out and len(names["stack"]) == 1
 
 
 def test_worked_examples(run_program):
@@ -85,7 +85,7 @@ def test_output_written_over(run_program):
 def test_a_folder_in_peft(run_program, tmp_path, capsys):
     pytest.importorskip("peft")
     run_program("docs/generate.md", "PEFT folder")
-    assert "impala" in capsys.readouterr().out
+    assert "late" in capsys.readouterr().out
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == packaged.BASE_MODEL
 

@@ -111,4 +111,4 @@ def test_program_of_the_page_runs(tmp_path):
         [sys.executable, tmp_path / "program.py"], env=os.environ | variables,
         capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 0 and "impala" in done.stdout, done.stderr[-4000:]
+    assert done.returncode == 0 and "late" in done.stdout, done.stderr[-4000:]

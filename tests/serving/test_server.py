@@ -14,8 +14,8 @@ from t2l_engine.text import packaged
 from t2l_engine.text.prompts import raw_prompt
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(0)]
-LAST = "t2l:Return the last element of the comma separated list."
-LIST = "paintbrush, hammer, impala"
+ANTONYM = "t2l:Give the antonym of the word."
+WORD = "early"
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +50,14 @@ def test_a_sentence_is_a_model(server):
     """The answer that transformers gives with the same adapter, and not the base model's."""
     engine = t2l.TextToLoRA.from_pretrained("smollm2-135m")
     model, tokenizer = packaged.load(torch.bfloat16)
-    lora = t2l.attach(model, engine.generate([LAST.removeprefix("t2l:")]).to(dtype=torch.bfloat16))
-    prompt = tokenizer(engine.prompt(tokenizer, LIST), return_tensors="pt", add_special_tokens=False)
+    lora = t2l.attach(model, engine.generate([ANTONYM.removeprefix("t2l:")]).to(dtype=torch.bfloat16))
+    prompt = tokenizer(engine.prompt(tokenizer, WORD), return_tensors="pt", add_special_tokens=False)
     with lora.use(0), torch.inference_mode():
         out = model.generate(**prompt, max_new_tokens=8, do_sample=False)
     expected = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-    status, answer = server.complete(LAST, LIST)
+    status, answer = server.complete(ANTONYM, WORD)
     assert status == 200 and answer == expected.strip()
-    assert server.complete(server.name, LIST)[1] != answer
+    assert server.complete(server.name, WORD)[1] != answer
 
 
 def test_many_clients_of_one_sentence_make_one_adapter(server):
@@ -69,12 +69,12 @@ def test_many_clients_of_one_sentence_make_one_adapter(server):
 
 
 def test_what_clients_and_metrics_see(server):
-    server.complete(LAST, LIST)
+    server.complete(ANTONYM, WORD)
     models = json.loads(server.request("GET", "/v1/models")[1])
     assert {card["id"] for card in models["data"]} >= {server.name}
     assert all(len(card["id"]) < 40 for card in models["data"])
     _, metrics = server.request("GET", "/metrics")
-    assert "vllm:num_requests_running" in metrics and "last element" not in metrics
+    assert "vllm:num_requests_running" in metrics and "antonym" not in metrics
     assert metrics.count("vllm:lora_requests_info{") == 1  # of now, not of every set of adapters that was in use
 
 
@@ -94,11 +94,11 @@ def test_bad_input_is_refused_and_the_server_lives(server):
         assert 400 <= status < 500, (body, status, text)
         assert "Traceback" not in text and json.loads(text)["error"]["message"]
     assert folders(server) == before
-    assert server.complete(LAST, LIST)[0] == 200
+    assert server.complete(ANTONYM, WORD)[0] == 200
 
 
 def test_a_killed_server_answers_the_same_from_its_store(start, server):
-    texts = [LAST, "t2l:Answer with the simple past of the given verb.", "t2l:Return the first letter of the word."]
+    texts = [ANTONYM, "t2l:Answer with the simple past of the given verb.", "t2l:Return the first letter of the word."]
     before = [server.complete(text, "borrow") for text in texts]
     made = folders(server)
     server.stop(signal.SIGKILL)
@@ -106,7 +106,7 @@ def test_a_killed_server_answers_the_same_from_its_store(start, server):
     for path in ("/v1/completions", "/v1/t2l/adapters", "/tokenize", "/invocations", "/adapters"):  # all make adapters
         assert again.request("POST", path, {"model": "t2l:hot", "prompt": "hot"})[0] == 401, path
     again.headers["Authorization"] = "Bearer secret"
-    assert again.request("POST", "/tokenize", {"model": LAST, "prompt": "hot"})[0] == 200
+    assert again.request("POST", "/tokenize", {"model": ANTONYM, "prompt": "hot"})[0] == 200
     assert [again.complete(text, "borrow") for text in texts] == before
     assert folders(again) == made
 
@@ -129,18 +129,18 @@ def test_a_document_becomes_a_model(start, tmp_path):
     assert created[0] == 200, created
     model, tokenizer = packaged.load(torch.bfloat16)
     lora = t2l.attach(model, engine.generate([text]).to(dtype=torch.bfloat16))
-    prompt = tokenizer(raw_prompt("", LIST), return_tensors="pt", add_special_tokens=False)
+    prompt = tokenizer(raw_prompt("", WORD), return_tensors="pt", add_special_tokens=False)
     for adapter in (0, -1):
         with lora.use(adapter), torch.inference_mode():
             out = model.generate(**prompt, max_new_tokens=4, do_sample=False)
         answers.append(tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip())
     name = json.loads(created[1])["id"]
-    assert [server.complete(named, LIST, 4)[1] for named in (name, server.name)] == answers and answers[0] != answers[1]
+    assert [server.complete(named, WORD, 4)[1] for named in (name, server.name)] == answers and answers[0] != answers[1]
     asked = {"document": text * 9, "checkpoint": "documents"}
     status, refused = server.request("POST", "/v1/t2l/adapters", asked)
     assert status == 400 and "exceeds this server's --max-lora-rank 8" in refused
     assert server.request("POST", "/v1/t2l/adapters", {"document": "x" * (7 << 20)})[0] == 413
-    assert server.complete(name, LIST, 4)[1] == answers[0]
+    assert server.complete(name, WORD, 4)[1] == answers[0]
 
 
 def test_a_full_store_and_too_many_names_are_503(start, tmp_path):
