@@ -97,7 +97,7 @@ def show_tasks(model, tokenizer, engine, lora) -> None:
         rows,
         f"Right, to the letter: base model {score['base']} of {total} (it reads the description in its prompt), "
         f"adapted {score['adapted']} of {total} (it reads the input alone). In-family: training had this kind of task, with "
-        "other values. The first three sentences are among those that work best; docs/results/quality.md has the means "
+        "other values. The first two sentences are among those that work best; docs/results/quality.md has the means "
         "over hundreds.",
     )
 
