@@ -142,7 +142,7 @@ def test_the_program_of_llama_cpp_md(stack, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "llama-cpp.md").read_text(encoding="utf-8"), re.S)
     exec(program, {"stack": stack, "model": types.SimpleNamespace(config=CONFIG)})
-    assert read(tmp_path / "last.gguf")[0]["adapter.lora.task_name"] == "Return the last element of the list."
+    assert read(tmp_path / "antonym.gguf")[0]["adapter.lora.task_name"] == "Give the antonym of the word."
 
 
 def test_without_the_package(stack, tmp_path, monkeypatch):
