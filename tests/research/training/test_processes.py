@@ -70,7 +70,7 @@ def test_two_processes_do_what_one_does(base_model, tasks, tmp_path):
         commands += [(5, command), (None, command)]  # which goes on
     done = launch(tmp_path, commands)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("2 x cpu") == 6 and done.stdout.count(": done") == 3  # once, not by each process
+    assert done.stdout.count(": done") == 3  # once, not by each process
 
     out, one = tmp_path / "out", tmp_path / "one"
     sft.train(kinds["sft"], tasks, one / "sft")
