@@ -86,17 +86,18 @@ def records(work: Path, parts: Sequence[str], methods: Sequence[str]) -> Iterato
     for part in parts:
         without = {method for run, method in ((PAPER, PAPER), (RIVAL, plan.MULTI_TASK)) if run not in done}
         possible = [method for method in methods if method not in without]
-        yield from part_records(part, judged(part, work, [name for name in (PAPER, RIVAL) if name in done], possible), RIVAL)
+        found = judged(part, work, [name for name in (PAPER, RIVAL) if name in done], possible)
+        yield from part_records(part, found, RIVAL)
         if RIVAL_32 in done:  # it has the name of RIVAL
             yield from part_records(part, judged(part, work, [RIVAL_32], [plan.MULTI_TASK]), RIVAL_32)
-        yield record("two_answers", part=part, tasks=with_two_answers(folder_of(work, part)))
+        yield record("two_answers", part=part, tasks=with_two_answers(folder_of(work, part), [*found["tasks"]]))
     for name in done:
         yield trained(name, work)
 
 
-def with_two_answers(folder: Path) -> list[str]:
-    """Tasks whose examples have two different answers, so that a guess is often right."""
-    return [task.name for task in load_tasks(folder, None) if len({e.outputs[0] for e in task.examples}) == 2]
+def with_two_answers(folder: Path, names: Sequence[str]) -> list[str]:
+    """Those of the tasks ``names`` whose examples have two different answers, so that a guess is often right."""
+    return [task.name for task in load_tasks(folder, None, names=names) if len({e.outputs[0] for e in task.examples}) == 2]
 
 
 def judged(part: str, work: Path, runs: Sequence[str], methods: Sequence[str]) -> dict[str, Any]:

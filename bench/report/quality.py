@@ -87,9 +87,9 @@ def tokens(data: Data, run: str) -> float:
 
 @derived("quality", "Exact match of smollm2-135m and other methods, %, means over tasks")
 def quality(data: Data) -> list[Line]:
-    lines = []
+    lines, found = [], parts(data)
     for method, key in METHODS.items():
-        means = {name: mean(of, key) for name, of in parts(data).items()}
+        means = {name: mean(of, key) for name, of in found.items()}
         if any(value is not None for value in means.values()):
             lines.append({"method": method, **means})
     return lines
