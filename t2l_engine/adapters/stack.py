@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, layer_list, module_n
 from t2l_engine.adapters.peft import AdapterError
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.weights import check_dtype
+from t2l_engine.ops.segments import is_capturing
 
 __all__ = ["AdapterError", "AdapterStack"]
 
@@ -56,6 +58,8 @@ class AdapterStack:
     >>> next(iter(tensors))
     'model.layers.0.self_attn.q_proj.lora_A.task.weight'
     """
+
+    _constants: tuple[list[Tensor], list[int], float, int] | None = None  # of fill_constants, with versions
 
     def __init__(
         self,
@@ -110,6 +114,29 @@ class AdapterStack:
         if rank.device.type == "cpu" and bool(((rank < 0) | (rank > a.shape[2])).any()):
             raise ValueError(f"ranks: expected values in [0, {a.shape[2]}] for {name}, got {rank}")
         return rank
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = vars(self).copy()
+        state.pop("_constants", None)  # a copy's tensors have other versions
+        return state
+
+    def fill_constants(self, scaling: float, rank: int) -> None:
+        """Give all adapters one scaling and one rank in every layer, in place.
+
+        Writes nothing if this method wrote the same values and the tensors have not been written since, so a stack that is
+        generated into repeatedly is filled once.  Writes through ``.data``, NumPy or DLPack are not seen.
+        """
+        tensors = [self.scaling, *self.ranks.values()]
+        # Inference tensors have no versions; a captured write has not happened yet, and its replays are not seen.
+        tracked = not is_capturing(self.scaling) and not any(tensor.is_inference() for tensor in tensors)
+        if tracked and self._constants is not None:
+            held, versions, *values = self._constants
+            same = len(held) == len(tensors) and all(map(operator.is_, held, tensors))
+            if same and versions == [tensor._version for tensor in tensors] and values == [scaling, rank]:
+                return
+        for tensor, value in zip(tensors, (scaling, *[rank] * len(self.ranks)), strict=True):
+            tensor.fill_(value)
+        self._constants = (tensors, [tensor._version for tensor in tensors], scaling, rank) if tracked else None
 
     def __len__(self) -> int:
         return len(self.scaling)

@@ -262,9 +262,7 @@ class HyperNetwork(nn.Module):
         check_out(out, self.config, self._paths, [self.config.rank] * len(task_emb), task_emb.device)
         lora_A, lora_B = ([tensors[name] for name in self._paths] for tensors in (out.lora_A, out.lora_B))
         ops.hypernet_heads_out_(lora_A, lora_B, *inputs, **folded["offsets"])
-        out.scaling.fill_(self.scaling)
-        for ranks in out.ranks.values():
-            ranks.fill_(self.config.rank)
+        out.fill_constants(self.scaling, self.config.rank)
         return out
 
     def _head_inputs(self, task_emb: Tensor, folded: dict) -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
 """Every variant, task encoder and last step against the plain network in float64, which the golden folders verify."""
 
+import copy
 import itertools
 
 import pytest
@@ -166,6 +167,23 @@ def test_generate_into_a_stack(load, variant, training):
     half = net.generate(task_embs(seed=2)).to(dtype=torch.bfloat16)  # keeps its dtype: one rounding more
     assert net.generate(task_embs(), out=half).dtype == torch.bfloat16
     assert half.allclose(fresh.to(dtype=torch.bfloat16), rtol=0, atol=0)
+
+
+def test_constants_of_a_stack_are_right_again(load):
+    """Once somebody wrote to them, or replaced a tensor; also where tensors cannot tell, in inference mode."""
+    net, _, _ = load("L")
+    for mode in (False, True):
+        with torch.inference_mode(mode):
+            out = net.generate(task_embs())
+            net.generate(task_embs(), out=out)
+            out.ranks["q_proj"][1] = 0
+            out.scaling.mul_(0.5)
+            for again in (copy.deepcopy(out), out):  # the versions of a copy begin anew
+                net.generate(task_embs(), out=again)
+                assert bool((again.ranks["q_proj"] == net.config.rank).all() and (again.scaling == net.scaling).all())
+            out.scaling = torch.zeros_like(out.scaling)
+            net.generate(task_embs(), out=out)
+            assert bool((out.scaling == net.scaling).all())
 
 
 def test_generate_into_what_does_not_fit(load):
