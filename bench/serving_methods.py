@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 from bench.records import BASE, COMPILED, OURS, OURS_ALL
 
-STOCK, STOCK_QV = "vLLM", "vLLM, target modules"
+STOCK, STOCK_TARGET = "vLLM", "vLLM, target modules"
 MERGED = "merged"
-#: What the checkpoint adapts: vLLM's ``lora_target_modules``.
-MODULES = ("q_proj", "v_proj")
+#: What the default checkpoint adapts: vLLM's ``lora_target_modules``, without which it serves a part of an adapter.
+MODULES = ("q_proj", "v_proj", "o_proj", "down_proj")
+TARGETS = ",".join(name.removesuffix("_proj") for name in MODULES)
 
 
 #: What sentences ask for: each task with each wish, then each again under another number.
@@ -45,7 +46,7 @@ METHODS = {
     MERGED: Method(merged=True),
     OURS: Method(lora=True, modules=MODULES, kernels=True),
     OURS_ALL: Method(lora=True, kernels=True),
-    STOCK_QV: Method(lora=True, modules=MODULES),
+    STOCK_TARGET: Method(lora=True, modules=MODULES),
     STOCK: Method(lora=True),
 }
 UNMERGED = tuple(name for name in METHODS if name != MERGED)
@@ -81,11 +82,11 @@ class Load(NamedTuple):
 NONE, HALF = "8 requests, none adapted", "64 requests, every other adapted"
 EIGHT, MANY = "8 requests, 8 adapters", "64 requests, 64 adapters"
 #: Shares of the tokens per second of another method that ours must reach, as times.
-OF_BASE, OF_STOCK, OF_BASE_UNUSED = (round(1 / 0.93, 4), BASE), (round(1 / 1.5, 4), STOCK_QV), (round(1 / 0.97, 4), BASE)
+OF_BASE, OF_STOCK, OF_BASE_UNUSED = (round(1 / 0.93, 4), BASE), (round(1 / 1.5, 4), STOCK_TARGET), (round(1 / 0.97, 4), BASE)
 FEW = (
     Case(EIGHT, 8, tuple(METHODS), target=OF_BASE),
     Case(NONE, 8, stride=0, target=OF_BASE_UNUSED),
     Case("1 request, 1 adapter", 1, tuple(METHODS)),
 )
 FULL = (Load(8, FEW, starts=3), Load(64, (Case(MANY, 64, target=OF_STOCK), Case(HALF, 64, stride=2, target=OF_STOCK))))
-TINY = (Load(2, (Case("2 requests, 2 adapters", 2, (BASE, OURS, STOCK_QV)),), tokens=8),)
+TINY = (Load(2, (Case("2 requests, 2 adapters", 2, (BASE, OURS, STOCK_TARGET)),), tokens=8),)

@@ -29,7 +29,7 @@ from bench.ceilings import resident_bytes
 from bench.compare import Process
 from bench.harness import OURS, BenchError, Context, Error, Record, Target, Task, VerificationError, record, row
 from bench.records import BASE, ROOT
-from bench.serving_methods import FULL, METHODS, TINY, Case, Load, sentences
+from bench.serving_methods import FULL, METHODS, TARGETS, TINY, Case, Load, sentences
 from bench.suites import serving_life
 from bench.timing import Timing, tolerant
 from t2l_engine.text import packaged
@@ -240,7 +240,7 @@ class Measured:
         timings = {name: Timing.of([1e6 * one for one in of]) for name, of in seconds.items()}
         shape = {"model": "SmolLM2-135M", "dtype": "bfloat16", "requests": self.case.requests}
         shape |= {"adapters": len({i for i in self.case.rows(OURS) if i is not None}), "prompt": inputs.prompts.shape[1]}
-        shape |= {"new": self.new, "modules": "q,v", "rank": inputs.rank, "slots": len(inputs.folders)}
+        shape |= {"new": self.new, "modules": TARGETS, "rank": inputs.rank, "slots": len(inputs.folders)}
         target = Target(*self.case.target) if self.case.target else None
         error = self.errors[OURS]
         yield row(context, self.case.name, "serving", shape, timings, error, skipped=skipped, target=target)
