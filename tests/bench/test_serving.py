@@ -9,13 +9,16 @@ import torch
 from bench import harness
 from bench.harness import OURS, BenchError, Context, Error, VerificationError
 from bench.records import BASE, OURS_ALL
-from bench.serving_methods import EIGHT, FULL, HALF, MERGED, METHODS, NONE, STOCK, STOCK_QV, Case
+from bench.serving_methods import EIGHT, FULL, HALF, MERGED, METHODS, NONE, STOCK, STOCK_TARGET, Case
 from bench.suites import serving, serving_life
 from bench.suites.serving import Measured
+from t2l_engine.hypernetwork import checkpoint
+from t2l_engine.hypernetwork.folder import resolve_checkpoint
+from t2l_engine.text.packaged import LANGUAGE_MODEL
 
 CASES = {case.name: case for load in FULL for case in load.cases}
 #: Seconds a token of a row, by method.
-SECONDS = dict.fromkeys(METHODS, 0.02) | {BASE: 0.0095, OURS: 0.01, OURS_ALL: 0.012, STOCK_QV: 0.016, STOCK: 0.04}
+SECONDS = dict.fromkeys(METHODS, 0.02) | {BASE: 0.0095, OURS: 0.01, OURS_ALL: 0.012, STOCK_TARGET: 0.016, STOCK: 0.04}
 
 
 class Served:
@@ -53,6 +56,12 @@ def test_without_vllm_one_line_says_how_to_get_it(monkeypatch, context):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BenchError, match="^serving: vllm is not installed .*make serve .*$"):
         serving.plan(context)
+
+
+def test_vllm_wraps_every_linear_that_the_default_adapts():
+    """Of an adapter with others, vLLM serves a part and says nothing."""
+    adapted = checkpoint.read(resolve_checkpoint(LANGUAGE_MODEL)).config.modules
+    assert {adapted, None} == {method.modules for method in METHODS.values()}
 
 
 def test_rows_of_a_case():
