@@ -18,11 +18,11 @@ KINDS = {"sft": SFTSettings, "lora": LoRASettings}
 TRAINED, DEVELOPMENT, NATURAL = "trained", "development", "natural"
 HELD_OUT = ("value", "combination", "out-of-family", NATURAL)
 PARTS = (TRAINED, DEVELOPMENT, *HELD_OUT)
-#: Runs: the default checkpoint, the paper's network, and the multi-task LoRAs.
-T2L, PAPER, RIVAL, RIVAL_32 = "t2l", "paper", "multi-task-8", "multi-task-32"
+#: Runs: the default checkpoint, the paper's network, and the multi-task LoRA that reads the description in every prompt.
+T2L, PAPER, RIVAL = "t2l", "paper", "multi-task"
 #: Numbers of worked examples; methods without a number show the first.
 SHOTS = (3, 6)
-#: Methods of ``t2l evaluate``; MULTI_TASK is the multi-task LoRA of whichever rank is judged.
+#: Methods of ``t2l evaluate``; MULTI_TASK is RIVAL's.
 MULTI_TASK = "multi-task-description"
 METHODS = (T2L, "t2l-same-family", "t2l-shuffled", "t2l-examples", PAPER, MULTI_TASK, "base-description", "icl", "icl-6")
 

@@ -17,7 +17,7 @@ import torch
 import t2l_engine as t2l
 from bench.harness import BenchError, Record, record
 from bench.quality import plan
-from bench.quality.plan import NATURAL, PAPER, PLAN, RIVAL, RIVAL_32, RUNS, T2L, TRAINED, drawn
+from bench.quality.plan import NATURAL, PAPER, PLAN, RIVAL, RUNS, T2L, TRAINED, drawn
 from bench.quality.tasks import folder_of
 from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_texts
 from t2l_engine.files.yaml import read_yaml
@@ -87,9 +87,7 @@ def records(work: Path, parts: Sequence[str], methods: Sequence[str]) -> Iterato
         without = {method for run, method in ((PAPER, PAPER), (RIVAL, plan.MULTI_TASK)) if run not in done}
         possible = [method for method in methods if method not in without]
         found = judged(part, work, [name for name in (PAPER, RIVAL) if name in done], possible)
-        yield from part_records(part, found, RIVAL)
-        if RIVAL_32 in done:  # it has the name of RIVAL
-            yield from part_records(part, judged(part, work, [RIVAL_32], [plan.MULTI_TASK]), RIVAL_32)
+        yield from part_records(part, found)
         yield record("two_answers", part=part, tasks=with_two_answers(folder_of(work, part), [*found["tasks"]]))
     for name in done:
         yield trained(name, work)
@@ -123,12 +121,11 @@ def judged(part: str, work: Path, runs: Sequence[str], methods: Sequence[str]) -
     return read_texts(out / f"{name}.json", MAX_DESCRIPTIONS_BYTES)  # names of thousands of tasks
 
 
-def part_records(part: str, result: Mapping[str, Any], rival: str) -> Iterator[Record]:
+def part_records(part: str, result: Mapping[str, Any]) -> Iterator[Record]:
     """Scores by task; by method its prompt form and mean number of prompt tokens."""
-    named = lambda method: rival if method == plan.MULTI_TASK else method  # noqa: E731
     for task, scores in result["tasks"].items():
-        scores = {named(method): round(score, 2) for method, score in scores.items()}
+        scores = {method: round(score, 2) for method, score in scores.items()}
         yield record("scores", part=part, task=task, items=result["items"][task], scores=scores)
     for method, details in result["details"].items():
         tokens = round(statistics.fmean(task["prompt_tokens"] for task in details["tasks"].values()), 2)
-        yield record("arm", part=part, arm=named(method), form=result["forms"][method]["form"], prompt_tokens=tokens)
+        yield record("arm", part=part, arm=method, form=result["forms"][method]["form"], prompt_tokens=tokens)

@@ -99,7 +99,7 @@ def test_a_finished_run_is_kept(monkeypatch, tmp_path):
         assert runs.finished(plan.T2L, tmp_path) == expected
     folder, lora = tmp_path / plan.RIVAL / "waves" / "000", plan.RUNS[plan.RIVAL].settings.model_dump(mode="json")
     folder.mkdir(parents=True)
-    for rank, expected in ((8, True), (4, False)):
+    for rank, expected in ((32, True), (4, False)):
         (folder / "done.json").write_text(json.dumps({"settings": lora | {"rank": rank}, "adapters": ["multi-task"]}))
         assert runs.finished(plan.RIVAL, tmp_path) == expected
 
@@ -146,18 +146,17 @@ def test_evaluations_are_commands_with_the_runs_that_finished(monkeypatch, tmp_p
     (tmp_path / plan.T2L / runs.WEIGHTS_NAME).touch()
     for part in ("value", "natural", "trained"):
         write_tasks(tasks.folder_of(tmp_path, part), [task("f-0", "ab", split="test")])
-    for done, parts, count in ((plan.RUNS, ["value", "natural"], 4), ([plan.T2L], ["trained"], 1)):
+    for done, parts, count in ((plan.RUNS, ["value", "natural"], 2), ([plan.T2L], ["trained"], 1)):
         given = []
         monkeypatch.setattr(runs, "finished", lambda name, work: name in done)  # noqa: B023
         found = list(runs.records(tmp_path, parts, plan.METHODS))
         assert len(given) == count and [of["run"] for of in found if of["record"] == "training"] == [*done]
-        if count == 4:
-            first, second, third, _ = given
-            assert f"--held-out-descriptions {suite.HELD_OUT}" in first and "--held-out" not in third
+        if count == 2:
+            first, second = given
+            assert f"--held-out-descriptions {suite.HELD_OUT}" in first and "--held-out" not in second
             assert f"--also paper={tmp_path}/paper" in first and f"--multi-task {tmp_path}/{plan.RIVAL}" in first
-            assert f"--multi-task {tmp_path}/{plan.RIVAL_32}" in second and f"--methods {plan.MULTI_TASK} " in second
             scores = [of["scores"] for of in found if of["record"] == "scores" and of["part"] == "value"]
-            assert scores == [{"t2l": 50.0, plan.RIVAL: 1.0}, {"t2l": 50.0, plan.RIVAL_32: 1.0}]
+            assert scores == [{"t2l": 50.0, plan.MULTI_TASK: 1.0}]
         else:
             assert "--also" not in given[0] and plan.MULTI_TASK not in given[0] and "--names f-0" in given[0]
             assert {"record": "two_answers", "part": "trained", "tasks": ["f-0"]} in found
