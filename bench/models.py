@@ -101,7 +101,7 @@ def random_adapters(model: nn.Module, names: Sequence[str], count: int, rank: in
 
 
 def bundled_adapters(context: Context, model: nn.Module, count: int) -> t2l.AdapterStack:
-    """Adapters for ``q_proj`` and ``v_proj``: of the bundled checkpoint, for task embeddings at random."""
+    """Adapters for ``q_proj`` and ``v_proj``: of the paper's checkpoint, for task embeddings at random."""
     if not context.full:
         return random_adapters(model, MODULES["q,v"], count, 8)
     net = t2l.HyperNetwork.from_pretrained("smollm2-135m-paper")

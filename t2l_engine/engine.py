@@ -172,7 +172,7 @@ class TextToLoRA:
     def generate_into(
         self, lora: LoRAHandle, slot: int, texts: Sequence[str], examples: WorkedExamples = None, **reading: Any
     ) -> None:
-        """Generate the adapters of ``texts`` into the slots of ``lora`` from ``slot`` on, without a copy.
+        """Generate the adapters of ``texts`` into the slots of ``lora`` from ``slot`` on, without a stack between.
 
         ``reading``: further arguments of :meth:`embed`.
         A and B are those of :meth:`generate`, rounded once to the slots' dtype.  The adapted layers must be on the device
@@ -217,7 +217,7 @@ class DocToLoRA(TextToLoRA):
 
     A text is read in one chunk or more, whose adapters follow each other along the rank.
 
-    Source: arXiv 2602.15902.
+    Source: arXiv 2602.15902; of pointer networks, see :class:`PointerHyperNetwork`.
 
     >>> import t2l_engine as t2l
     >>> from t2l_engine.text import packaged
@@ -263,7 +263,7 @@ class DocToLoRA(TextToLoRA):
     def embed(
         self, texts: Sequence[str], examples: WorkedExamples = None, *, max_chunk_tokens: int | None = None
     ) -> list[torch.Tensor]:
-        """Of each text its latents ``[chunks, layers, modules, rank, d]``.
+        """Of each text its latents ``[chunks, *config.latent_shape]``.
 
         ``max_chunk_tokens``: a longer text is cut into chunks of equal length, at most this; None: as the encoder's
         configuration says.

@@ -47,7 +47,7 @@ class Served:
         self.adapted, self.merged = self.alone.on(adapted), self.alone.on(merged)
 
     def _small(self, context: Context, dtype: torch.dtype) -> None:
-        """SmolLM2-135M with the bundled checkpoint; at size tiny a random model and hypernetwork, a real text encoder."""
+        """SmolLM2-135M with the paper's checkpoint; at size tiny a random model and hypernetwork, a real text encoder."""
         self.name, self.model = models.load(context, dtype)
         engine = t2l.TextToLoRA.from_pretrained("smollm2-135m-paper")
         encoder, self.net = engine.encoder, engine.hypernetwork

@@ -17,7 +17,7 @@ TRAINED, UNSEEN, BENCHMARKS = "trained tasks", "tasks never trained on", "of the
 
 
 def tasks(data: Data) -> dict[str, list[Line]]:
-    """The measured tasks by what the bundled checkpoint was trained on."""
+    """The measured tasks by what the paper's checkpoint was trained on."""
     counted = {of["workload"] for of in data.records("icl", "costs")}
     found: dict[str, list[Line]] = {TRAINED: [], UNSEEN: [], BENCHMARKS: []}
     for task in data.records("icl", "questions"):

@@ -19,7 +19,7 @@ SPLITS = {
     "out-of-family": "out-of-family",
     "natural tasks": "natural",
 }
-#: Of each split, tasks with more than two different answers, of which a guess is seldom right.
+#: The split by tasks with more than two different answers, of which a guess is seldom right.
 NOT_BINARY = "out-of-family, excluding binary labels"
 #: Method -> its name in the records of ``quality``.
 METHODS = {
@@ -61,10 +61,16 @@ def parts(data: Data) -> dict[str, Scores]:
     """Scores of the splits that were judged."""
     there = {of["part"] for of in data.records("quality", "scores")}
     found = {name: scores(data, "quality", part) for name, part in SPLITS.items() if part in there}
-    if "out-of-family" in there:
-        (two,) = data.records("quality", "two_answers", part="out-of-family")
-        found[NOT_BINARY] = {task: of for task, of in found["out-of-family"].items() if task not in two["tasks"]}
+    if "out-of-family" in found:
+        found[NOT_BINARY] = by_answers(data, "out-of-family")[1]
     return found
+
+
+def by_answers(data: Data, split: str) -> tuple[Scores, Scores]:
+    """The scores of a split: of tasks with two different answers, of which a guess is often right, and of the others."""
+    (record,) = data.records("quality", "two_answers", part=SPLITS[split])
+    found, two = scores(data, "quality", SPLITS[split]), {*record["tasks"]}
+    return {task: found[task] for task in found if task in two}, {task: found[task] for task in found if task not in two}
 
 
 def mean(found: Scores, method: str) -> float | None:

@@ -290,7 +290,7 @@ class Part(NamedTuple):
 
 @torch.no_grad()
 def bundled(context: Context) -> Iterator[Record]:
-    """The bundled checkpoint, text encoder included."""
+    """The paper's checkpoint, text encoder included."""
     engine = t2l.TextToLoRA.from_pretrained(PAPER)
     encoder = t2l.TextEncoder(engine.encoder.model, engine.encoder.tokenizer, engine.encoder.config, cache_size=0)
     net = engine.hypernetwork.requires_grad_(False)

@@ -23,8 +23,8 @@ def info(
         bool,
         typer.Option(
             "--check",
-            help="Compare every op with its float64 reference, on each instruction set of this CPU and on CUDA, and a "
-            "bundled adapter with recorded values; exit status 1 on any difference.",
+            help="Compare every op with its float64 reference, on each instruction set of this CPU and on CUDA, and an "
+            "adapter of smollm2-135m-paper with recorded values; exit status 1 on any difference.",
         ),
     ] = False,
 ) -> None:

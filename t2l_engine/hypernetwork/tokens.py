@@ -81,7 +81,7 @@ class TokenHyperNetwork(nn.Module, ABC):
         """Adapters of texts: a stack of ``len(latents)``, of rank ``(chunks + bias) * rank`` each.
 
         Args:
-            latents: of each text, those of its chunks ``[chunks, layers, modules, rank, d]``, as :meth:`latents` gives them.
+            latents: of each text, those of its chunks ``[chunks, *config.latent_shape]``, as :meth:`latents` gives them.
             out: a stack of the same modules and at least the largest rank, such as :meth:`LoRAHandle.borrow_slots` gives,
                 that is overwritten and returned; None: a new one.
 

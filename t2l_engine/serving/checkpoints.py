@@ -1,7 +1,7 @@
 """A checkpoint that a server generates with: keys, adapters and folders of prepared texts.
 
 Disk and memory mode give the same bits: both call :func:`adapter` on what ``engine.embed`` gives for a text, its embedding
-``[embed_dim]`` or its latents ``[chunks, layers, modules, rank, d]``, and round once to bfloat16.  The last bits of an
+``[embed_dim]`` or its latents ``[chunks, *latent_shape]``, and round once to bfloat16.  The last bits of an
 embedding depend on the batch that it is encoded in, so the folder of a key defines its adapter; no process encodes
 its text again.
 """

@@ -1,7 +1,7 @@
 """Self-check of the build on this machine, ``t2l info --check``.
 
 Runs the checks of every op (:mod:`t2l_engine.testing.checks`) for every instruction set of the CPU and on a CUDA device if
-there is one, each in its own process.  Each process also generates an adapter with the bundled checkpoint and compares it
+there is one, each in its own process.  Each process also generates an adapter with ``smollm2-135m-paper`` and compares it
 with the values recorded in the checkpoint's ``check.json``.
 
 ``python -m t2l_engine.testing.selfcheck`` checks the backend of its own process and prints one JSON line per result;
@@ -97,7 +97,7 @@ def _summary(tensor: Tensor) -> dict[str, Any]:
 
 
 def _adapter() -> dict[str, Tensor]:
-    """The tensors of one adapter of the bundled checkpoint by name, float32, generated on torch's default device."""
+    """The tensors of one adapter of the paper's checkpoint by name, float32, generated on torch's default device."""
     device = torch.get_default_device()
     with torch.device("cpu"):
         net = HyperNetwork.from_pretrained(CHECKPOINT, dtype=F32, device=device)
@@ -190,7 +190,7 @@ def _child(device: str, isa: str) -> Iterator[Result]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--record", action="store_true", help="rewrite check.json of the bundled checkpoint")
+    parser.add_argument("--record", action="store_true", help="rewrite check.json of the paper's checkpoint")
     arguments = parser.parse_args()
     if arguments.record:
         made = {"adapter": _adapter(), "text encoder": _encoded()}

