@@ -23,8 +23,8 @@ T2L, PAPER, RIVAL = "t2l", "paper", "multi-task"
 #: Numbers of worked examples; methods without a number show the first.
 SHOTS = (3, 6)
 #: Methods of ``t2l evaluate``; MULTI_TASK is RIVAL's.
-MULTI_TASK = "multi-task-description"
-METHODS = (T2L, "t2l-same-family", "t2l-shuffled", "t2l-examples", PAPER, MULTI_TASK, "base-description", "icl", "icl-6")
+MULTI_TASK, SAME_FAMILY = "multi-task-description", "t2l-same-family"
+METHODS = (T2L, SAME_FAMILY, "t2l-shuffled", "t2l-examples", PAPER, MULTI_TASK, "base-description", "icl", "icl-6")
 
 
 @dataclasses.dataclass(frozen=True)

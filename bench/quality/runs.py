@@ -85,6 +85,7 @@ def records(work: Path, parts: Sequence[str], methods: Sequence[str]) -> Iterato
     yield record("plan", checkpoint=hashlib.sha256((rounded(T2L, work) / WEIGHTS_NAME).read_bytes()).hexdigest())
     for part in parts:
         without = {method for run, method in ((PAPER, PAPER), (RIVAL, plan.MULTI_TASK)) if run not in done}
+        without |= {plan.SAME_FAMILY} if part == NATURAL else set()  # each is of a family of its own
         possible = [method for method in methods if method not in without]
         found = judged(part, work, [name for name in (PAPER, RIVAL) if name in done], possible)
         yield from part_records(part, found)

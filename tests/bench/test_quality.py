@@ -154,6 +154,7 @@ def test_evaluations_are_commands_with_the_runs_that_finished(monkeypatch, tmp_p
         if count == 2:
             first, second = given
             assert f"--held-out-descriptions {suite.HELD_OUT}" in first and "--held-out" not in second
+            assert plan.SAME_FAMILY in first and plan.SAME_FAMILY not in second
             assert f"--also paper={tmp_path}/paper" in first and f"--multi-task {tmp_path}/{plan.RIVAL}" in first
             scores = [of["scores"] for of in found if of["record"] == "scores" and of["part"] == "value"]
             assert scores == [{"t2l": 50.0, plan.MULTI_TASK: 1.0}]
