@@ -9,11 +9,6 @@ from bench.records import BASE, COMPILED, OURS, OURS_ALL
 
 STOCK, STOCK_TARGET = "vLLM", "vLLM, target modules"
 MERGED = "merged"
-#: What the default checkpoint adapts: vLLM's ``lora_target_modules``, without which it serves a part of an adapter.
-MODULES = ("q_proj", "v_proj", "o_proj", "down_proj")
-TARGETS = ",".join(name.removesuffix("_proj") for name in MODULES)
-
-
 #: What sentences ask for: each task with each wish, then each again under another number.
 TASKS = (
     *("Translate the text into French", "Write the words in reverse order"),
@@ -30,10 +25,10 @@ def sentences(count: int) -> list[str]:
 
 
 class Method(NamedTuple):
-    """``modules``: what vLLM wraps, None: every layer; ``kernels``: ours below; ``merged``: all rows have adapter 0."""
+    """``targets``: vLLM wraps the adapters' linears alone; ``kernels``: ours below; ``merged``: all rows have adapter 0."""
 
     lora: bool = False
-    modules: tuple[str, ...] | None = None
+    targets: bool = False
     kernels: bool = False
     eager: bool = True
     merged: bool = False
@@ -44,9 +39,9 @@ METHODS = {
     BASE: Method(),
     COMPILED: Method(eager=False),
     MERGED: Method(merged=True),
-    OURS: Method(lora=True, modules=MODULES, kernels=True),
+    OURS: Method(lora=True, targets=True, kernels=True),
     OURS_ALL: Method(lora=True, kernels=True),
-    STOCK_TARGET: Method(lora=True, modules=MODULES),
+    STOCK_TARGET: Method(lora=True, targets=True),
     STOCK: Method(lora=True),
 }
 UNMERGED = tuple(name for name in METHODS if name != MERGED)

@@ -29,7 +29,7 @@ from bench.ceilings import resident_bytes
 from bench.compare import Process
 from bench.harness import OURS, BenchError, Context, Error, Record, Target, Task, VerificationError, record, row
 from bench.records import BASE, ROOT
-from bench.serving_methods import FULL, METHODS, TARGETS, TINY, Case, Load, sentences
+from bench.serving_methods import FULL, METHODS, TINY, Case, Load, sentences
 from bench.suites import serving_life
 from bench.timing import Timing, tolerant
 from t2l_engine.text import packaged
@@ -103,6 +103,10 @@ class Inputs:
         models.merged(packaged.load(torch.bfloat16)[0], self.stack, 0).save_pretrained(folder)
         return folder
 
+    @property
+    def modules(self) -> list[str]:
+        return [*self.stack.lora_A]
+
     @functools.cached_property
     def rank(self) -> int:
         return next(iter(self.stack.lora_A.values())).shape[2]
@@ -126,8 +130,8 @@ class Server(Process):
         super().__init__(name, [sys.executable, "-m", "bench.serving_worker"], ROOT, environment)
         try:
             model = str(inputs.merged if method.merged else packaged.convert())
-            given = {"lora": method.lora, "modules": method.modules, "eager": method.eager, "rank": inputs.rank}
-            self._call("load", model=model, folders=inputs.folders, **given)
+            given = {"lora": method.lora, "modules": inputs.modules if method.targets else None, "eager": method.eager}
+            self._call("load", model=model, folders=inputs.folders, rank=inputs.rank, **given)
             wrapper = self._call("wrapper")
             if method.lora and (wrapper == WRAPPER) != method.kernels:
                 expected = f"{WRAPPER}, by the plugin of an installed t2l_engine" if method.kernels else "vLLM's own kernels"
@@ -240,7 +244,7 @@ class Measured:
         timings = {name: Timing.of([1e6 * one for one in of]) for name, of in seconds.items()}
         shape = {"model": "SmolLM2-135M", "dtype": "bfloat16", "requests": self.case.requests}
         shape |= {"adapters": len({i for i in self.case.rows(OURS) if i is not None}), "prompt": inputs.prompts.shape[1]}
-        shape |= {"new": self.new, "modules": TARGETS, "rank": inputs.rank, "slots": len(inputs.folders)}
+        shape |= {"new": self.new, "modules": ",".join(inputs.modules), "rank": inputs.rank, "slots": len(inputs.folders)}
         target = Target(*self.case.target) if self.case.target else None
         error = self.errors[OURS]
         yield row(context, self.case.name, "serving", shape, timings, error, skipped=skipped, target=target)

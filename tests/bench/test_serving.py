@@ -1,11 +1,13 @@
 """The suite of serving without vLLM: what is compared, what is refused; servers are made up."""
 
 import importlib.util
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
+import t2l_engine as t2l
 from bench import harness
 from bench.harness import OURS, BenchError, Context, Error, VerificationError
 from bench.records import BASE, OURS_ALL
@@ -36,6 +38,7 @@ class Served:
 
 
 class Inputs:
+    modules = ("q_proj",)
     prompts, rank, folders = torch.zeros(64, 64), 8, ("adapter",) * 64
 
 
@@ -58,10 +61,16 @@ def test_without_vllm_one_line_says_how_to_get_it(monkeypatch, context):
         serving.plan(context)
 
 
-def test_vllm_wraps_every_linear_that_the_default_adapts():
+def test_vllm_is_told_every_linear_that_the_adapters_have():
     """Of an adapter with others, vLLM serves a part and says nothing."""
     adapted = checkpoint.read(resolve_checkpoint(LANGUAGE_MODEL)).config.modules
-    assert {adapted, None} == {method.modules for method in METHODS.values()}
+    stack = t2l.AdapterStack(*(dict.fromkeys(adapted, torch.zeros(1, 1, *of)) for of in ((2, 4), (4, 2))), torch.ones(1))
+    inputs = serving.Inputs(Path(), stack, (), torch.zeros(1, 1))
+    with mock.patch.object(serving.Process, "__init__"), mock.patch.object(serving.packaged, "convert"):
+        for name in (OURS, STOCK_TARGET, OURS_ALL, STOCK):
+            with mock.patch.object(serving.Server, "_call", return_value=serving.WRAPPER * METHODS[name].kernels) as call:
+                serving.Server(name, 2, inputs)
+            assert call.call_args_list[0].kwargs["modules"] == ([*adapted] if name in (OURS, STOCK_TARGET) else None)
 
 
 def test_rows_of_a_case():
