@@ -51,10 +51,14 @@ def finished(name: str, work: Path) -> bool:
     return same and {*done["tasks"]} == {*read_descriptions(folder_of(work, TRAINED))} and done["steps_done"] >= made.steps
 
 
+def digest(folder: Path) -> str:
+    """SHA-256 of the weights in ``folder``."""
+    return hashlib.sha256((folder / WEIGHTS_NAME).read_bytes()).hexdigest()
+
+
 def rounded(name: str, work: Path) -> Path:
     """The checkpoint of run ``name`` with its matrices in bfloat16, as it is published and judged."""
-    weights = hashlib.sha256((work / name / WEIGHTS_NAME).read_bytes()).hexdigest()
-    folder = work / f"{name}-{weights[:12]}-bfloat16"  # the run may have gone on since the last call
+    folder = work / f"{name}-{digest(work / name)[:12]}-bfloat16"  # the run may have gone on since the last call
     if not (folder / WEIGHTS_NAME).is_file():
         network = t2l.TextToLoRA.from_pretrained(work / name).hypernetwork.set_dtype(torch.bfloat16)
         save(network, folder, checkpoint.describe(work / name))
@@ -82,7 +86,8 @@ def records(work: Path, parts: Sequence[str], methods: Sequence[str]) -> Iterato
     done = [name for name in RUNS if finished(name, work)]
     if T2L not in done:
         raise BenchError(f"--work: expected the finished run {T2L} of the plan in {work}, got {done}")
-    yield record("plan", checkpoint=hashlib.sha256((rounded(T2L, work) / WEIGHTS_NAME).read_bytes()).hexdigest())
+    published = {"checkpoint": T2L, "paper": PAPER}
+    yield record("plan", **{field: digest(rounded(run, work)) for field, run in published.items() if run in done})
     for part in parts:
         without = {method for run, method in ((PAPER, PAPER), (RIVAL, plan.MULTI_TASK)) if run not in done}
         without |= {plan.SAME_FAMILY} if part == NATURAL else set()  # each is of a family of its own

@@ -142,8 +142,9 @@ def test_evaluations_are_commands_with_the_runs_that_finished(monkeypatch, tmp_p
     monkeypatch.setattr(runs, "rounded", lambda name, work: work / name)
     monkeypatch.setattr(runs, "trained", lambda name, work: {"record": "training", "run": name})
     monkeypatch.setattr(runs.subprocess, "run", command)
-    (tmp_path / plan.T2L).mkdir()
-    (tmp_path / plan.T2L / runs.WEIGHTS_NAME).touch()
+    for run in (plan.T2L, plan.PAPER):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / runs.WEIGHTS_NAME).write_text(run)
     for part in ("value", "natural", "trained"):
         write_tasks(tasks.folder_of(tmp_path, part), [task("f-0", "ab", split="test")])
     for done, parts, count in ((plan.RUNS, ["value", "natural"], 2), ([plan.T2L], ["trained"], 1)):
@@ -153,6 +154,8 @@ def test_evaluations_are_commands_with_the_runs_that_finished(monkeypatch, tmp_p
         assert len(given) == count and [of["run"] for of in found if of["record"] == "training"] == [*done]
         if count == 2:
             first, second = given
+            digests = [hashlib.sha256(run.encode()).hexdigest() for run in (plan.T2L, plan.PAPER)]
+            assert found[0] == {"record": "plan", "checkpoint": digests[0], "paper": digests[1]}
             assert f"--held-out-descriptions {suite.HELD_OUT}" in first and "--held-out" not in second
             assert plan.SAME_FAMILY in first and plan.SAME_FAMILY not in second
             assert f"--also paper={tmp_path}/paper" in first and f"--multi-task {tmp_path}/{plan.RIVAL}" in first
