@@ -8,8 +8,8 @@ from typing import Any
 from bench.records import BUNDLED, OF_A_CPU, PAPER, ROOT, Result, ResultError, Row, bundled, load
 
 FOLDER = Path("bench", "results")
-#: Results of a bundled checkpoint.
-OF_CHECKPOINT = {"icl": PAPER, "study": PAPER, "quality": BUNDLED}
+#: Suite -> field of its plan, or of its run -> the bundled checkpoint whose weights it names.
+OF_CHECKPOINT = {"icl": {"checkpoint": PAPER}, "quality": {"checkpoint": BUNDLED, "paper": PAPER}}
 
 
 class Data:
@@ -30,9 +30,9 @@ class Data:
         result, (suite, _, machine) = load(path), path.stem.partition(".")
         if bool(machine) != (suite in OF_A_CPU):
             raise ResultError(f"{path.name}: expected a class of CPUs in the name exactly where a suite times a CPU")
-        if (name := OF_CHECKPOINT.get(suite)) is not None:
-            about = result.records("plan")[0] if "plan" in result.others else result.run
-            if about.get("checkpoint") != bundled(name):
+        about = result.records("plan")[0] if "plan" in result.others else result.run
+        for field, name in OF_CHECKPOINT.get(suite, {}).items():
+            if about.get(field) != bundled(name):
                 raise ResultError(f"{path.name}: not of the bundled checkpoint {name}")
         return result
 

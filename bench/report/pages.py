@@ -16,12 +16,11 @@ from bench.report.data import Data
 
 TEMPLATES = Path(__file__).parent / "templates"
 PAGES, DRAWN = Path("docs", "results"), Path("docs", "figures")
-#: Template of a block -> the document that holds it between markers of the same name.
+#: Documents with blocks between markers -> the templates of the same names.
 BLOCKS = {
-    "speed": "README.md",
-    "quality": "README.md",
-    "card": "t2l_engine/checkpoints/smollm2-135m/README.md",
-    "study-card": "t2l_engine/checkpoints/smollm2-135m-paper/README.md",
+    "README.md": ("speed", "quality"),
+    "t2l_engine/checkpoints/smollm2-135m/README.md": ("card",),
+    "t2l_engine/checkpoints/smollm2-135m-paper/README.md": ("card",),
 }
 AGAIN = "run: python -m bench report"
 
@@ -39,10 +38,11 @@ class Report:
         found: dict[Path, str] = {}
         for template in TEMPLATES.glob("results/*.md.j2"):
             self._try(found, PAGES / template.stem, f"results/{template.name}", self._render)
-        for name, document in BLOCKS.items():
+        for document, names in BLOCKS.items():
             place = Path(document)
-            text = found.get(place) or (self.root / place).read_text(encoding="utf-8")
-            self._try(found, place, f"{name}.md.j2", functools.partial(self._block, name, document, text))
+            for name in names:
+                text = found.get(place) or (self.root / place).read_text(encoding="utf-8")
+                self._try(found, place, f"{name}.md.j2", functools.partial(self._block, name, document, text))
         return found
 
     def drawings(self, make: Callable[[str, Data], str]) -> dict[Path, str]:

@@ -33,34 +33,20 @@ METHODS = {
     "base model, description and 3 examples": "icl",
     "base model, description and 6 examples": "icl-6",
 }
-#: The same of ``study``, where the checkpoint of the paper was judged in a part of its own.
-SKILLS_SPLITS = {"trained tasks": ("seen", "all"), "in-family": ("unseen", "sibling"), "out-of-family": ("unseen", "novel")}
-SKILLS_METHODS = {
-    "T2L": "t2l",
-    "shuffled-description baseline": "t2l-shuffled",
-    "multi-task LoRA without description": "multi-task",
-    "multi-task LoRA, description in the prompt": "multi-task-description",
-    "base model, description and 3 examples": "icl",
-    "per-task LoRA": "oracle",
-}
 
 #: Task -> method, as it is stored -> exact match in percent.
 Scores = Mapping[str, Mapping[str, float]]
 
 
-def scores(data: Data, suite: str, part: str, group: str | None = None) -> Scores:
-    """Scores of one part by task; ``group``: of the tasks of that group alone."""
-    found: dict[str, dict[str, float]] = {}
-    for of in data.records(suite, "scores", part=part):
-        if group is None or group in of["groups"]:
-            found.setdefault(of["task"], {}).update(of["scores"])
-    return found
+def scores(data: Data, part: str) -> Scores:
+    """Scores of one part by task."""
+    return {of["task"]: of["scores"] for of in data.records("quality", "scores", part=part)}
 
 
 def parts(data: Data) -> dict[str, Scores]:
     """Scores of the splits that were judged."""
     there = {of["part"] for of in data.records("quality", "scores")}
-    found = {name: scores(data, "quality", part) for name, part in SPLITS.items() if part in there}
+    found = {name: scores(data, part) for name, part in SPLITS.items() if part in there}
     if "out-of-family" in found:
         found[NOT_BINARY] = by_answers(data, "out-of-family")[1]
     return found
@@ -69,7 +55,7 @@ def parts(data: Data) -> dict[str, Scores]:
 def by_answers(data: Data, split: str) -> tuple[Scores, Scores]:
     """The scores of a split: of tasks with two different answers, of which a guess is often right, and of the others."""
     (record,) = data.records("quality", "two_answers", part=SPLITS[split])
-    found, two = scores(data, "quality", SPLITS[split]), {*record["tasks"]}
+    found, two = scores(data, SPLITS[split]), {*record["tasks"]}
     return {task: found[task] for task in found if task in two}, {task: found[task] for task in found if task not in two}
 
 
@@ -107,18 +93,6 @@ def gaps(data: Data) -> list[Line]:
         {"T2L less": method, **{name: gap(of, "t2l", key) for name, of in found.items()}} for method, key in METHODS.items()
     ]
     return [line for line in lines if line["T2L less"] != "T2L" and any(isinstance(of, Interval) for of in line.values())]
-
-
-@derived("quality-skills", "Exact match of smollm2-135m-paper and other methods, %, means over tasks")
-def quality_skills(data: Data) -> list[Line]:
-    lines = []
-    for method, key in SKILLS_METHODS.items():
-        line: Line = {"method": method}
-        for name, (part, group) in SKILLS_SPLITS.items():
-            own = f"shipped/{part}" if key in ("t2l", "t2l-shuffled") else part
-            line[name] = mean(scores(data, "study", own, group), key)
-        lines.append(line)
-    return lines
 
 
 @derived("families", "Exact match of smollm2-135m by family of tasks, %")

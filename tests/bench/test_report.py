@@ -205,10 +205,10 @@ def test_results_of_another_checkpoint_or_of_no_machine_are_refused(once_written
     folder = tmp_path / data.FOLDER
     shutil.copytree(once_written / data.FOLDER, folder)
     (folder / APPLY).rename(folder / "apply.jsonl")
-    path = change(tmp_path, "study.jsonl", lambda found: found[0].update(checkpoint="0" * 64))
+    path = change(tmp_path, "quality.jsonl", lambda found: found[1].update(paper="0" * 64))
     assert bundled() not in path.read_text(encoding="utf-8")
     refused = [problem.split(":")[0] for problem in data.Data(tmp_path).problems]
-    assert refused == ["bench/results/apply.jsonl", "bench/results/study.jsonl"]
+    assert refused == ["bench/results/apply.jsonl", "bench/results/quality.jsonl"]
 
 
 @pytest.mark.parametrize("vendor, flags, name", [

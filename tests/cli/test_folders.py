@@ -30,7 +30,7 @@ def test_show_bundled_checkpoint(run):
         "lora_alpha": 16.0, "scaling": {"mode": "plain", "value": 2.0}, "latent_size": 128, "head_in_size": 112,
         "embed_dim": 384, "dtype": "bfloat16", "values_per_adapter": values,
         "base_model": "smollm2-135m", "prompt": {"form": "raw", "description": False},
-        "training": {"steps": 1600, "num_tasks": 37},
+        "training": {"steps": 5150, "num_tasks": 5049},
     }  # fmt: skip
     assert {key: about[key] for key in expected} == expected
     assert about["encoder"]["name"] == "minilm"
@@ -38,7 +38,7 @@ def test_show_bundled_checkpoint(run):
 
     code, out, _ = run("show", "smollm2-135m-paper")
     assert code == 0
-    for text in ("total 2,281,008", "q_proj", "mode plain, value 2", "steps 1,600", "modules in row order"):
+    for text in ("total 2,281,008", "q_proj", "mode plain, value 2", "steps 5,150", "modules in row order"):
         assert text in out
 
 
