@@ -97,7 +97,7 @@ def gaps(data: Data) -> list[Line]:
 
 @derived("families", "Exact match of smollm2-135m by family of tasks, %")
 def families(data: Data) -> list[Line]:
-    shown = ("T2L", "T2L, another description of the same family", "base model, description and 3 examples")
+    shown = [name for name, key in METHODS.items() if key in ("t2l", "t2l-same-family", "multi-task-description", "icl")]
     lines = []
     for name, found in parts(data).items():
         of_family: dict[str, dict[str, Mapping[str, float]]] = {}

@@ -24,7 +24,7 @@ def once_written(tmp_path_factory):
     """A tree with the committed results and what is made of them; figures are stamps, which cost no drawing."""
     root = tmp_path_factory.mktemp("written") / "tree"
     shutil.copytree(ROOT / data.FOLDER, root / data.FOLDER)
-    for document in pages.BLOCKS.values():
+    for document in pages.BLOCKS:
         (root / document).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / document, root / document)
     with pytest.MonkeyPatch.context() as patch:
