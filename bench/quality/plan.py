@@ -18,13 +18,20 @@ KINDS = {"sft": SFTSettings, "lora": LoRASettings}
 TRAINED, DEVELOPMENT, NATURAL = "trained", "development", "natural"
 HELD_OUT = ("value", "combination", "out-of-family", NATURAL)
 PARTS = (TRAINED, DEVELOPMENT, *HELD_OUT)
-#: Runs: the default checkpoint, the paper's network, and the multi-task LoRA that reads the description in every prompt.
-T2L, PAPER, RIVAL = "t2l", "paper", "multi-task"
+#: Runs: the default checkpoint, the same with another seed, the paper's network, and the multi-task LoRA that reads the description
+#: in every prompt.
+T2L, SECOND, PAPER, RIVAL = "t2l", "t2l-second", "paper", "multi-task"
 #: Numbers of worked examples; methods without a number show the first.
 SHOTS = (3, 6)
 #: Methods of ``t2l evaluate``; MULTI_TASK is RIVAL's.
-MULTI_TASK, SAME_FAMILY = "multi-task-description", "t2l-same-family"
-METHODS = (T2L, SAME_FAMILY, "t2l-shuffled", "t2l-examples", PAPER, MULTI_TASK, "base-description", "icl", "icl-6")
+MULTI_TASK = "multi-task-description"
+CONTROLS = "-same-family", "-shuffled"
+METHODS = (
+    *(name + suffix for name in (T2L, SECOND) for suffix in ("", *CONTROLS)),
+    *("t2l-examples", PAPER, MULTI_TASK, "base-description", "icl", "icl-6"),
+)
+#: Method that another run than T2L answers -> the run.
+RUN_OF = {PAPER: PAPER, MULTI_TASK: RIVAL} | {SECOND + suffix: SECOND for suffix in ("", *CONTROLS)}
 
 
 @dataclasses.dataclass(frozen=True)

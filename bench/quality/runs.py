@@ -17,7 +17,7 @@ import torch
 import t2l_engine as t2l
 from bench.harness import BenchError, Record, record
 from bench.quality import plan
-from bench.quality.plan import NATURAL, PAPER, PLAN, RIVAL, RUNS, T2L, TRAINED, drawn
+from bench.quality.plan import NATURAL, PAPER, PLAN, RIVAL, RUN_OF, RUNS, T2L, TRAINED, drawn
 from bench.quality.tasks import folder_of
 from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_texts
 from t2l_engine.files.yaml import read_yaml
@@ -89,10 +89,10 @@ def records(work: Path, parts: Sequence[str], methods: Sequence[str]) -> Iterato
     published = {"checkpoint": T2L, "paper": PAPER}
     yield record("plan", **{field: digest(rounded(run, work)) for field, run in published.items() if run in done})
     for part in parts:
-        without = {method for run, method in ((PAPER, PAPER), (RIVAL, plan.MULTI_TASK)) if run not in done}
-        without |= {plan.SAME_FAMILY} if part == NATURAL else set()  # each is of a family of its own
-        possible = [method for method in methods if method not in without]
-        found = judged(part, work, [name for name in (PAPER, RIVAL) if name in done], possible)
+        possible = [method for method in methods if RUN_OF.get(method, T2L) in done]
+        if part == NATURAL:  # each is of a family of its own
+            possible = [method for method in possible if not method.endswith("-same-family")]
+        found = judged(part, work, [name for name in done if name in RUN_OF.values()], possible)
         yield from part_records(part, found)
         yield record("two_answers", part=part, tasks=with_two_answers(folder_of(work, part), [*found["tasks"]]))
     for name in done:
@@ -111,8 +111,7 @@ def judged(part: str, work: Path, runs: Sequence[str], methods: Sequence[str]) -
     name = "-".join((part, *runs, checkpoint.name))
     given = {"json": out / f"{name}.json", "resume": out / f"{name}.answers.jsonl", "methods": ",".join(methods)}
     given |= {"tasks": source, "checkpoint": checkpoint, "shots": ",".join(map(str, plan.SHOTS))}
-    for run in runs:
-        given |= {"also": f"{PAPER}={rounded(PAPER, work)}"} if run == PAPER else {"multi_task": work / run}
+    given |= {"multi_task": work / RIVAL} if RIVAL in runs else {}
     if part == TRAINED:
         given["names"] = ",".join(sorted(drawn(read_descriptions(source), PLAN["trained_tasks"], 0)))
     if part != NATURAL:  # of which no description was trained on
@@ -120,6 +119,7 @@ def judged(part: str, work: Path, runs: Sequence[str], methods: Sequence[str]) -
     # One validation item of each task chooses the base model's prompt template.
     given |= {"dtype": "bfloat16", "batch_size": 32, "repeats": PLAN["repeats"], "validation_items": 1, "verify": True}
     command = [sys.executable, "-m", "t2l_engine", "evaluate", "--max-items", str(PLAN["items"][part])]
+    command += [text for run in runs if run != RIVAL for text in ("--also", f"{run}={rounded(run, work)}")]
     for option, value in given.items():
         command += [f"--{option.replace('_', '-')}", *([] if value is True else [str(value)])]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
