@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 
+from bench.quality.plan import SECOND, T2L
 from bench.report.data import Data
 from bench.report.tables import Line, derived
 from t2l_engine.research.evaluation.metrics import Interval, by_family, interval
@@ -27,6 +28,9 @@ METHODS = {
     "T2L, description and 3 examples": "t2l-examples",
     "T2L, another description of the same family": "t2l-same-family",
     "shuffled-description baseline": "t2l-shuffled",
+    "T2L, second seed": "t2l-second",
+    "second seed, another description of the same family": "t2l-second-same-family",
+    "second seed, shuffled-description baseline": "t2l-second-shuffled",
     "network of the paper, one vector": "paper",
     "multi-task LoRA, description in the prompt": "multi-task-description",
     "base model, description in the prompt": "base-description",
@@ -86,13 +90,24 @@ def quality(data: Data) -> list[Line]:
     return lines
 
 
+def _less(data: Data, ours: str, head: str) -> list[Line]:
+    """Differences between the method ``ours`` and others, and its own controls."""
+    found, lines = parts(data), []
+    for method, key in METHODS.items():
+        run = next((name for name in (SECOND, T2L) if key.startswith(name)), None)
+        if key != ours and run in (None, ours):
+            lines.append({head: method, **{name: gap(of, ours, key) for name, of in found.items()}})
+    return [line for line in lines if any(isinstance(of, Interval) for of in line.values())]
+
+
 @derived("gaps", "Exact match of smollm2-135m less that of other methods, points, 95 % intervals over families")
 def gaps(data: Data) -> list[Line]:
-    found = parts(data)
-    lines = [
-        {"T2L less": method, **{name: gap(of, "t2l", key) for name, of in found.items()}} for method, key in METHODS.items()
-    ]
-    return [line for line in lines if line["T2L less"] != "T2L" and any(isinstance(of, Interval) for of in line.values())]
+    return _less(data, T2L, "T2L less")
+
+
+@derived("gaps-second", "Exact match of T2L's second seed less that of other methods, points, 95 % intervals over families")
+def second_gaps(data: Data) -> list[Line]:
+    return _less(data, SECOND, "second seed less")
 
 
 @derived("families", "Exact match of smollm2-135m by family of tasks, %")
