@@ -18,8 +18,8 @@ KINDS = {"sft": SFTSettings, "lora": LoRASettings}
 TRAINED, DEVELOPMENT, NATURAL = "trained", "development", "natural"
 HELD_OUT = ("value", "combination", "out-of-family", NATURAL)
 PARTS = (TRAINED, DEVELOPMENT, *HELD_OUT)
-#: Runs: the default checkpoint, the same with another seed, the paper's network, and the multi-task LoRA that reads the description
-#: in every prompt.
+#: Runs: the default checkpoint, the same with another seed, the paper's network, and the multi-task LoRA that reads the
+#: description in every prompt.
 T2L, SECOND, PAPER, RIVAL = "t2l", "t2l-second", "paper", "multi-task"
 #: Numbers of worked examples; methods without a number show the first.
 SHOTS = (3, 6)
