@@ -168,5 +168,10 @@ def test_evaluations_are_commands_with_the_runs_that_finished(monkeypatch, tmp_p
             scores = [of["scores"] for of in found if of["record"] == "scores" and of["part"] == "value"]
             assert scores == [{"t2l": 50.0, plan.MULTI_TASK: 1.0}]
         else:
-            assert "--also" not in given[0] and plan.SECOND not in given[0] and plan.MULTI_TASK not in given[0] and "--names f-0" in given[0]
+            assert (
+                "--also" not in given[0]
+                and plan.SECOND not in given[0]
+                and plan.MULTI_TASK not in given[0]
+                and "--names f-0" in given[0]
+            )
             assert {"record": "two_answers", "part": "trained", "tasks": ["f-0"]} in found
