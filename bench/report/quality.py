@@ -91,11 +91,11 @@ def quality(data: Data) -> list[Line]:
 
 
 def _less(data: Data, ours: str, head: str) -> list[Line]:
-    """Differences between the method ``ours`` and others, and its own controls."""
+    """Differences between the method ``ours`` and others, of T2L's runs only its own controls."""
     found, lines = parts(data), []
     for method, key in METHODS.items():
-        run = next((name for name in (SECOND, T2L) if key.startswith(name)), None)
-        if key != ours and run in (None, ours):
+        run = next((name for name in (SECOND, T2L) if key.startswith(name)), ours)
+        if run == ours != key:
             lines.append({head: method, **{name: gap(of, ours, key) for name, of in found.items()}})
     return [line for line in lines if any(isinstance(of, Interval) for of in line.values())]
 
