@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from t2l_engine.files.yaml import read_yaml
+from t2l_engine.research.evaluation.methods import OTHERS
 from t2l_engine.research.training import settings
 from t2l_engine.research.training.settings import LoRASettings, SFTSettings
 
@@ -25,13 +26,12 @@ T2L, SECOND, PAPER, RIVAL = "t2l", "t2l-second", "paper", "multi-task"
 SHOTS = (3, 6)
 #: Methods of ``t2l evaluate``; MULTI_TASK is RIVAL's.
 MULTI_TASK = "multi-task-description"
-CONTROLS = "-same-family", "-shuffled"
 METHODS = (
-    *(name + suffix for name in (T2L, SECOND) for suffix in ("", *CONTROLS)),
+    *(name + suffix for name in (T2L, SECOND) for suffix in ("", *OTHERS)),
     *("t2l-examples", PAPER, MULTI_TASK, "base-description", "icl", "icl-6"),
 )
 #: Method that another run than T2L answers -> the run.
-RUN_OF = {PAPER: PAPER, MULTI_TASK: RIVAL} | {SECOND + suffix: SECOND for suffix in ("", *CONTROLS)}
+RUN_OF = {PAPER: PAPER, MULTI_TASK: RIVAL} | {SECOND + suffix: SECOND for suffix in ("", *OTHERS)}
 
 
 @dataclasses.dataclass(frozen=True)

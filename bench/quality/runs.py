@@ -92,7 +92,7 @@ def records(work: Path, parts: Sequence[str], methods: Sequence[str]) -> Iterato
         possible = [method for method in methods if RUN_OF.get(method, T2L) in done]
         if part == NATURAL:  # each is of a family of its own
             possible = [method for method in possible if not method.endswith("-same-family")]
-        found = judged(part, work, [name for name in done if name in RUN_OF.values()], possible)
+        found = judged(part, work, [name for name in done if name != T2L], possible)
         yield from part_records(part, found)
         yield record("two_answers", part=part, tasks=with_two_answers(folder_of(work, part), [*found["tasks"]]))
     for name in done:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from bench import harness
 from bench.__main__ import app
-from bench.records import OURS, ROOT, ResultError, cpu_class, load, read, stem
+from bench.records import OURS, ROOT, ResultError, bundled, cpu_class, load, read, stem
 from bench.report import cells, data, figures, icl, pages, quality, tables
 from bench.report.pages import Report
 from t2l_engine.research.evaluation.metrics import Interval
@@ -205,7 +205,9 @@ def test_results_of_another_checkpoint_or_of_no_machine_are_refused(once_written
     folder = tmp_path / data.FOLDER
     shutil.copytree(once_written / data.FOLDER, folder)
     (folder / APPLY).rename(folder / "apply.jsonl")
-    change(tmp_path, "quality.jsonl", lambda found: found[1].update(paper="0" * 64))
+    other = "0" * 64
+    path = change(tmp_path, "quality.jsonl", lambda found: (found[0].update(checkpoint=other), found[1].update(paper=other)))
+    assert bundled() not in path.read_text(encoding="utf-8")
     refused = [problem.split(":")[0] for problem in data.Data(tmp_path).problems]
     assert refused == ["bench/results/apply.jsonl", "bench/results/quality.jsonl"]
 
