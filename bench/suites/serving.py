@@ -221,7 +221,8 @@ class Measured:
         tokens = {name: server.generate(self.case, inputs, self.new)[1] for name, server in servers.items()}
         for name in servers:
             plain = [i for i, adapter in enumerate(self.case.rows(name)) if adapter is None]
-            alike = [tokens[name][i] == tokens[BASE][i] for i in plain]
+            plainly = tokens.get(METHODS[name].reference, tokens[BASE])
+            alike = [tokens[name][i] == plainly[i] for i in plain]
             self.alike[name] += alike
             if METHODS[name].kernels and not all(alike):
                 what = f"{alike.count(False)} of {len(plain)} rows without an adapter have other tokens than without LoRA"

@@ -3,11 +3,13 @@
 PLAN: ``prompts``, lists of token ids; ``calls``, for each call an adapter a prompt, an index in ``texts`` or null; ``llm``,
 arguments of LLM; ``tokens``; ``logprobs`` of the first new token, 0: none; ``model``: the folder, by default SmolLM2;
 ``folders``: of PEFT adapters, before those of ``texts``; ``refused``: of PEFT adapters that are to be refused before.
+A call of fewer adapters has the first prompts.  ``frames``: functions that torch has compiled, after each call.
 """
 
 import json
 import sys
 
+from torch._dynamo.utils import counters
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
@@ -21,7 +23,7 @@ def main(plan):
     options = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 128, "enable_prefix_caching": False, "seed": 0}
     llm = LLM(model, **options | plan.get("llm", {}))
     used = any(adapter is not None for call in plan["calls"] for adapter in call)
-    requests, made = [], {"tokens": [], "logprobs": [], "wrapper": None, "refused": []}
+    requests, made = [], {"tokens": [], "logprobs": [], "wrapper": None, "refused": [], "frames": []}
     for i, folder in enumerate(plan.get("folders", ())):
         requests.append(LoRARequest(f"adapter-{i}", i + 1, folder))
     if used and "texts" in plan:
@@ -34,8 +36,9 @@ def main(plan):
     prompts = [{"prompt_token_ids": tokens} for tokens in plan["prompts"]]
     for call in plan["calls"]:
         chosen = [None if adapter is None else requests[adapter] for adapter in call]
-        outputs = llm.generate(prompts, sampling, lora_request=chosen if used else None, use_tqdm=False)
+        outputs = llm.generate(prompts[: len(call)], sampling, lora_request=chosen if used else None, use_tqdm=False)
         made["tokens"].append([list(output.outputs[0].token_ids) for output in outputs])
+        made["frames"].append(counters["frames"]["total"])
         if logprobs:
             first = [output.outputs[0].logprobs[0] for output in outputs]
             made["logprobs"].append([{token: value.logprob for token, value in row.items()} for row in first])

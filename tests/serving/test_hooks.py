@@ -35,7 +35,7 @@ def restored(monkeypatch):
     for owner, name in (
         (LoRAModelManager, "register_module"), (LoRAModel, "from_local_checkpoint"), (WorkerLoRAManager, "_load_adapter"),
         (Executor, "add_lora"), (PrometheusStatLogger, "record"), (authenticate, "GUARDED_PREFIX"),
-        (type(current_platform), "get_punica_wrapper"),
+        (type(current_platform), "get_punica_wrapper"), (type(current_platform), "check_and_update_config"),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, vars(owner)[name])
     monkeypatch.setattr(Worker, "t2l_try_lora", None, raising=False)
@@ -95,6 +95,32 @@ def test_what_a_later_vllm_lacks_stops_no_server(owner, name, settings, warnings
     monkeypatch.delattr(owner, name)
     hooks.install(settings(kernels=True, mode="memory"))
     assert len(warnings) == 1 and name in warnings[0]
+
+
+def test_a_model_with_lora_is_compiled_as_without(settings, warnings, monkeypatch):
+    """But not where vLLM multiplies with adapters by ops of its own: sharded, or of experts."""
+    seen = []
+
+    def stock(cls, vllm_config):
+        seen.append(vllm_config.lora_config)
+
+    monkeypatch.setattr(type(current_platform), "check_and_update_config", classmethod(stock))
+    whole, sharded = (types.SimpleNamespace(fully_sharded_loras=sharded) for sharded in (False, True))
+    hooks.install(settings(kernels=True))
+    for lora, is_moe in ((None, False), (whole, False), (sharded, False), (whole, True)):
+        config = types.SimpleNamespace(lora_config=lora, model_config=types.SimpleNamespace(is_moe=is_moe))
+        current_platform.check_and_update_config(config)
+        assert config.lora_config is lora
+    assert seen == [None, None, sharded, whole] and not warnings
+
+
+def test_a_layer_that_a_graph_cannot_follow_stops_compilation(warnings):
+    part = torch.nn.Module()
+    part.do_not_compile = False
+    model = torch.nn.Sequential(part, torch.nn.Linear(1, 1))
+    for _ in range(2):
+        hooks._run_eagerly(model, "layers.0.experts")
+    assert part.do_not_compile and len(warnings) == 1 and "layers.0.experts" in warnings[0]
 
 
 def test_without_native_kernels_vllm_keeps_its_own(settings, warnings, monkeypatch):

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+from torch._dynamo.testing import CompileCounterWithBackend
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from t2l_engine.serving.vllm.punica import PunicaWrapperT2L
@@ -95,6 +96,23 @@ def test_stock_leaves_base_rows_alone(kind):
     rows = [i for i, slot in enumerate(slots) if slot < 0]
     before = made.base(x)[0] if kind != "logits" else made.layer.base_layer._apply_head(made.base, x, None)
     assert torch.equal(made(x, slots)[rows], before[rows])
+
+
+@pytest.mark.parametrize("kind", [*LINEAR, "embedding"])
+def test_a_compiled_layer_reads_the_batch_when_it_runs(kind):
+    """Rows, slots and adapters change and nothing is compiled again; the output is that of the layer as it is."""
+    made, compiled = (adapted(kind, PunicaWrapperT2L) for _ in range(2))
+    counter = CompileCounterWithBackend("inductor")
+    compiled.layer.compile(fullgraph=True, dynamic=True, backend=counter)
+    for batch in ("base", "mixed", "one", "runs", "base"):
+        x = inputs(kind, len(BATCHES[batch]))
+        assert torch.equal(compiled(x, BATCHES[batch]), made(x, BATCHES[batch]))
+    for of in (made, compiled):
+        of.layer.reset_lora(0)
+        of.put(2, random_adapter(kind, [2] * len(SIZES[kind]), 9))
+    x = inputs(kind, 8)
+    assert torch.equal(compiled(x, BATCHES["mixed"]), made(x, BATCHES["mixed"]))
+    assert counter.frame_count == 1
 
 
 def test_slots_are_filled_again():

@@ -1,5 +1,8 @@
-"""Two ranks, each with its share of every linear, give one rank's answers: whole and fully sharded LoRA, adapters of files
-and adapters that every rank makes, more of them than slots, and after adapters that are refused."""
+"""Two ranks, each with its share of every linear, give one rank's answers.
+
+Whole LoRA, compiled, and fully sharded, which vLLM does not compile; adapters of files and adapters that every rank makes,
+more of them than slots, and after adapters that are refused.
+"""
 
 import copy
 import itertools
@@ -35,6 +38,7 @@ def test_two_ranks(sharded, tiny_model, stack_for, make_stack, tmp_path):
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(512, (n,), generator=generator).tolist() for n in (5, 9, 16, 7)]
     flags = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2, "max_cpu_loras": 2, "skip_tokenizer_init": True}
+    flags["enforce_eager"] = sharded
     plan = {
         "model": folder["model"], "folders": [folder["0"], folder["1"]], "prompts": prompts, "calls": CALLS, "tokens": 1,
         "logprobs": 20, "llm": flags | {"tensor_parallel_size": 2, "fully_sharded_loras": sharded},

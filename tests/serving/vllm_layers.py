@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from vllm.config import LoRAConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.forward_context import set_forward_context
 from vllm.lora import layers as lora_layers
 from vllm.lora.layers import LoRAMapping
 from vllm.model_executor.layers import linear
@@ -46,8 +47,9 @@ LINEAR = ("qkv", "gate_up", "o")
 
 @contextlib.contextmanager
 def single_process(tmp_path):
-    """vLLM's state of a model-parallel group of one process."""
-    with set_current_vllm_config(VllmConfig()):
+    """vLLM's state of a model-parallel group of one process, in a forward pass."""
+    config = VllmConfig()
+    with set_current_vllm_config(config), set_forward_context(None, config):
         init_distributed_environment(1, 0, f"file://{tmp_path}/group", 0, "gloo")
         initialize_model_parallel(1, 1)
         yield

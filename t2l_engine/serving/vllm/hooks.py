@@ -28,9 +28,7 @@ WRAPPER = "t2l_engine.serving.vllm.punica.PunicaWrapperT2L"
 OVERRIDDEN = {
     "__init__": "max_num_batched_tokens max_batches device kwargs",
     "update_metadata": "mapping lora_index_to_id max_loras vocab_size kwargs",
-    "add_lora_linear": "y x lora_a_stacked lora_b_stacked scale output_slices buffer kwargs",
     "add_lora_logits": "y x lora_a_stacked lora_b_stacked scale buffer kwargs",
-    "add_lora_embedding": "y x lora_b_stacked add_inputs kwargs",
     "_shrink_decode": "y x w_t_all scale",
     "_expand_slice_decode": "y x w_t_all y_offset y_slice_size add_inputs",
 }
@@ -48,6 +46,8 @@ def install(settings: Settings) -> Settings:
     """
     if settings.kernels and not _make(_use_kernels, "vLLM's own LoRA kernels are used"):
         settings = dataclasses.replace(settings, kernels=False)
+    if settings.kernels:
+        _make(_keep_compilation, "vLLM does not compile the model")
     if settings.mode == MEMORY:
         without = "adapters are written as whole PEFT folders (mode disk)"
         if not _make(_load_from_embeddings, without, settings):
@@ -103,6 +103,8 @@ def _use_kernels() -> None:
 
     for name, parameters in OVERRIDDEN.items():
         _expect(PunicaWrapperCPU, name, parameters)
+    _expect(BaseLinearLayerWithLoRA, "_apply_lora_to_output", "x output")
+    _expect(VocabParallelEmbeddingWithLoRA, "forward", "x")
     _expect(LoRAModelManager, "register_module", "module_name module")
     _expect(LoRAModelManager, "_get_punica_wrapper", "module_name")
     from t2l_engine.serving.vllm.punica import PunicaWrapperT2L
@@ -115,9 +117,42 @@ def _use_kernels() -> None:
         wrapper = self._get_punica_wrapper(module_name)
         if isinstance(wrapper, PunicaWrapperT2L) and isinstance(module, followed):
             wrapper.add_layer(module)
+        if not isinstance(module, followed):
+            _run_eagerly(self.model, module_name)
 
     LoRAModelManager.register_module = register_module
     type(current_platform).get_punica_wrapper = classmethod(lambda cls: WRAPPER)
+
+
+def _run_eagerly(model: Any, layer: str) -> None:
+    """Have vLLM not compile ``model``: its LoRA layer ``layer`` would read the batch when it is traced, and never again."""
+    compiled = [part for part in model.modules() if getattr(part, "do_not_compile", True) is False]
+    for part in compiled:
+        part.do_not_compile = True
+    if compiled:
+        logger.warning("T2L: the model is not compiled, since adapters of %s are vLLM's own", layer)
+
+
+def _keep_compilation() -> None:
+    """Have vLLM compile a model with LoRA on a CPU as it compiles one without."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    _expect(platform, "check_and_update_config", "vllm_config")
+    stock = platform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:
+        lora, model = vllm_config.lora_config, vllm_config.model_config
+        # What has other ops than this package's is left to vLLM.
+        if lora is None or lora.fully_sharded_loras or (model is not None and model.is_moe):
+            return stock(cls, vllm_config)
+        vllm_config.lora_config = None  # vLLM asks nothing else of it there
+        try:
+            stock(cls, vllm_config)
+        finally:
+            vllm_config.lora_config = lora
+
+    platform.check_and_update_config = classmethod(check_and_update_config)
 
 
 def _load_from_embeddings(settings: Settings) -> None:

@@ -3,10 +3,14 @@
 Unlike vLLM's own wrapper for CPUs it never touches a row without an adapter (index -1), returns at once for a batch without
 adapters, skips a slice that no running adapter has, and multiplies at an adapter's true rank, with float32 accumulation and
 one rounding.  Token ids and segments are computed once a mapping, weights, ranks and offsets once a layer.
+
+In a model that vLLM compiles a layer's part is one op, ``t2l_vllm::add_lora_``, which names the layer by a number and reads
+the batch and the slots when it runs: nothing is compiled again when they change.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.lora.layers import VocabParallelEmbeddingWithLoRA
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.ops.torch_ops import bgmv_expand_slice, bgmv_shrink
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
@@ -21,6 +30,11 @@ import t2l_engine  # noqa: F401  # registers torch.ops.t2l_engine
 
 _add_group = torch.ops.t2l_engine.lora_add_group_.default
 _add = torch.ops.t2l_engine.lora_add_.default
+
+#: Where vLLM's forward context of a model has its layers, (wrapper, :class:`Layer`) by number.
+NUMBERED = "t2l_engine.lora"
+_library = torch.library.Library("t2l_vllm", "DEF")  # lives as long as the process
+_library.define("add_lora_(Tensor(a!) y, Tensor x, int layer) -> ()")
 
 Slices = tuple[Tensor, ...]  # A or B of every slice of a layer
 #: Slices of a layer, as arguments of ``lora_add_group_``: A ``[slots, rank, in]``, B ``[slots, out, rank]``, true ranks
@@ -34,13 +48,13 @@ class Layer:
     """The slots of one LoRA layer of vLLM: views of its weights, and true ranks, at first 0.
 
     Args:
-        key: the tensor of vLLM whose ``id`` finds the layer; kept alive so that no other object gets that id.
         lora_a: ``[slots, 1, R, in]`` per slice; R is vLLM's ``max_lora_rank``.
         lora_b: ``[slots, 1, out, R]`` per slice.
+        table: of an embedding, ``[slots * vocabulary, R]``: the rows that B multiplies; ``lora_a`` is then the identity.
     """
 
-    def __init__(self, key: Any, lora_a: Slices, lora_b: Slices):
-        self.key = key
+    def __init__(self, lora_a: Slices, lora_b: Slices, table: Tensor | None = None):
+        self.table = table
         slots, _, self.width, _ = lora_a[0].shape
         self.scaling = torch.ones(slots)
         self.ranks = [torch.zeros(slots, dtype=torch.int32) for _ in lora_a]
@@ -75,7 +89,7 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
 
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any):
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
-        self._layers: dict[int, Layer] = {}
+        self._heads: dict[int, tuple[Layer, Tensor]] = {}  # by the id of their A
         # One segment a token, for calls with other row counts than the mapping; rows beyond it have no adapter.
         self._iota = torch.arange(max_num_batched_tokens + 1, dtype=torch.int32)
         self._token_ids = torch.full((max_num_batched_tokens,), -1, dtype=torch.int32)
@@ -94,11 +108,17 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
         lora_a, lora_b = _as_tuple(module.lora_a_stacked), _as_tuple(module.lora_b_stacked)
         lora_b = tuple(torch.zeros_like(b.mT, memory_format=torch.contiguous_format).mT for b in lora_b)
         module.lora_b_stacked = lora_b if isinstance(module.lora_b_stacked, tuple) else lora_b[0]
-        key = lora_a[0]
-        if key.dim() == 3:  # an embedding: A is [slots, vocabulary, R], and vLLM looks its rows up
-            key, width = lora_b[0], lora_b[0].shape[-1]
-            lora_a = (torch.eye(width, dtype=key.dtype).expand(len(key), 1, width, width),)
-        layer = self._layers[id(key)] = Layer(key, lora_a, lora_b)
+        if isinstance(module, VocabParallelEmbeddingWithLoRA):  # its A is [slots, vocabulary, R]
+            width, table = lora_b[0].shape[-1], module.lora_a_stacked_2d
+            identity = torch.eye(width, dtype=table.dtype).expand(len(lora_b[0]), 1, width, width)
+            layer = Layer((identity,), lora_b, table)
+            module.forward = functools.partial(_embed, module.base_layer, self._adding(layer))
+        else:
+            layer = Layer(lora_a, lora_b)
+            if getattr(type(module), "_apply_lora_to_output", None) is BaseLinearLayerWithLoRA._apply_lora_to_output:
+                module._apply_lora_to_output = self._adding(layer)
+            else:  # heads of the language model and of classifiers call add_lora_logits
+                self._heads[id(lora_a[0])] = layer, lora_a[0]  # kept alive so that no other tensor gets the id
         set_lora, reset_lora, slices = module.set_lora, module.reset_lora, len(lora_a)
 
         def set_(index: int, lora_a: Any, lora_b: Any) -> None:
@@ -115,6 +135,12 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
             layer.set_ranks(index, [0] * slices)
 
         module.set_lora, module.reset_lora = set_, reset
+
+    def _adding(self, layer: Layer) -> Callable[[Tensor, Tensor], Tensor]:
+        """The function of ``(x, y)`` that adds the adapters' part of ``layer`` to ``y`` and returns it, also when traced."""
+        numbered = get_current_vllm_config().compilation_config.static_forward_context.setdefault(NUMBERED, [])
+        numbered.append((self, layer))
+        return functools.partial(_add_to, self, layer, len(numbered) - 1)
 
     # --- what changes with the batch ---
 
@@ -165,12 +191,18 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
 
     # --- the hot path ---
 
-    def add_lora_linear(
-        self, y: Tensor, x: Tensor, lora_a_stacked: Slices, lora_b_stacked: Slices, scale: float, *unused: Any, **kwargs: Any
-    ) -> None:
-        """``y[:, slice i] += scale * (x @ A[i].T) @ B[i].T`` with the adapter of each row; ``x [T, in]``, ``y [T, out]``."""
-        if self._active:
-            self._add_delta(y, x, self._layers[id(lora_a_stacked[0])], scale, self._rows)
+    def add(self, y: Tensor, x: Tensor, layer: Layer) -> None:
+        """``y[..., slice i] += (x @ A[i].T) @ B[i].T`` with the adapter of each row.
+
+        ``x [..., in]``, or the tokens ``[...]`` of an embedding; ``y [..., out]``.
+        """
+        if not self._active:
+            return
+        if layer.table is None:
+            x = x.reshape(-1, x.shape[-1])
+        else:
+            x = functional.embedding(x.flatten() + self._embeddings_indices[: x.numel()], layer.table)
+        self._add_delta(y.view(-1, y.shape[-1]), x, layer, 1.0, self._rows)
 
     def add_lora_logits(
         self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **kwargs: Any
@@ -178,14 +210,7 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
         """The same for the language model's head: a row is a sample, ``y`` may have more columns than the vocabulary."""
         if self._active:
             y, x = y.view(-1, y.shape[-1])[:, : lora_b_stacked.shape[-2]], x.view(-1, x.shape[-1])
-            self._add_delta(y, x, self._layers[id(lora_a_stacked)], scale, self._samples)
-
-    def add_lora_embedding(
-        self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **kwargs: Any
-    ) -> None:
-        """``y += x @ B.T``; ``x [T, R]``: the rows of A that the layer looked up, ``y [T, hidden]``."""
-        if self._active:
-            self._add_delta(y, x, self._layers[id(lora_b_stacked)], 1.0, self._rows)
+            self._add_delta(y, x, self._heads[id(lora_a_stacked)][0], scale, self._samples)
 
     def _add_delta(self, y: Tensor, x: Tensor, layer: Layer, scale: float, rows: Callable[[int], Segments]) -> None:
         group = layer.group(self._active)
@@ -217,6 +242,31 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
         self, y: Tensor, x: Tensor, w_t_all: Tensor, y_offset: int, y_slice_size: int, add_inputs: bool
     ) -> None:
         self._on_adapted(y, x, lambda y, x, ids: bgmv_expand_slice(x, w_t_all, y, ids, y_offset, y_slice_size, add_inputs))
+
+
+# --- compiled models ---
+
+
+def _add_numbered(y: Tensor, x: Tensor, layer: int) -> None:
+    wrapper, of = get_forward_context().no_compile_layers[NUMBERED][layer]
+    wrapper.add(y, x, of)
+
+
+_library.impl("add_lora_", _add_numbered, "CPU")
+torch.library.register_fake("t2l_vllm::add_lora_", lambda y, x, layer: None, lib=_library)
+_add_in_graph = torch.ops.t2l_vllm.add_lora_.default
+
+
+def _add_to(wrapper: PunicaWrapperT2L, layer: Layer, number: int, x: Tensor, y: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        _add_in_graph(y, x, number)
+    else:
+        wrapper.add(y, x, layer)
+    return y
+
+
+def _embed(base: Any, add: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+    return add(x, base.forward(x))
 
 
 def _slots(ids: Any, slot_of: dict[int, int]) -> np.ndarray:
