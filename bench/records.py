@@ -28,12 +28,12 @@ BASE = "base"
 FRESH = "fresh output"
 #: On a GPU: ours called from the host, without a CUDA graph.
 HOST = "ours, from the host"
-#: Of the suite serving: vLLM without LoRA nor compilation, ours where vLLM wraps every layer, and ours in transformers.
-EAGER, OURS_ALL, ATTACHED = "base, eager", "ours, every layer", "ours, transformers"
+#: Of the suite serving: vLLM without LoRA but compiled, ours where vLLM wraps every layer, and ours in transformers.
+COMPILED, OURS_ALL, ATTACHED = "base, compiled", "ours, every layer", "ours, transformers"
 #: Timed beside ours without being another way of doing the same work: other calls of ours, bounds, parts of a request, other
 #: instruction sets, and one adapter for the whole batch where ours has one a row.
 BESIDE = {
-    *(BASE, FRESH, HOST, EAGER, OURS_ALL, ATTACHED, "ours, a launch a linear", "ours, ops alone"),
+    *(BASE, FRESH, HOST, COMPILED, OURS_ALL, ATTACHED, "ours, a launch a linear", "ours, ops alone"),
     *("copy", "head weights", "text encoder", "merged", "PEFT single"),
     *("generic", "avx2", "avx512", "avx512_bf16", "avx512_bf16_wide", "amx"),
 }

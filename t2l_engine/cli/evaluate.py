@@ -239,4 +239,7 @@ def _table(result: dict[str, Any]) -> Any:
         }
         table.add_row(f"{methods[0]} minus this method", *(spans.get(method, "") for method in methods))
         add_over_families(of, "difference", "+.1f")
+    fits = {method: of["calibration"] for method, of in result["details"].items() if "calibration" in of}
+    for name, form in (("items", ".0f"), ("calibration_error", ".3f"), ("brier", ".3f")) if fits else ():
+        table.add_row(f"given answers: {name}", *(f"{fits[m][name]:{form}}" if m in fits else "" for m in methods))
     return table

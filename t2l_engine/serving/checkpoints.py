@@ -8,9 +8,9 @@ its text again.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from t2l_engine.adapters.peft import CONFIG_NAME
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.engine import TextToLoRA
 from t2l_engine.files.text import to_json
-from t2l_engine.files.weights import content_checksum
+from t2l_engine.files.weights import content_checksum, is_finite
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.hypernetwork.tokens import TokenHyperNetwork
 from t2l_engine.serving import names
@@ -65,7 +65,7 @@ def _tokenizer(tokenizer: Any) -> str:
     return json.dumps(told, sort_keys=True)
 
 
-@dataclass
+@dataclasses.dataclass
 class Checkpoint:
     """An engine and what its adapters are named after.
 
@@ -76,6 +76,7 @@ class Checkpoint:
     engine: TextToLoRA
     hash: str
     encoder: str
+    _configs: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict, repr=False)  # of PEFT, by chunks
 
     @classmethod
     def load(cls, name: str, source: str) -> Checkpoint:
@@ -135,16 +136,19 @@ class Checkpoint:
         return found, sum(isinstance(found[key], Path) for key, _ in lacking)
 
     def _write(self, key: str, embedding: Tensor, store: AdapterStore) -> Path:
-        stack = adapter(self.engine.hypernetwork, embedding)
+        if not store.memory:
+            stack = adapter(self.engine.hypernetwork, embedding)
+            return store.write(key, lambda folder: stack.save_pretrained(folder, 0, dtype=DTYPE, fold=True))
+        if not is_finite(embedding):
+            raise ValueError("embedding: holds NaN or infinite values")
+        chunks = len(embedding) if embedding.dim() > 1 else 1  # what the rank depends on
+        if chunks not in self._configs:
+            self._configs[chunks] = adapter(self.engine.hypernetwork, embedding).peft_config(0, fold=True)
 
         def fill(folder: Path) -> None:
-            if not store.memory:
-                stack.save_pretrained(folder, 0, dtype=DTYPE, fold=True)
-                return
-            stack.state_dict_peft(0, dtype=DTYPE, fold=True)  # NaN and infinity are refused here, not in a worker
             note = {"checkpoint": self.name, "sha256": self.hash, "key": key}
             save_file({EMBEDDING: embedding.float().cpu().contiguous()}, folder / EMBEDDING_NAME)
-            for name, value in ((CONFIG_NAME, stack.peft_config(0, fold=True)), (NOTE_NAME, note)):
+            for name, value in ((CONFIG_NAME, self._configs[chunks]), (NOTE_NAME, note)):
                 (folder / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
         return store.write(key, fill)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.text import packaged
@@ -75,3 +77,8 @@ def load(name: str, dtype: torch.dtype, attention: str | None = None):
         stated["eos_token_id"] = [*(end for end in ends if end is not None), tokenizer.eos_token_id]
     model.generation_config = GenerationConfig(**stated)
     return model, tokenizer
+
+
+def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """``cache`` by its keyword: ``cache``, or ``past_key_values`` before transformers 5.24 (which ignores unknown ones)."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}

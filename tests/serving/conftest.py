@@ -20,6 +20,7 @@ def settings(tmp_path):
 
     def make(**changes):
         environment = {"T2L_VLLM_CHECKPOINT": "smollm2-135m-paper", "T2L_VLLM_STORE": str(tmp_path / "store")}
+        environment["T2L_VLLM_MODE"] = "disk"
         return dataclasses.replace(Settings.from_environment(environment), **changes)
 
     return make

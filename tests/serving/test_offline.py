@@ -33,7 +33,8 @@ def run_llm(tmp_path_factory):
     store = tmp_path_factory.mktemp("store")
 
     def run(plan, environment=None, folder=store):
-        variables = {"T2L_VLLM_CHECKPOINT": "smollm2-135m-paper", "T2L_VLLM_STORE": str(folder)} | (environment or {})
+        variables = {"T2L_VLLM_CHECKPOINT": "smollm2-135m-paper", "T2L_VLLM_STORE": str(folder), "T2L_VLLM_MODE": "disk"}
+        variables |= environment or {}
         return vllm_process.llm({"texts": TEXTS, "tokens": TOKENS} | plan, variables)
 
     return run

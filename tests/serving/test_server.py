@@ -10,6 +10,7 @@ import torch
 import t2l_engine as t2l
 from bench.vllm_server import VllmServer
 from t2l_engine.cli import serve_flags
+from t2l_engine.serving.choose import Server, choose
 from t2l_engine.text import packaged
 from t2l_engine.text.prompts import raw_prompt
 
@@ -58,6 +59,30 @@ def test_a_sentence_is_a_model(server):
     status, answer = server.complete(ANTONYM, WORD)
     assert status == 200 and answer == expected.strip()
     assert server.complete(server.name, WORD)[1] != answer
+
+
+def test_probabilities_of_given_answers(server):
+    """Against the log-probabilities of whole prompts, which the server computes in another batch, in bfloat16."""
+    options, prompt = [" late", " early", " lately", " later on"], raw_prompt("", WORD)
+    source = Server(f"http://127.0.0.1:{server.port}")
+    for model in (ANTONYM, server.name):
+        got, scores = choose(source, model, prompt, options), []
+        before = len(source.tokens(model, prompt, [])[0])
+        for option in options:
+            body = {
+                "model": model,
+                "prompt": prompt + option,
+                "max_tokens": 1,
+                "echo": True,
+                "logprobs": 0,
+                "temperature": 0,
+            }
+            answer = json.loads(server.request("POST", "/v1/completions", body)[1])["choices"][0]["logprobs"]
+            scores.append(sum(answer["token_logprobs"][before:-1]))
+        assert [*got.values()] == pytest.approx(torch.tensor(scores).softmax(0).tolist(), abs=0.02)
+        assert (max(got, key=got.get) == " late") == (model == ANTONYM)
+    with pytest.raises(ValueError, match="/tokenize: expected an answer of .*, got status 404"):
+        choose(source, "unknown", prompt, options)
 
 
 def test_many_clients_of_one_sentence_make_one_adapter(server):

@@ -20,6 +20,7 @@ def test_nothing_is_on_by_default(monkeypatch, tmp_path):
     assert not found.kernels and not found.warmup and found.checkpoints == {}
     assert (found.mode, found.threads, found.store_bytes, found.max_names) == ("disk", 1, 4 << 30, 100_000)
     assert found.store == tmp_path / "adapters"
+    assert read({"T2L_VLLM_CHECKPOINT": "smollm2-135m"}).mode == "memory"
 
 
 @pytest.mark.parametrize(

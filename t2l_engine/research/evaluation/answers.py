@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from t2l_engine.files.errors import ConfigError
+from t2l_engine.text.base_model import cache_argument
 from t2l_engine.text.prompts import answer_ids, continuation, prompt_ids
 
 #: Tokens that verified prompts have in common, and prompts of a batch, from which their common prefix is computed once.
@@ -252,8 +253,3 @@ def _log_likelihood(logits: Tensor, answer: list[int]) -> float:
     """The sum over the tokens of ``answer``."""
     chosen = torch.tensor(answer, device=logits.device)[:, None]
     return float(logits[:-1].float().log_softmax(-1).gather(1, chosen).sum())
-
-
-def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """``cache`` by its keyword: ``cache``, or ``past_key_values`` before transformers 5.24 (which ignores unknown ones)."""
-    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}

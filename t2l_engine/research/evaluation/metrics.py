@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from t2l_engine.research.tasks.folder import family_of, parse_number
+from t2l_engine.text.choices import fit_temperature, softmax
 
 _NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")  # "-" after a digit or a letter is a hyphen
 _WORD = re.compile(r"\w+")
@@ -75,6 +76,31 @@ def number_match(answer: str, accepted: Sequence[str]) -> bool:
     """Whether the last number of ``answer`` is an accepted one."""
     number = last_number(answer)
     return number is not None and number in {parse_number(a) for a in accepted}
+
+
+BINS = 10
+
+
+def calibration(rows: Sequence[tuple[Sequence[float], Sequence[bool]]]) -> dict[str, float]:
+    """How well probabilities of given answers fit: of pairs (log-probabilities, which of the answers are right).
+
+    "calibration_error": the expected one over 10 bins of equal width (Guo et al. 2017), in [0, 1].  "brier": the mean over
+    the pairs of the sum over their answers of (probability - [right])^2, in [0, 2].  Those with the suffix "_fitted" are at
+    the temperature that fits the other half of the pairs, every second one; "temperature" fits all.
+    """
+    labelled = [(scores, [*right].index(True)) for scores, right in rows]
+    halves = [fit_temperature(labelled[of::2]) for of in (1, 0)] if len(rows) > 1 else [1.0, 1.0]
+    plain, fitted = ([softmax(scores, t[i % 2]) for i, (scores, _) in enumerate(rows)] for t in ((1.0, 1.0), halves))
+    found = {"items": float(len(rows)), "temperature": fit_temperature(labelled)}
+    for suffix, probabilities in (("", plain), ("_fitted", fitted)):
+        both = [(p, right) for p, (_, right) in zip(probabilities, rows, strict=True)]
+        bins: dict[int, list[float]] = {}
+        for p, right in both:
+            most = max(range(len(p)), key=p.__getitem__)
+            bins.setdefault(min(int(p[most] * BINS), BINS - 1), []).append(p[most] - right[most])
+        found[f"calibration_error{suffix}"] = sum(abs(sum(gaps)) for gaps in bins.values()) / len(rows)
+        found[f"brier{suffix}"] = sum((x - y) ** 2 for p, right in both for x, y in zip(p, right, strict=True)) / len(rows)
+    return found
 
 
 RESAMPLES = 10_000

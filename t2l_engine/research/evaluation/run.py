@@ -17,6 +17,9 @@ from t2l_engine.research.evaluation.settings import Settings
 from t2l_engine.research.tasks.folder import Example, Task
 from t2l_engine.text.prompts import answer_in, answer_of, prompt_ids, prompt_of
 
+#: Most different answers of a task that are chosen among.
+FEW_ANSWERS = 8
+
 
 class _Item(NamedTuple):
     """The arguments of :attr:`Method.key`."""
@@ -67,6 +70,7 @@ class Evaluation:
                 sandbox.check_sandbox()
             except RuntimeError as error:
                 raise ValueError(f"run_code: {error}") from None
+        self._choices = {task.name: self._few_answers(task) for task in self.tasks if self.settings.choose}
         self._validated = {task.name: self._validation_items(task) for task in self.tasks}
 
     @property
@@ -86,7 +90,8 @@ class Evaluation:
         details: dict[str, dict[str, Any]] = {}
         for method in self.methods:
             items = self._items(method, kept, self._repeats(method))
-            details[method.name] = _details(self._ask(method, templates[method.name]["form"], items))
+            scored = self._ask(method, templates[method.name]["form"], items)
+            details[method.name] = _details(scored) | self._calibration(scored)
         scores = {name: {m: of["tasks"][name]["score"] for m, of in details.items() if name in of["tasks"]} for name in kept}
         short = {task.name: len(task.examples) - len(kept[task.name]) for task in self.tasks}
         return {
@@ -121,11 +126,21 @@ class Evaluation:
         return Query(
             self._prompt(method, template, item),
             method.key(*item),
-            tuple(answer_of(template, option) for option in example.options),
+            tuple(answer_of(template, option) for option in self._options(item)),
             self.settings.max_long_tokens if long else self.settings.max_new_tokens,
             not long and not lines,
             tuple(answer_of(template, output) for output in example.outputs) if self.settings.verify and exact else (),
         )
+
+    def _few_answers(self, task: Task) -> tuple[str, ...]:
+        """The different answers of a task that are compared by exact match, where they are few; else none."""
+        examples = [*task.examples, *self.pools.get(task.name, ()), *self.validation.get(task.name, ())]
+        answers = sorted({example.outputs[0] for example in examples})
+        exact = all(example.metric == "exact_match" for example in examples)
+        return tuple(answers) if exact and 2 <= len(answers) <= FEW_ANSWERS else ()
+
+    def _options(self, item: _Item) -> Sequence[str]:
+        return item.example.options or self._choices.get(item.task.name, ())
 
     def _fitting(self, task: Task) -> tuple[Example, ...]:
         """The examples whose prompts fit in every method, template and repeat."""
@@ -168,10 +183,20 @@ class Evaluation:
         queries = [self._query(method, template, item) for item in items]
         answers = self.answerer.ask(queries, method.adapters, lambda count: self.progress(method.name, count))
         answers = [dataclasses.replace(answer, text=answer_in(template, answer.text)) for answer in answers]
-        return [_Scored(item, a, self._scores(item.example, a)) for item, a in zip(items, answers, strict=True)]
+        return [_Scored(item, a, self._scores(item, a)) for item, a in zip(items, answers, strict=True)]
 
-    def _scores(self, example: Example, answer: Answer) -> dict[str, float]:
+    def _calibration(self, scored: Sequence[_Scored]) -> dict[str, Any]:
+        """{"calibration": of the answers that were chosen among given ones}; {} if there are none."""
+        rows = [
+            (answer.likelihoods, [option in item.example.outputs for option in self._options(item)])
+            for item, answer, _ in scored
+            if answer.likelihoods
+        ]
+        return {"calibration": metrics.calibration(rows)} if rows else {}
+
+    def _scores(self, item: _Item, answer: Answer) -> dict[str, float]:
         """``score`` by the example's metric, and further measures; all in [0, 1]."""
+        example = item.example
         if example.metric == "options":
             per_byte = [v / len(o.encode()) for v, o in zip(answer.likelihoods, example.options, strict=True)]
             right = [option in example.outputs for option in example.options]
@@ -179,6 +204,9 @@ class Evaluation:
                 "score": float(right[max(range(len(right)), key=per_byte.__getitem__)]),
                 "unnormalised": float(right[max(range(len(right)), key=answer.likelihoods.__getitem__)]),
             }
+        if answer.likelihoods:
+            options = self._options(item)
+            return {"score": float(options[max(range(len(options)), key=answer.likelihoods.__getitem__)] in example.outputs)}
         if example.metric == "number":
             return {"score": float(metrics.number_match(answer.text, example.outputs))}
         if example.metric == "pass":

@@ -23,3 +23,4 @@ class Settings:
     validation_items: int = _field(8, "Examples of split val per task that choose a method's prompt template.", min=1)
     run_code: bool = _field(False, "Run model-written Python in a sandbox (HumanEval, MBPP).")
     verify: bool = _field(False, "Check in one pass whether greedy decoding gives an accepted answer; scores only.")
+    choose: bool = _field(False, "Of a task with few answers, judge the likeliest of them; adds calibration.")

@@ -24,13 +24,36 @@ from t2l_engine.serving.vllm.settings import DISK, MEMORY, Settings
 logger = logging.getLogger("vllm.t2l_engine")  # below "vllm", whose handlers vLLM sets up
 
 WRAPPER = "t2l_engine.serving.vllm.punica.PunicaWrapperT2L"
-#: Method of vLLM's PunicaWrapperCPU that is overridden -> its parameters.
-OVERRIDDEN = {
-    "__init__": "max_num_batched_tokens max_batches device kwargs",
-    "update_metadata": "mapping lora_index_to_id max_loras vocab_size kwargs",
-    "add_lora_logits": "y x lora_a_stacked lora_b_stacked scale buffer kwargs",
-    "_shrink_decode": "y x w_t_all scale",
-    "_expand_slice_decode": "y x w_t_all y_offset y_slice_size add_inputs",
+#: Of vLLM 0.34.
+_SINCE_34 = "unsupported_lora_modules"
+_READ = "lora_dir expected_lora_modules peft_helper lora_model_id device dtype model_vocab_size weights_mapper skip_prefixes"
+#: Functions of vLLM that are replaced, overridden or relied on, by module and class that define them -> their parameters, or
+#: several possible ones.
+PARAMETERS: dict[str, dict[str, str | tuple[str, ...]]] = {
+    "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU": {
+        "__init__": "max_num_batched_tokens max_batches device kwargs",
+        "add_lora_logits": "y x lora_a_stacked lora_b_stacked scale buffer kwargs",
+        "_shrink_decode": "y x w_t_all scale",
+        "_expand_slice_decode": "y x w_t_all y_offset y_slice_size add_inputs",
+    },
+    "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase": {
+        "update_metadata": "mapping lora_index_to_id max_loras vocab_size kwargs",
+    },
+    "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA": {"_apply_lora_to_output": "x output"},
+    "vllm.lora.layers.vocab_parallel_embedding:VocabParallelEmbeddingWithLoRA": {"forward": "x"},
+    "vllm.lora.model_manager:LoRAModelManager": {
+        "register_module": "module_name module",
+        "_get_punica_wrapper": "module_name",
+    },
+    "vllm.platforms.cpu:CpuPlatform": {"check_and_update_config": "vllm_config"},
+    "vllm.lora.lora_model:LoRAModel": {
+        "from_lora_tensors": "lora_model_id tensors peft_helper device dtype model_vocab_size weights_mapper skip_prefixes",
+        "from_local_checkpoint": (f"{_READ} moe_ep_spec", f"{_READ} moe_ep_spec {_SINCE_34}"),
+    },
+    "vllm.lora.worker_manager:WorkerLoRAManager": {"_load_adapter": "lora_request"},
+    "vllm.v1.executor.abstract:Executor": {"add_lora": "lora_request"},
+    "vllm.v1.worker.gpu_worker:Worker": {"add_lora": "lora_request"},
+    "vllm.v1.metrics.loggers:PrometheusStatLogger": {"record": "scheduler_stats iteration_stats mm_cache_stats engine_idx"},
 }
 #: Routes outside /v1 that take the name of a model, for which an adapter is made.
 NAMING_MODELS = (
@@ -81,11 +104,16 @@ def _make(change: Callable[..., None], without: str, *arguments: Any) -> bool:
     return _made[change]
 
 
-def _expect(owner: type, name: str, parameters: str) -> None:
-    """_NotPossible unless the method ``name`` has these parameters, after ``self``; AttributeError if there is none."""
-    found = inspect.signature(getattr(owner, name)).parameters
-    if " ".join(parameter for parameter in found if parameter not in ("self", "cls")) != parameters:
-        raise _NotPossible(f"{owner.__name__}.{name} of this vLLM has other parameters than ({parameters})")
+def _expect(owner: type) -> None:
+    """_NotPossible unless the functions of ``owner`` have the PARAMETERS, after ``self``; AttributeError if one lacks."""
+    for definer, functions in PARAMETERS.items():
+        if definer.rpartition(":")[2] not in (of.__name__ for of in owner.__mro__):
+            continue
+        for name, parameters in functions.items():
+            found = inspect.signature(getattr(owner, name)).parameters
+            known = (parameters,) if isinstance(parameters, str) else parameters
+            if " ".join(parameter for parameter in found if parameter not in ("self", "cls")) not in known:
+                raise _NotPossible(f"{owner.__name__}.{name} of this vLLM has other parameters than ({known[-1]})")
 
 
 def _use_kernels() -> None:
@@ -101,12 +129,8 @@ def _use_kernels() -> None:
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    for name, parameters in OVERRIDDEN.items():
-        _expect(PunicaWrapperCPU, name, parameters)
-    _expect(BaseLinearLayerWithLoRA, "_apply_lora_to_output", "x output")
-    _expect(VocabParallelEmbeddingWithLoRA, "forward", "x")
-    _expect(LoRAModelManager, "register_module", "module_name module")
-    _expect(LoRAModelManager, "_get_punica_wrapper", "module_name")
+    for owner in (PunicaWrapperCPU, BaseLinearLayerWithLoRA, VocabParallelEmbeddingWithLoRA, LoRAModelManager):
+        _expect(owner)
     from t2l_engine.serving.vllm.punica import PunicaWrapperT2L
 
     stock = LoRAModelManager.register_module
@@ -138,7 +162,7 @@ def _keep_compilation() -> None:
     from vllm.platforms import current_platform
 
     platform = type(current_platform)
-    _expect(platform, "check_and_update_config", "vllm_config")
+    _expect(platform)
     stock = platform.check_and_update_config.__func__
 
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
@@ -159,10 +183,7 @@ def _load_from_embeddings(settings: Settings) -> None:
     """Have vLLM's workers generate the weights of folders that hold an embedding."""
     from vllm.lora.lora_model import LoRAModel
 
-    made_of = "lora_model_id tensors peft_helper device dtype model_vocab_size weights_mapper skip_prefixes"
-    _expect(LoRAModel, "from_lora_tensors", made_of)
-    read_with = "lora_model_id device dtype model_vocab_size weights_mapper skip_prefixes moe_ep_spec"
-    _expect(LoRAModel, "from_local_checkpoint", f"lora_dir expected_lora_modules peft_helper {read_with}")
+    _expect(LoRAModel)
     stock = LoRAModel.from_local_checkpoint.__func__
 
     def from_local_checkpoint(cls: type, lora_dir: str, expected_lora_modules: set[str], peft_helper: Any, **options: Any):
@@ -174,7 +195,8 @@ def _load_from_embeddings(settings: Settings) -> None:
         unexpected = sorted({key.split(".")[-3] for key in tensors} - expected_lora_modules)
         if unexpected:
             raise ValueError(f"{lora_dir}: expected adapters for {sorted(expected_lora_modules)}, got also {unexpected}")
-        options.pop("moe_ep_spec", None)
+        for unused in ("moe_ep_spec", _SINCE_34):
+            options.pop(unused, None)
         return cls.from_lora_tensors(tensors=tensors, peft_helper=peft_helper, **options)
 
     LoRAModel.from_local_checkpoint = classmethod(from_local_checkpoint)
@@ -189,7 +211,7 @@ def _refuse_misfits() -> None:
     from vllm.distributed import get_pp_group
     from vllm.lora.worker_manager import WorkerLoRAManager
 
-    _expect(WorkerLoRAManager, "_load_adapter", "lora_request")
+    _expect(WorkerLoRAManager)
     stock = WorkerLoRAManager._load_adapter
 
     def load_adapter(self: Any, lora_request: Any) -> Any:
@@ -254,7 +276,7 @@ def _answer_refusals() -> None:
     from vllm.v1.worker.gpu_worker import Worker
 
     for owner in (Executor, Worker):
-        _expect(owner, "add_lora", "lora_request")
+        _expect(owner)
 
     def try_lora(self: Any, lora_request: Any) -> bool | str:
         try:
@@ -282,9 +304,8 @@ def _forget_adapters_of_metrics() -> None:
     """
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
+    _expect(PrometheusStatLogger)
     stock = PrometheusStatLogger.record
-    if "scheduler_stats" not in inspect.signature(stock).parameters:
-        raise _NotPossible("PrometheusStatLogger.record of this vLLM has other parameters")
     in_files = "PROMETHEUS_MULTIPROC_DIR" in os.environ
 
     def record(self: Any, scheduler_stats: Any, *arguments: Any, **named: Any) -> None:

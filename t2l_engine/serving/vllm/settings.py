@@ -62,7 +62,7 @@ class Settings:
         return cls(
             checkpoints=checkpoints,
             kernels=_choice("KERNELS", values, ("0", "1"), "1" if checkpoints else "0") == "1",
-            mode=_choice("MODE", values, (DISK, MEMORY), DISK),
+            mode=_choice("MODE", values, (DISK, MEMORY), MEMORY if checkpoints else DISK),
             store=store,
             store_bytes=_count("STORE_BYTES", values, room),
             max_names=_count("MAX_NAMES", values, _MAX_NAMES),

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, DynamicCache, Gemma3Config, Mamb
 
 from t2l_engine import ConfigError
 from t2l_engine.research.costs import Attention, count
-from t2l_engine.research.evaluation.answers import cache_argument
+from t2l_engine.text.base_model import cache_argument
 from tests.research.costs import tiny_decoders
 from tests.research.costs.flop_counter import counted
 from tests.research.costs.tiny_decoders import FAMILIES, SIZES, WINDOW, prompt

@@ -7,7 +7,7 @@ from transformers import BertConfig, BertModel, DynamicCache
 import t2l_engine as t2l
 from t2l_engine import attach
 from t2l_engine.research.costs import Setup, Workload, count, hypernetwork_for, ways
-from t2l_engine.research.evaluation.answers import cache_argument
+from t2l_engine.text.base_model import cache_argument
 from tests.research.costs import tiny_decoders
 from tests.research.costs.flop_counter import counted
 from tests.research.costs.tiny_decoders import prompt

@@ -73,7 +73,7 @@ def test_the_contract_with_a_test_split_alone(run, checkpoint, base_model, tmp_p
         "scaling": 4.0,
         "settings": {
             "repeats": 3, "max_new_tokens": 16, "max_long_tokens": 256, "max_prompt_tokens": 1024, "validation_items": 8,
-            "verify": False, "run_code": False, "batch_size": 32, "held_out_descriptions": 0,
+            "verify": False, "choose": False, "run_code": False, "batch_size": 32, "held_out_descriptions": 0,
         },
         "trained_tasks": ["first", "last"],
         "groups": {"all": ["again", "first", "last"], "trained": ["first", "last"], "not trained": ["again"]},

@@ -2,6 +2,7 @@
 
 import dataclasses
 import doctest
+import math
 import random
 
 import pytest
@@ -130,3 +131,19 @@ def test_families_are_drawn_with_all_of_their_tasks():
     assert interval(*by_family(values)) == Interval(17.5, 10.0, 20.0)
     alone = {"x": 1.0, "y": 5.0, "z": 3.0}  # tasks without a family are one each
     assert interval(*by_family(alone)) == interval([1.0, 5.0, 3.0])
+
+
+def test_calibration():
+    """By hand: 3 of 4 answers at 0.8 are right, and 1 of 2 at 0.6; then a fit that undoes a factor of the scores."""
+    rows = [([math.log(p), math.log(1 - p)], [right, not right]) for p, right in
+            [(0.8, True), (0.8, True), (0.8, True), (0.8, False), (0.6, True), (0.6, False)]]  # fmt: skip
+    found = metrics.calibration(rows)
+    assert found["items"] == 6 and found["calibration_error"] == pytest.approx((4 * 0.05 + 2 * 0.1) / 6)
+    assert found["brier"] == pytest.approx(2 * (3 * 0.04 + 0.64 + 0.16 + 0.36) / 6)
+    drawn = random.Random(0)
+    true = [drawn.uniform(0.5, 1) for _ in range(4000)]
+    rows = [([4 * math.log(p / (1 - p)), 0.0], [hit, not hit]) for p in true for hit in [drawn.random() < p]]
+    found = metrics.calibration(rows)
+    assert found["temperature"] == pytest.approx(4, rel=0.1)
+    assert found["calibration_error_fitted"] < 0.03 < 0.1 < found["calibration_error"]
+    assert found["brier_fitted"] < found["brier"]

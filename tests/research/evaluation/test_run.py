@@ -1,6 +1,7 @@
 """An evaluation with answers from a script: what is asked, which form is chosen, what is left out, how answers score."""
 
 import dataclasses
+import math
 import statistics
 
 import pytest
@@ -242,6 +243,21 @@ def test_an_answer_of_several_lines_is_not_cut():
     examples = tuple(Example(text, of, "test") for text, of in zip("xyz", outputs, strict=True))
     found, queries = scored(examples, lambda query, adapters: "dog" if query.one_line else " red\ncat\n")
     assert found["score"] == 100.0 and sorted(q.one_line for q in queries) == [False, False, True]
+
+
+def test_tasks_with_few_answers_are_chosen_among_them():
+    """The score is that of the likeliest one, and probabilities are judged too; others are answered as ever."""
+    few = task("first", *words("a", "b", answer="yes"), *words("c", answer="no"))
+    many = task("last", *(words(text, answer=text)[0] for text in "abcdefghi"))
+    likelihoods = {"a": (-0.1, -1.5), "b": (-3.0, -0.2), "c": (-0.4, -0.5)}  # of "no", "yes"
+    answerer = Scripted(lambda query, adapters: likelihoods[query.prompt.split()[1]] if query.options else "a")
+    result = evaluation(answerer, [few, many], settings=Settings(repeats=1, choose=True)).run()
+    assert {q.options for _, queries in answerer.asked for q in queries} == {("no", "yes"), ()}
+    assert {name: of["only"] for name, of in result["tasks"].items()} == pytest.approx({"first": 200 / 3, "last": 100 / 9})
+    found = result["details"]["only"]["calibration"]
+    assert found["items"] == 3 and found["brier"] == pytest.approx(
+        2 * sum((1 + math.exp(d)) ** -2 for d in (-1.4, 2.8, 0.1)) / 3
+    )
 
 
 @pytest.mark.parametrize("template, asked", [("chat", ("ab", "cd")), ("raw", (" ab", " cd"))])
