@@ -73,10 +73,20 @@ def test_installing_twice_is_installing_once(settings, warnings):
 LOADERS = ("from_lora_tensors", "from_local_checkpoint")
 
 
-@pytest.mark.parametrize("name", [*hooks.OVERRIDDEN, "register_module", "_get_punica_wrapper", *LOADERS])
+#: Functions of vLLM that are replaced or overridden -> their class.
+REPLACED = {
+    name: owner
+    for owner in (PunicaWrapperCPU, LoRAModelManager, LoRAModel)
+    for definer, functions in hooks.PARAMETERS.items()
+    if definer.rpartition(":")[2] in {of.__name__ for of in owner.__mro__}
+    for name in functions
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
 def test_functions_with_other_parameters_are_kept(name, settings, warnings, monkeypatch):
     """Each function that is replaced, in some later vLLM.  Without its loaders the API server writes whole folders."""
-    owner = PunicaWrapperCPU if name in hooks.OVERRIDDEN else LoRAModel if name in LOADERS else LoRAModelManager
+    owner = REPLACED[name]
     other = lambda self, something, new: None  # noqa: E731
     monkeypatch.setattr(owner, name, classmethod(other) if name in LOADERS else other)
     before, asked = installed(), {"mode": "memory", "kernels": False} if name in LOADERS else {"kernels": True}
@@ -220,8 +230,12 @@ def test_every_worker_answers_what_it_refuses(settings, error, said):
 def test_metrics_have_the_adapters_of_now(settings, monkeypatch, engines, files, kept):
     """Where they can be told from those of other engines and processes."""
     info = prometheus_client.Gauge("lora", "", ["running"], registry=None)
-    stock = lambda self, stats, *_: self.gauge_lora_info and stats and self.gauge_lora_info.labels(running=stats).set(1)  # noqa: E731
-    monkeypatch.setattr(PrometheusStatLogger, "record", lambda self, scheduler_stats, _=None: stock(self, scheduler_stats))
+
+    def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=0):
+        if self.gauge_lora_info and scheduler_stats:
+            self.gauge_lora_info.labels(running=scheduler_stats).set(1)
+
+    monkeypatch.setattr(PrometheusStatLogger, "record", record)
     if files:
         monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "folder")
     hooks.install(settings(kernels=False))

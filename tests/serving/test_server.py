@@ -171,10 +171,11 @@ def test_a_document_becomes_a_model(start, tmp_path):
 def test_a_full_store_and_too_many_names_are_503(start, tmp_path):
     """Two adapters have room; a third sentence that was made before has a name left, and a fourth has none."""
     made = tmp_path / "store"
-    before = start(T2L_VLLM_STORE=str(made))
+    before = start(T2L_VLLM_STORE=str(made), T2L_VLLM_MODE="disk")
     assert before.complete("t2l:Name 7 things.", "hot", 1)[0] == 200
     before.stop(signal.SIGTERM)
-    server = start(T2L_VLLM_STORE=str(made), T2L_VLLM_STORE_BYTES="4000000", T2L_VLLM_MAX_NAMES="3")
+    limits = {"T2L_VLLM_STORE_BYTES": "4000000", "T2L_VLLM_MAX_NAMES": "3"}
+    server = start(T2L_VLLM_STORE=str(made), T2L_VLLM_MODE="disk", **limits)
     answers = [server.complete(f"t2l:Name {i} things.", "hot", 1) for i in (0, 1, 2, 3, 7, 4, 0)]
     assert [status for status, _ in answers] == [200, 200, 503, 503, 200, 503, 200]
     assert all("bytes" in answers[i][1] for i in (2, 3)) and "have names" in answers[5][1]
