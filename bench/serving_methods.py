@@ -71,12 +71,16 @@ class Case:
 
 
 class Load(NamedTuple):
-    """Cases with so many ``adapters`` loaded; ``tokens`` of a prompt and of an answer; ``starts``: of every process."""
+    """Cases with so many ``adapters`` loaded; ``tokens`` of a prompt and of an answer; ``starts``: of every process.
+
+    ``eager``: nothing is compiled, so that a tiny run starts fast.
+    """
 
     adapters: int
     cases: tuple[Case, ...]
     tokens: int = 64
     starts: int = 1
+    eager: bool = False
 
 
 NONE, HALF = "8 requests, none adapted", "64 requests, every other adapted"
@@ -89,4 +93,4 @@ FEW = (
     Case("1 request, 1 adapter", 1, tuple(METHODS)),
 )
 FULL = (Load(8, FEW, starts=2), Load(64, (Case(MANY, 64, target=OF_BASE), Case(HALF, 64, stride=2, target=OF_BASE))))
-TINY = (Load(2, (Case("2 requests, 2 adapters", 2, (BASE, COMPILED, OURS, STOCK_TARGET)),), tokens=8),)
+TINY = (Load(2, (Case("2 requests, 2 adapters", 2, (BASE, COMPILED, OURS, STOCK_TARGET)),), tokens=8, eager=True),)

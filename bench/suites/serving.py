@@ -83,6 +83,7 @@ class Inputs:
     stack: t2l.AdapterStack
     folders: tuple[str, ...]
     prompts: Tensor  # [requests, prompt]
+    eager: bool
 
     @staticmethod
     def of(scratch: Path, load: Load) -> Inputs:
@@ -93,7 +94,7 @@ class Inputs:
             stack.save_pretrained(folder, adapter=i)
         most = max(case.requests for case in load.cases)
         prompts = torch.randint(5, 40_000, (most, load.tokens), generator=torch.Generator().manual_seed(0))
-        return Inputs(scratch, stack, tuple(map(str, folders)), prompts)
+        return Inputs(scratch, stack, tuple(map(str, folders)), prompts, load.eager)
 
     @functools.cached_property
     def merged(self) -> Path:
@@ -130,7 +131,11 @@ class Server(Process):
         super().__init__(name, [sys.executable, "-m", "bench.serving_worker"], ROOT, environment)
         try:
             model = str(inputs.merged if method.merged else packaged.convert())
-            given = {"lora": method.lora, "modules": inputs.modules if method.targets else None, "eager": method.eager}
+            given = {
+                "lora": method.lora,
+                "modules": inputs.modules if method.targets else None,
+                "eager": method.eager or inputs.eager,
+            }
             self._call("load", model=model, folders=inputs.folders, rank=inputs.rank, **given)
             wrapper = self._call("wrapper")
             if method.lora and (wrapper == WRAPPER) != method.kernels:

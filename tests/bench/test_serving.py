@@ -65,7 +65,7 @@ def test_vllm_is_told_every_linear_that_the_adapters_have():
     """Of an adapter with others, vLLM serves a part and says nothing."""
     adapted = checkpoint.read(resolve_checkpoint(LANGUAGE_MODEL)).config.modules
     stack = t2l.AdapterStack(*(dict.fromkeys(adapted, torch.zeros(1, 1, *of)) for of in ((2, 4), (4, 2))), torch.ones(1))
-    inputs = serving.Inputs(Path(), stack, (), torch.zeros(1, 1))
+    inputs = serving.Inputs(Path(), stack, (), torch.zeros(1, 1), False)
     with mock.patch.object(serving.Process, "__init__"), mock.patch.object(serving.packaged, "convert"):
         for name in (OURS, STOCK_TARGET, OURS_ALL, STOCK):
             with mock.patch.object(serving.Server, "_call", return_value=serving.WRAPPER * METHODS[name].kernels) as call:
