@@ -11,7 +11,7 @@ import math
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -25,19 +25,9 @@ Tokens = tuple[int, ...]
 Read = Mapping[Tokens, Mapping[int, float]]
 
 
-class Source(Protocol):
-    """What :func:`choose` reads probabilities from."""
-
-    def tokens(self, name: Any, prompt: str, options: Sequence[str]) -> tuple[list[int], list[Tokens]]:
-        """The tokens of a prompt, and those of each option after it."""
-        ...
-
-    def read(self, name: Any, prompt: list[int], after: Sequence[Tokens], wanted: list[int]) -> Read:
-        """Log-probabilities of the tokens ``wanted`` after the prompt and each of ``after``, of which the first is ()."""
-        ...
-
-
-def choose(source: Source, name: Any, text: str, options: Sequence[str], *, temperature: float = 1.0) -> dict[str, float]:
+def choose(
+    source: Attached | Server, name: Any, text: str, options: Sequence[str], *, temperature: float = 1.0
+) -> dict[str, float]:
     """The probability of each of ``options`` as the answer to the prompt ``text``, given that it is one of them.
 
     ``softmax(scores / temperature)``, see the module.  An option that begins another counts as the answer's beginning.
@@ -53,6 +43,7 @@ def choose(source: Source, name: Any, text: str, options: Sequence[str], *, temp
     Raises:
         ValueError: fewer than two options, equal ones or one without tokens; a temperature that is not positive; or an
             answer of the server that is none.
+        OSError: no server answers.
     """
     if isinstance(options, str) or len(set(options)) < max(2, len(options)):
         raise ValueError(f"options: expected two or more different texts, got {options!r}")
@@ -87,10 +78,12 @@ class Attached:
         self.lora, self.model, self.tokenizer = lora, model, tokenizer
 
     def tokens(self, name: int, prompt: str, options: Sequence[str]) -> tuple[list[int], list[Tokens]]:
+        """The tokens of a prompt, and those of each option after it."""
         return prompt_ids(self.tokenizer, [prompt])[0], [tuple(answer_ids(self.tokenizer, option)) for option in options]
 
     @torch.inference_mode()
     def read(self, name: int, prompt: list[int], after: Sequence[Tokens], wanted: list[int]) -> Read:
+        """Log-probabilities of the tokens ``wanted`` after the prompt and each of ``after``, of which the first is ()."""
         with self.lora.use(name):
             first = self.model(input_ids=self._row([prompt]), use_cache=True, logits_to_keep=1)
             found, cache = [first.logits[:, -1]], first.past_key_values
@@ -113,6 +106,7 @@ class Server:
         self.headers |= {"Authorization": f"Bearer {key}"} if key else {}
 
     def tokens(self, name: str, prompt: str, options: Sequence[str]) -> tuple[list[int], list[Tokens]]:
+        """As :meth:`Attached.tokens`."""
         whole = self._ask("/tokenize", model=name, prompt=prompt)["tokens"]
         paths = []
         for option in options:  # as the prompt goes on, unless the last token of the prompt becomes another one
@@ -123,6 +117,7 @@ class Server:
         return whole, paths
 
     def read(self, name: str, prompt: list[int], after: Sequence[Tokens], wanted: list[int]) -> Read:
+        """As :meth:`Attached.read`."""
         read: dict[str, Any] = {"model": name, "max_tokens": 1, "temperature": 0, "return_tokens_as_token_ids": True}
         read |= {"logprobs": 0, "logprob_token_ids": wanted}
         answer = self._ask("/v1/completions", prompt=[[*prompt, *node] for node in after], **read)

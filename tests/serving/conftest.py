@@ -19,8 +19,8 @@ def settings(tmp_path):
     """Settings of that checkpoint, by default in disk mode; keywords replace fields."""
 
     def make(**changes):
-        environment = {"T2L_VLLM_CHECKPOINT": "smollm2-135m-paper", "T2L_VLLM_STORE": str(tmp_path / "store")}
-        environment["T2L_VLLM_MODE"] = "disk"
+        environment = {"CHECKPOINT": "smollm2-135m-paper", "STORE": str(tmp_path / "store"), "MODE": "disk"}
+        environment = {f"T2L_VLLM_{name}": value for name, value in environment.items()}
         return dataclasses.replace(Settings.from_environment(environment), **changes)
 
     return make

@@ -1,7 +1,7 @@
 """What the plugin expects of vLLM's functions, read from source archives of releases, without importing them.
 
 ``python -m tests.serving.vllm_sources vllm-0.33.0.tar.gz ...`` writes ``tests/data/vllm-parameters.json``; the archives are
-those of a package index, such as ``pip download --no-deps --no-binary :all: vllm==0.33.0`` fetches.
+the source distributions of a package index.
 """
 
 import ast

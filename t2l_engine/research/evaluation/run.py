@@ -142,6 +142,9 @@ class Evaluation:
     def _options(self, item: _Item) -> Sequence[str]:
         return item.example.options or self._choices.get(item.task.name, ())
 
+    def _right(self, item: _Item) -> list[bool]:
+        return [option in item.example.outputs for option in self._options(item)]
+
     def _fitting(self, task: Task) -> tuple[Example, ...]:
         """The examples whose prompts fit in every method, template and repeat."""
         kept = tuple(e for e in task.examples if self._fits(task, e))
@@ -187,26 +190,19 @@ class Evaluation:
 
     def _calibration(self, scored: Sequence[_Scored]) -> dict[str, Any]:
         """{"calibration": of the answers that were chosen among given ones}; {} if there are none."""
-        rows = [
-            (answer.likelihoods, [option in item.example.outputs for option in self._options(item)])
-            for item, answer, _ in scored
-            if answer.likelihoods
-        ]
+        rows = [(answer.likelihoods, self._right(item)) for item, answer, _ in scored if self._options(item)]
         return {"calibration": metrics.calibration(rows)} if rows else {}
 
     def _scores(self, item: _Item, answer: Answer) -> dict[str, float]:
         """``score`` by the example's metric, and further measures; all in [0, 1]."""
         example = item.example
-        if example.metric == "options":
-            per_byte = [v / len(o.encode()) for v, o in zip(answer.likelihoods, example.options, strict=True)]
-            right = [option in example.outputs for option in example.options]
-            return {
-                "score": float(right[max(range(len(right)), key=per_byte.__getitem__)]),
-                "unnormalised": float(right[max(range(len(right)), key=answer.likelihoods.__getitem__)]),
-            }
-        if answer.likelihoods:
-            options = self._options(item)
-            return {"score": float(options[max(range(len(options)), key=answer.likelihoods.__getitem__)] in example.outputs)}
+        if options := self._options(item):
+            right = self._right(item)
+            likeliest = float(right[max(range(len(right)), key=answer.likelihoods.__getitem__)])
+            if example.metric != "options":
+                return {"score": likeliest}
+            per_byte = [v / len(o.encode()) for v, o in zip(answer.likelihoods, options, strict=True)]
+            return {"score": float(right[max(range(len(right)), key=per_byte.__getitem__)]), "unnormalised": likeliest}
         if example.metric == "number":
             return {"score": float(metrics.number_match(answer.text, example.outputs))}
         if example.metric == "pass":

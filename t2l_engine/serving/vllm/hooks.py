@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,11 @@ from t2l_engine.serving.vllm.settings import DISK, MEMORY, Settings
 logger = logging.getLogger("vllm.t2l_engine")  # below "vllm", whose handlers vLLM sets up
 
 WRAPPER = "t2l_engine.serving.vllm.punica.PunicaWrapperT2L"
-#: Of vLLM 0.34.
+#: A parameter of LoRAModel.from_local_checkpoint since vLLM 0.34, for adapters of other origins than this package.
 _SINCE_34 = "unsupported_lora_modules"
-_READ = "lora_dir expected_lora_modules peft_helper lora_model_id device dtype model_vocab_size weights_mapper skip_prefixes"
-#: Functions of vLLM that are replaced, overridden or relied on, by module and class that define them -> their parameters, or
-#: several possible ones.
-PARAMETERS: dict[str, dict[str, str | tuple[str, ...]]] = {
+#: Functions of vLLM that are replaced, overridden or relied on, by module and class that define them -> their parameters, as
+#: :func:`signature` gives them.
+PARAMETERS = {
     "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU": {
         "__init__": "max_num_batched_tokens max_batches device kwargs",
         "add_lora_logits": "y x lora_a_stacked lora_b_stacked scale buffer kwargs",
@@ -48,7 +47,8 @@ PARAMETERS: dict[str, dict[str, str | tuple[str, ...]]] = {
     "vllm.platforms.cpu:CpuPlatform": {"check_and_update_config": "vllm_config"},
     "vllm.lora.lora_model:LoRAModel": {
         "from_lora_tensors": "lora_model_id tensors peft_helper device dtype model_vocab_size weights_mapper skip_prefixes",
-        "from_local_checkpoint": (f"{_READ} moe_ep_spec", f"{_READ} moe_ep_spec {_SINCE_34}"),
+        "from_local_checkpoint": "lora_dir expected_lora_modules peft_helper lora_model_id device dtype model_vocab_size "
+        "weights_mapper skip_prefixes moe_ep_spec",
     },
     "vllm.lora.worker_manager:WorkerLoRAManager": {"_load_adapter": "lora_request"},
     "vllm.v1.executor.abstract:Executor": {"add_lora": "lora_request"},
@@ -104,16 +104,19 @@ def _make(change: Callable[..., None], without: str, *arguments: Any) -> bool:
     return _made[change]
 
 
+def signature(parameters: Iterable[str]) -> str:
+    """Names of parameters as one string, without those that make no difference."""
+    return " ".join(name for name in parameters if name not in ("self", "cls", _SINCE_34))
+
+
 def _expect(owner: type) -> None:
     """_NotPossible unless the functions of ``owner`` have the PARAMETERS, after ``self``; AttributeError if one lacks."""
     for definer, functions in PARAMETERS.items():
         if definer.rpartition(":")[2] not in (of.__name__ for of in owner.__mro__):
             continue
         for name, parameters in functions.items():
-            found = inspect.signature(getattr(owner, name)).parameters
-            known = (parameters,) if isinstance(parameters, str) else parameters
-            if " ".join(parameter for parameter in found if parameter not in ("self", "cls")) not in known:
-                raise _NotPossible(f"{owner.__name__}.{name} of this vLLM has other parameters than ({known[-1]})")
+            if signature(inspect.signature(getattr(owner, name)).parameters) != parameters:
+                raise _NotPossible(f"{owner.__name__}.{name} of this vLLM has other parameters than ({parameters})")
 
 
 def _use_kernels() -> None:
