@@ -69,13 +69,25 @@ def state_dict(
         raise ValueError(f"prefix: expected '' or a path that ends in '.', such as '{PREFIX}', got {short_repr(prefix)}")
     ending = "weight" if adapter_name is None else f"{adapter_name}.weight"
     scaling = float(adapter.scaling[0]) if fold else 1.0
-    state = {}
-    for path, (a, b) in matrices(adapter).items():
-        for side, tensor in (("A", a), ("B", folded(b, scaling))):
-            key = f"{prefix}{path}.lora_{side}.{ending}"
-            state[key] = tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
-            if not is_finite(state[key]):
-                raise ValueError(f"{short_repr(key)}: holds NaN or infinite values, or values exceed the range of {dtype}")
+    state: dict[str, Tensor] = {}
+    for module, ranks in adapter.ranks.items():
+        # All layers at once: an adapter has hundreds of small matrices.
+        sides = {"A": adapter.lora_A[module][0], "B": folded(adapter.lora_B[module][0], scaling)}
+        sides = {
+            side: tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+            for side, tensor in sides.items()
+        }
+        finite = all(map(is_finite, sides.values()))
+        for layer, rank in enumerate(ranks[0].tolist()):
+            path = module.replace(LAYER, str(layer))
+            for side in sides if rank else ():
+                key = f"{prefix}{path}.lora_{side}.{ending}"
+                one = sides[side][layer]
+                state[key] = one[:rank] if side == "A" else one[:, :rank].contiguous()
+                if not finite and not is_finite(state[key]):  # beyond the ranks anything may be
+                    raise ValueError(
+                        f"{short_repr(key)}: holds NaN or infinite values, or values exceed the range of {dtype}"
+                    )
     return state
 
 
