@@ -9,6 +9,7 @@ from bench.records import BASE, COMPILED, OURS, OURS_ALL
 
 STOCK, STOCK_TARGET = "vLLM", "vLLM, target modules"
 MERGED = "merged"
+PEFT, LLAMA_CPP, OPENVINO = "PEFT", "llama.cpp", "OpenVINO GenAI"
 #: What sentences ask for: each task with each wish, then each again under another number.
 TASKS = (
     *("Translate the text into French", "Write the words in reverse order"),
@@ -25,13 +26,15 @@ def sentences(count: int) -> list[str]:
 
 
 class Method(NamedTuple):
-    """``targets``: vLLM wraps the adapters' linears alone; ``kernels``: ours below; ``merged``: all rows have adapter 0."""
+    """``targets``: vLLM wraps the adapters' linears alone; ``kernels``: ours below; ``merged``: all rows have adapter 0;
+    ``vllm``: else one of :data:`bench.serving_systems.SYSTEMS`."""
 
     lora: bool = False
     targets: bool = False
     kernels: bool = False
     eager: bool = False
     merged: bool = False
+    vllm: bool = True
 
     @property
     def reference(self) -> str:
@@ -48,23 +51,28 @@ METHODS = {
     OURS_ALL: Method(lora=True, kernels=True),
     STOCK_TARGET: Method(lora=True, targets=True),
     STOCK: Method(lora=True),
+    **dict.fromkeys((PEFT, LLAMA_CPP, OPENVINO), Method(lora=True, vllm=False)),
 }
-UNMERGED = tuple(name for name in METHODS if name != MERGED)
+OF_VLLM = tuple(name for name, method in METHODS.items() if method.vllm)
+UNMERGED = tuple(name for name in OF_VLLM if name != MERGED)
+#: One of each system.
+SYSTEMS = (OURS, STOCK_TARGET, PEFT, LLAMA_CPP, OPENVINO)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Row i has adapter i, every ``stride``-th alone (0: none); ``target``: times the time of that method for ours."""
+    """Row i has adapter i, every ``stride``-th alone (0: none), or 0 if ``same``; ``target``: times the time of a method."""
 
     name: str
     requests: int
     methods: tuple[str, ...] = UNMERGED
     stride: int = 1
+    same: bool = False
     target: tuple[float, str] | None = None
 
     def rows(self, method: str) -> list[int | None]:
         """The adapter of every row; None: the base model."""
-        if METHODS[method].merged:
+        if METHODS[method].merged or (self.same and METHODS[method].lora):
             return [0] * self.requests
         adapted = range(0, self.requests, self.stride) if self.stride and METHODS[method].lora else ()
         return [i if i in adapted else None for i in range(self.requests)]
@@ -82,15 +90,28 @@ class Load(NamedTuple):
     starts: int = 1
     eager: bool = False
 
+    @property
+    def name(self) -> str:
+        return "systems" if self.cases[0].name.startswith("systems") else f"{self.adapters} adapters"
+
 
 NONE, HALF = "8 requests, none adapted", "64 requests, every other adapted"
 EIGHT, MANY = "8 requests, 8 adapters", "64 requests, 64 adapters"
 #: Shares of the tokens per second of another method that ours must reach, as times.
 OF_BASE, OF_BASE_UNUSED = ((round(1 / share, 4), COMPILED) for share in (0.95, 0.98))
 FEW = (
-    Case(EIGHT, 8, tuple(METHODS), target=OF_BASE),
+    Case(EIGHT, 8, OF_VLLM, target=OF_BASE),
     Case(NONE, 8, stride=0, target=OF_BASE_UNUSED),
-    Case("1 request, 1 adapter", 1, tuple(METHODS)),
+    Case("1 request, 1 adapter", 1, OF_VLLM),
 )
-FULL = (Load(8, FEW, starts=2), Load(64, (Case(MANY, 64, target=OF_BASE), Case(HALF, 64, stride=2, target=OF_BASE))))
+#: The same work in every system.
+COMPARED = tuple(
+    Case(f"systems: {name}", 8, (COMPILED, *SYSTEMS), **of)
+    for name, of in (("no adapter", {"stride": 0}), ("one adapter", {"same": True}), ("8 adapters", {}))
+)
+FULL = (
+    Load(8, FEW, starts=2),
+    Load(64, (Case(MANY, 64, target=OF_BASE), Case(HALF, 64, stride=2, target=OF_BASE))),
+    Load(8, COMPARED),
+)
 TINY = (Load(2, (Case("2 requests, 2 adapters", 2, (BASE, COMPILED, OURS, STOCK_TARGET)),), tokens=8, eager=True),)

@@ -1,6 +1,7 @@
-"""A vLLM engine in a process of its own, for :mod:`bench.suites.serving`.
+"""A vLLM engine, or another system, in a process of its own, for :mod:`bench.suites.serving`.
 
-Answers lines of JSON, ``[name, arguments]``: first "load" with the arguments of :class:`Vllm`, then names of its methods.
+Answers lines of JSON, ``[name, arguments]``: first "load" with the arguments of :class:`Vllm`, or the name of another system
+and its arguments, then names of its methods.
 """
 
 from __future__ import annotations
@@ -64,6 +65,14 @@ def _wrapper(worker: Any) -> str:
     return " ".join({type(wrapper).__name__ for wrapper in mapping.values()})
 
 
+def _made(*, system: str = "", **arguments: Any) -> Any:
+    if not system:
+        return Vllm(**arguments)
+    from bench.serving_systems import SYSTEMS  # not beside vLLM: it imports this package
+
+    return SYSTEMS[system](**arguments)
+
+
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what else is printed must not be taken for an answer
@@ -72,7 +81,7 @@ def main() -> None:
         name, arguments = json.loads(line)
         try:
             if name == "load":
-                server, answer = Vllm(**arguments), None
+                server, answer = _made(**arguments), None
             else:
                 answer = getattr(server, name)(**arguments)
             print(json.dumps({"answer": answer}), file=answers)

@@ -107,6 +107,7 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
         """
         lora_a, lora_b = _as_tuple(module.lora_a_stacked), _as_tuple(module.lora_b_stacked)
         lora_b = tuple(torch.zeros_like(b.mT, memory_format=torch.contiguous_format).mT for b in lora_b)
+        zeroed = True  # whether what an adapter leaves in its slot must be
         module.lora_b_stacked = lora_b if isinstance(module.lora_b_stacked, tuple) else lora_b[0]
         if isinstance(module, VocabParallelEmbeddingWithLoRA):  # its A is [slots, vocabulary, R]
             width, table = lora_b[0].shape[-1], module.lora_a_stacked_2d
@@ -117,13 +118,16 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
             layer = Layer(lora_a, lora_b)
             if getattr(type(module), "_apply_lora_to_output", None) is BaseLinearLayerWithLoRA._apply_lora_to_output:
                 module._apply_lora_to_output = self._adding(layer)
+                zeroed = module.lora_config.fully_sharded_loras  # else nothing beyond a rank is read
             else:  # heads of the language model and of classifiers call add_lora_logits
                 self._heads[id(lora_a[0])] = layer, lora_a[0]  # kept alive so that no other tensor gets the id
         set_lora, reset_lora, slices = module.set_lora, module.reset_lora, len(lora_a)
 
         def set_(index: int, lora_a: Any, lora_b: Any) -> None:
             given = list(lora_a) if isinstance(lora_a, (list, tuple)) else [lora_a]  # one matrix, or one for each slice
-            set_lora(index, lora_a, lora_b)
+            if len(given) != slices:
+                reset_lora(index)
+            set_lora(index, lora_a, lora_b)  # resets by the function below
             # vLLM may share one A among slices: then all have full width, and the rows of A beyond the rank are zero.
             if len(given) == slices:
                 layer.set_ranks(index, [0 if a is None else min(a.shape[0], layer.width) for a in given])
@@ -131,7 +135,8 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
                 layer.set_ranks(index, [layer.width] * slices)
 
         def reset(index: int) -> None:
-            reset_lora(index)
+            if zeroed:
+                reset_lora(index)
             layer.set_ranks(index, [0] * slices)
 
         module.set_lora, module.reset_lora = set_, reset
