@@ -79,7 +79,7 @@ class Case:
 
 
 class Load(NamedTuple):
-    """Cases with so many ``adapters`` loaded; ``tokens`` of a prompt and of an answer; ``starts``: of every process.
+    """Cases with so many ``adapters`` loaded; ``tokens`` of a prompt and of an answer; ``passes`` over all methods and back.
 
     ``eager``: nothing is compiled, so that a tiny run starts fast.
     """
@@ -87,7 +87,7 @@ class Load(NamedTuple):
     adapters: int
     cases: tuple[Case, ...]
     tokens: int = 64
-    starts: int = 1
+    passes: int = 1
     eager: bool = False
 
     @property
@@ -110,8 +110,8 @@ COMPARED = tuple(
     for name, of in (("no adapter", {"stride": 0}), ("one adapter", {"same": True}), ("8 adapters", {}))
 )
 FULL = (
-    Load(8, FEW, starts=2),
+    Load(8, FEW, passes=3),
     Load(64, (Case(MANY, 64, target=OF_BASE), Case(HALF, 64, stride=2, target=OF_BASE))),
-    Load(8, COMPARED),
+    Load(8, COMPARED, passes=2),
 )
 TINY = (Load(2, (Case("2 requests, 2 adapters", 2, (BASE, COMPILED, OURS, STOCK_TARGET)),), tokens=8, eager=True),)

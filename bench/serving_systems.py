@@ -6,6 +6,7 @@ after one another; ``together`` has it try all in one batch.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import tempfile
@@ -16,9 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from bench.serving_methods import LLAMA_CPP, OPENVINO, PEFT
 from bench.serving_worker import Prompts, Rows
+from t2l_engine.adapters.gguf_write import interleaved
 from t2l_engine.text import packaged
 
 Answer = tuple[float, list[list[int]]]
@@ -144,11 +148,12 @@ class OpenVino(System):
         import openvino_genai
 
         self._genai: Any = openvino_genai
-        self._adapters = [openvino_genai.Adapter(f"{folder}/adapter_model.safetensors") for folder in folders]
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.cache_size, scheduler.max_num_seqs = 1, 64  # GiB, sequences
-        options = {"adapters": openvino_genai.AdapterConfig(self._adapters), "INFERENCE_NUM_THREADS": threads}
         with tempfile.TemporaryDirectory(prefix="t2l-openvino-") as scratch:
+            files = [_in_rows_of_gguf(Path(folder), Path(scratch, f"{i}.safetensors")) for i, folder in enumerate(folders)]
+            self._adapters = [openvino_genai.Adapter(str(file)) for file in files]
+            options = {"adapters": openvino_genai.AdapterConfig(self._adapters), "INFERENCE_NUM_THREADS": threads}
             model = _named(Path(scratch))
             self._pipeline = openvino_genai.ContinuousBatchingPipeline(str(model), scheduler, "CPU", options)
 
@@ -163,6 +168,19 @@ class OpenVino(System):
             each.append(config)
         answers = self._pipeline.generate([openvino.Tensor(np.array([p], dtype=np.int64)) for p in prompts], each)
         return [list(answer.m_generation_ids[0]) for answer in answers]
+
+
+def _in_rows_of_gguf(folder: Path, file: Path) -> Path:
+    """The weights of a PEFT folder with the rows of B in the order of GGUF, scaled, since OpenVINO reads no configuration."""
+    config, tensors = AutoConfig.from_pretrained(packaged.convert()), load_file(folder / "adapter_model.safetensors")
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    told = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    for key in (key for key in tensors if key.endswith("lora_B.weight")):
+        tensors[key] *= told["lora_alpha"] / told["r"]
+        if count := heads.get(key.split(".")[-3]):
+            tensors[key] = interleaved(tensors[key], count).contiguous()
+    save_file(tensors, file)
+    return file
 
 
 def _named(scratch: Path) -> Path:

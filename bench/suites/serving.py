@@ -53,22 +53,21 @@ def plan(context: Context) -> list[Task]:
 
 
 def measured(context: Context, load: Load) -> Iterator[Record]:
-    """The rows and methods of all cases of a load, whose processes are started anew a few times."""
+    """The rows and methods of all cases of a load."""
     with tempfile.TemporaryDirectory(prefix="t2l-serving-") as scratch:
         inputs = Inputs.of(Path(scratch), load)
         cases = [Measured(case, load.tokens) for case in load.cases]
         skipped: dict[str, str] = {}
-        for start in range(load.starts):
-            with contextlib.ExitStack() as stack:
-                servers = {}
-                wanted = {name for case in load.cases for name in case.methods} - skipped.keys()
-                for name in (name for name in METHODS if name in wanted):
-                    with tolerant(_as(name), skipped):
-                        servers[name] = stack.enter_context(contextlib.closing(Server(name, context.threads, inputs)))
-                if start == 0:
-                    skipped |= _verified(inputs, cases, servers, Oracle(inputs))
-                for one in cases:
-                    one.time({n: servers[n] for n in one.case.methods if n in servers and n not in skipped}, inputs)
+        with contextlib.ExitStack() as stack:
+            servers = {}
+            wanted = {name for case in load.cases for name in case.methods}
+            for name in (name for name in METHODS if name in wanted):
+                with tolerant(_as(name), skipped):
+                    servers[name] = stack.enter_context(contextlib.closing(Server(name, context.threads, inputs)))
+            skipped |= _verified(inputs, cases, servers, Oracle(inputs))
+            for one in cases:
+                mine = {name: servers[name] for name in one.case.methods if name in servers and name not in skipped}
+                one.time(mine, inputs, load.passes)
         for one in cases:
             yield from one.records(context, {n: why for n, why in skipped.items() if n in one.case.methods}, inputs)
 
@@ -245,8 +244,8 @@ class Measured:
         self.together: dict[str, bool] = {}  # whether all rows are right that are given in one batch
         self.seconds, self.steps, self.rss_mib, self.alike = (defaultdict[str, list](list) for _ in range(4))
 
-    def time(self, servers: Mapping[str, Server], inputs: Inputs) -> None:
-        """An untimed call of every method, whose tokens are compared, then a pass in each order, one with shorter calls."""
+    def time(self, servers: Mapping[str, Server], inputs: Inputs, passes: int) -> None:
+        """An untimed call of every method, whose tokens are compared, then passes in each order, one with shorter calls."""
         tokens = {name: server.generate(self.case, inputs, self.new)[1] for name, server in servers.items()}
         for name in servers:
             plain = [i for i, adapter in enumerate(self.case.rows(name)) if adapter is None and METHODS[name].vllm]
@@ -256,12 +255,13 @@ class Measured:
             if METHODS[name].kernels and METHODS[name].targets and not all(alike):
                 what = f"{alike.count(False)} of {len(plain)} rows without an adapter have other tokens than without LoRA"
                 raise VerificationError(f"{self.case.name}, {name}: {what}")
-        for name in servers:
-            half, whole = (self._timed(servers[name], inputs, new) for new in (self.new // 2, self.new))
-            self.steps[name].append((whole - half) / (self.new - self.new // 2))
-            self.seconds[name].append(whole)
-        for name in reversed(servers):
-            self.seconds[name].append(self._timed(servers[name], inputs, self.new))
+        for _ in range(passes):
+            for name in servers:
+                half, whole = (self._timed(servers[name], inputs, new) for new in (self.new // 2, self.new))
+                self.steps[name].append((whole - half) / (self.new - self.new // 2))
+                self.seconds[name].append(whole)
+            for name in reversed(servers):
+                self.seconds[name].append(self._timed(servers[name], inputs, self.new))
 
     def _timed(self, server: Server, inputs: Inputs, new: int) -> float:
         seconds, _, rss_mib = server.generate(self.case, inputs, new)
@@ -274,6 +274,8 @@ class Measured:
         timings = {name: Timing.of([1e6 * one for one in of]) for name, of in seconds.items()}
         shape = {"model": "SmolLM2-135M", "dtype": "bfloat16", "requests": self.case.requests}
         shape |= {"adapters": len({i for i in self.case.rows(OURS) if i is not None}), "prompt": inputs.prompts.shape[1]}
+        of_one = sum(side[name][0].numel() for side in (inputs.stack.lora_A, inputs.stack.lora_B) for name in side)
+        shape |= {"adapter_bytes": of_one * torch.bfloat16.itemsize}
         shape |= {"new": self.new, "modules": ",".join(inputs.modules), "rank": inputs.rank, "slots": len(inputs.folders)}
         target = Target(*self.case.target) if self.case.target else None
         error = self.errors[OURS]

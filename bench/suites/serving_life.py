@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.harness import Context, Record, Task, VerificationError, record
+from bench.records import PAPER
 from bench.serving_methods import sentences
 from bench.timing import Timing
 from bench.vllm_server import VllmServer
@@ -34,14 +35,15 @@ TOKENS = 4  # of an answer: with one alone vLLM never counts its adapter as in u
 
 def tasks(context: Context) -> list[Task]:
     """All; of the smallest size the one that needs no server."""
-    server = [Task.of("first token", first_token, context), Task.of("long life", life, context)]
+    server = [Task.of(f"first token, {of}", first_token, context, of) for of in (CHECKPOINT, PAPER)]
+    server.append(Task.of("long life", life, context))
     return [Task.of("arriving together", arriving, context), *(server if context.full else ())]
 
 
 @contextlib.contextmanager
-def served(slots: int, cached: int, store: Path) -> Iterator[VllmServer]:
-    flags = collect([CHECKPOINT], slots, cached)["flags"]
-    environment = {"T2L_VLLM_CHECKPOINT": CHECKPOINT, "T2L_VLLM_STORE": str(store / "adapters"), "T2L_VLLM_WARMUP": "1"}
+def served(slots: int, cached: int, store: Path, checkpoint: str = CHECKPOINT) -> Iterator[VllmServer]:
+    flags = collect([checkpoint], slots, cached)["flags"]
+    environment = {"T2L_VLLM_CHECKPOINT": checkpoint, "T2L_VLLM_STORE": str(store / "adapters"), "T2L_VLLM_WARMUP": "1"}
     server = VllmServer(str(packaged.convert()), flags, environment, store / "server.log")
     try:
         yield server.wait()
@@ -59,11 +61,11 @@ def _scratch() -> Iterator[Path]:
 # --- the first token -------------------------------------------------------------------------------------------------
 
 
-def first_token(context: Context) -> Iterator[Record]:
+def first_token(context: Context, checkpoint: str) -> Iterator[Record]:
     """An idle server: the base model, a sentence that it knows and one that it does not, in turn."""
     rounds = 60 if context.full else 3
     new = iter(sentences(rounds + 8))
-    with _scratch() as scratch, served(SLOTS, 256, scratch) as server:
+    with _scratch() as scratch, served(SLOTS, 256, scratch, checkpoint) as server:
         known = f"t2l:{next(new)}"
         for model in (server.name, known, *(f"t2l:{next(new)}" for _ in range(6))):
             server.first_token(model, CONTENT)
@@ -73,7 +75,9 @@ def first_token(context: Context) -> Iterator[Record]:
                 time.sleep(0.3)  # until threads of the request before have gone to sleep
                 seconds[name].append(server.first_token(model, CONTENT))
         for name, values in seconds.items():
-            yield record("first_token", of=name, time=Timing.of([1e6 * value for value in values]).to_json())
+            yield record(
+                "first_token", checkpoint=checkpoint, of=name, time=Timing.of([1e6 * value for value in values]).to_json()
+            )
 
 
 # --- arriving together -----------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ class Served:
 
 class Inputs:
     modules = ("q_proj",)
+    stack = t2l.AdapterStack({"q_proj": torch.zeros(1, 1, 2, 4)}, {"q_proj": torch.zeros(1, 1, 4, 2)}, torch.ones(1))
     prompts, rank, folders = torch.zeros(64, 64), 8, ("adapter",) * 64
 
 
@@ -51,7 +52,7 @@ def measured(case, wrong=()):
     one = Measured(case, FULL[0].tokens)
     one.errors = dict.fromkeys(case.methods, Error(0.01, 0.02))
     servers = {name: Served(name, name in wrong) for name in case.methods}
-    one.time(servers, Inputs)
+    one.time(servers, Inputs, 1)
     return one, servers
 
 
