@@ -171,7 +171,7 @@ class OpenVino(System):
 
 
 def _in_rows_of_gguf(folder: Path, file: Path) -> Path:
-    """The weights of a PEFT folder with the rows of B in the order of GGUF, scaled, since OpenVINO reads no configuration."""
+    """The weights of a PEFT folder with the rows of B in the order of GGUF, scaled: OpenVINO reads no configuration."""
     config, tensors = AutoConfig.from_pretrained(packaged.convert()), load_file(folder / "adapter_model.safetensors")
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     told = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))

@@ -40,6 +40,7 @@ def restored(monkeypatch):
         monkeypatch.setattr(owner, name, vars(owner)[name])
     monkeypatch.setattr(Worker, "t2l_try_lora", None, raising=False)
     monkeypatch.setattr(hooks, "_made", {})
+    hooks._warn_once.cache_clear()
     monkeypatch.setattr("vllm.distributed.get_pp_group", lambda: types.SimpleNamespace(world_size=1))
 
 
@@ -108,7 +109,7 @@ def test_what_a_later_vllm_lacks_stops_no_server(owner, name, settings, warnings
 
 
 def test_a_model_with_lora_is_compiled_as_without(settings, warnings, monkeypatch):
-    """But not where vLLM multiplies with adapters by ops of its own: sharded, or of experts."""
+    """But not where vLLM multiplies with adapters by ops of its own: sharded, or of experts; a warning says so once."""
     seen = []
 
     def stock(cls, vllm_config):
@@ -117,11 +118,12 @@ def test_a_model_with_lora_is_compiled_as_without(settings, warnings, monkeypatc
     monkeypatch.setattr(type(current_platform), "check_and_update_config", classmethod(stock))
     whole, sharded = (types.SimpleNamespace(fully_sharded_loras=sharded) for sharded in (False, True))
     hooks.install(settings(kernels=True))
-    for lora, is_moe in ((None, False), (whole, False), (sharded, False), (whole, True)):
+    for lora, is_moe in ((None, False), (whole, False), (sharded, False), (whole, True), (sharded, False)):
         config = types.SimpleNamespace(lora_config=lora, model_config=types.SimpleNamespace(is_moe=is_moe))
         current_platform.check_and_update_config(config)
         assert config.lora_config is lora
-    assert seen == [None, None, sharded, whole] and not warnings
+    assert seen == [None, None, sharded, whole, sharded]
+    assert [of in said for of, said in zip(("shards", "experts"), warnings, strict=True)] == [True, True]
 
 
 def test_a_layer_that_a_graph_cannot_follow_stops_compilation(warnings):

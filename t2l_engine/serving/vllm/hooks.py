@@ -7,6 +7,7 @@ Each is made only where vLLM's functions have the expected parameters.  Another 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import logging
 import os
@@ -104,6 +105,11 @@ def _make(change: Callable[..., None], without: str, *arguments: Any) -> bool:
     return _made[change]
 
 
+@functools.cache
+def _warn_once(message: str, *arguments: str) -> None:
+    logger.warning(message, *arguments)
+
+
 def signature(parameters: Iterable[str]) -> str:
     """Names of parameters as one string, without those that make no difference."""
     return " ".join(name for name in parameters if name not in ("self", "cls", _SINCE_34))
@@ -170,8 +176,13 @@ def _keep_compilation() -> None:
 
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
         lora, model = vllm_config.lora_config, vllm_config.model_config
-        # What has other ops than this package's is left to vLLM.
-        if lora is None or lora.fully_sharded_loras or (model is not None and model.is_moe):
+        if lora is None:
+            return stock(cls, vllm_config)
+        sharded, experts = lora.fully_sharded_loras, model is not None and model.is_moe
+        if sharded or experts:  # they have other ops than this package's
+            _warn_once(
+                "T2L: the model is not compiled, since adapters of %s are vLLM's own", "experts" if experts else "shards"
+            )
             return stock(cls, vllm_config)
         vllm_config.lora_config = None  # vLLM asks nothing else of it there
         try:
