@@ -26,8 +26,10 @@ def sentences(count: int) -> list[str]:
 
 
 class Method(NamedTuple):
-    """``targets``: vLLM wraps the adapters' linears alone; ``kernels``: ours below; ``merged``: all rows have adapter 0;
-    ``vllm``: else one of :data:`bench.serving_systems.SYSTEMS`."""
+    """``targets``: vLLM wraps the adapters' linears alone; ``kernels``: ours below; ``merged``: all rows have adapter 0.
+
+    ``vllm``: else it is one of :data:`bench.serving_systems.SYSTEMS`.
+    """
 
     lora: bool = False
     targets: bool = False
@@ -55,8 +57,6 @@ METHODS = {
 }
 OF_VLLM = tuple(name for name, method in METHODS.items() if method.vllm)
 UNMERGED = tuple(name for name in OF_VLLM if name != MERGED)
-#: One of each system.
-SYSTEMS = (OURS, STOCK_TARGET, PEFT, LLAMA_CPP, OPENVINO)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,18 +81,17 @@ class Case:
 class Load(NamedTuple):
     """Cases with so many ``adapters`` loaded; ``tokens`` of a prompt and of an answer; ``passes`` over all methods and back.
 
+    ``starts``: of every process; where its memory lies can make one slow for its whole life.
     ``eager``: nothing is compiled, so that a tiny run starts fast.
     """
 
+    name: str
     adapters: int
     cases: tuple[Case, ...]
     tokens: int = 64
+    starts: int = 1
     passes: int = 1
     eager: bool = False
-
-    @property
-    def name(self) -> str:
-        return "systems" if self.cases[0].name.startswith("systems") else f"{self.adapters} adapters"
 
 
 NONE, HALF = "8 requests, none adapted", "64 requests, every other adapted"
@@ -106,12 +105,14 @@ FEW = (
 )
 #: The same work in every system.
 COMPARED = tuple(
-    Case(f"systems: {name}", 8, (COMPILED, *SYSTEMS), **of)
+    Case(f"systems: {name}", 8, (BASE, COMPILED, OURS, STOCK_TARGET, PEFT, LLAMA_CPP, OPENVINO), **of)
     for name, of in (("no adapter", {"stride": 0}), ("one adapter", {"same": True}), ("8 adapters", {}))
 )
 FULL = (
-    Load(8, FEW, passes=3),
-    Load(64, (Case(MANY, 64, target=OF_BASE), Case(HALF, 64, stride=2, target=OF_BASE))),
-    Load(8, COMPARED, passes=2),
+    Load("8 adapters", 8, FEW, starts=2, passes=3),
+    Load("64 adapters", 64, (Case(MANY, 64, target=OF_BASE), Case(HALF, 64, stride=2, target=OF_BASE))),
+    Load("systems", 8, COMPARED, passes=2),
 )
-TINY = (Load(2, (Case("2 requests, 2 adapters", 2, (BASE, COMPILED, OURS, STOCK_TARGET)),), tokens=8, eager=True),)
+TINY = (
+    Load("2 adapters", 2, (Case("2 requests, 2 adapters", 2, (BASE, COMPILED, OURS, STOCK_TARGET)),), tokens=8, eager=True),
+)

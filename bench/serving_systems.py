@@ -1,27 +1,31 @@
 """Other systems with adapters on a CPU, for :mod:`bench.suites.serving`: transformers with PEFT, llama.cpp, OpenVINO GenAI.
 
 Each has the methods of :class:`bench.serving_worker.Vllm`.  What takes one adapter at a time runs the rows of each adapter
-after one another; ``together`` has it try all in one batch.
+after one another; ``together`` has it try all in one batch.  They need the packages peft, llama-cpp-py-sync and
+openvino-genai; a system that is not installed is left out.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
 import shutil
 import tempfile
 import time
+from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from bench.serving_methods import LLAMA_CPP, OPENVINO, PEFT
 from bench.serving_worker import Prompts, Rows
+from t2l_engine import AdapterStack
 from t2l_engine.adapters.gguf_write import interleaved
 from t2l_engine.text import packaged
 
@@ -29,24 +33,23 @@ Answer = tuple[float, list[list[int]]]
 _LLAMA_FTYPE = {"bf16": 32, "f16": 1}
 
 
-class System:
+class System(ABC):
     """Generates greedily, ``new`` tokens a prompt whatever they are."""
 
     def generate(self, prompts: Prompts, adapters: Rows, new: int, *, together: bool = False) -> Answer:
         """Seconds, and the tokens of every row."""
         start = time.perf_counter()
-        groups: Any = [range(len(prompts))] if together else [
-            [i for i, of in enumerate(adapters) if of == adapter] for adapter in dict.fromkeys(adapters)
-        ]  # fmt: skip
-        tokens: list[list[int]] = [[]] * len(prompts)
-        for rows in groups:
-            found = self._run([prompts[i] for i in rows], [adapters[i] for i in rows], new)
-            for i, row in zip(rows, found, strict=True):
-                tokens[i] = row
-        return time.perf_counter() - start, tokens
+        groups = defaultdict[Any, list[int]](list)
+        for i, adapter in enumerate(adapters):
+            groups[None if together else adapter].append(i)
+        tokens: dict[int, list[int]] = {}
+        for rows in groups.values():
+            tokens |= zip(rows, self._run([prompts[i] for i in rows], [adapters[i] for i in rows], new), strict=True)
+        return time.perf_counter() - start, [tokens[i] for i in range(len(prompts))]
 
+    @abstractmethod
     def _run(self, prompts: Prompts, adapters: Rows, new: int) -> Sequence[list[int]]:
-        raise NotImplementedError
+        """The tokens of every row, in one batch."""
 
 
 class Peft(System):
@@ -66,14 +69,12 @@ class Peft(System):
 
     @torch.inference_mode()
     def _run(self, prompts: Prompts, adapters: Rows, new: int) -> Sequence[list[int]]:
-        ids = torch.tensor(prompts)
-        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-        if set(adapters) == {None}:
-            with self.model.disable_adapter():
-                out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
-        else:
-            names = ["__base__" if i is None else str(i) for i in adapters]
-            out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), adapter_names=names, **options)
+        ids, adapted = torch.tensor(prompts), any(adapter is not None for adapter in adapters)
+        options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        if adapted:
+            options["adapter_names"] = ["__base__" if i is None else str(i) for i in adapters]
+        with contextlib.nullcontext() if adapted else self.model.disable_adapter():
+            out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
         return out[:, ids.shape[1] :].tolist()
 
 
@@ -100,7 +101,11 @@ class LlamaCpp(System):
         with tempfile.TemporaryDirectory(prefix="t2l-gguf-") as scratch:
             file = _gguf("bf16", Path(scratch))
             self._model = lib.llama_model_load_from_file(str(file).encode(), lib.llama_model_default_params())
-        self._adapters = [lib.llama_adapter_lora_init(self._model, f"{folder}.gguf".encode()) for folder in folders]
+            stack, config = AdapterStack.from_peft(folders), AutoConfig.from_pretrained(packaged.convert())
+            files = [Path(scratch, f"adapter-{i}.gguf") for i in range(len(stack))]
+            for i, adapter in enumerate(files):
+                stack.save_gguf(adapter, i, config=config)
+            self._adapters = [lib.llama_adapter_lora_init(self._model, str(adapter).encode()) for adapter in files]
         params = lib.llama_context_default_params()
         params.n_seq_max, params.n_threads, params.n_threads_batch = 64, threads, threads
         params.n_ctx, params.n_batch, params.kv_unified = 64 * 256, 64 * 256, True
@@ -172,13 +177,14 @@ class OpenVino(System):
 
 def _in_rows_of_gguf(folder: Path, file: Path) -> Path:
     """The weights of a PEFT folder with the rows of B in the order of GGUF, scaled: OpenVINO reads no configuration."""
-    config, tensors = AutoConfig.from_pretrained(packaged.convert()), load_file(folder / "adapter_model.safetensors")
+    config, tensors = (
+        AutoConfig.from_pretrained(packaged.convert()),
+        AdapterStack.from_peft(folder).state_dict_peft(0, fold=True),
+    )
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    told = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    for key in (key for key in tensors if key.endswith("lora_B.weight")):
-        tensors[key] *= told["lora_alpha"] / told["r"]
-        if count := heads.get(key.split(".")[-3]):
-            tensors[key] = interleaved(tensors[key], count).contiguous()
+    for key, tensor in tensors.items():
+        if key.endswith("lora_B.weight") and (count := heads.get(key.split(".")[-3])):
+            tensors[key] = interleaved(tensor, count).contiguous()
     save_file(tensors, file)
     return file
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 import t2l_engine as t2l
 from bench import harness, models
@@ -53,21 +52,23 @@ def plan(context: Context) -> list[Task]:
 
 
 def measured(context: Context, load: Load) -> Iterator[Record]:
-    """The rows and methods of all cases of a load."""
+    """The rows and methods of all cases of a load, whose processes are started anew a few times."""
     with tempfile.TemporaryDirectory(prefix="t2l-serving-") as scratch:
         inputs = Inputs.of(Path(scratch), load)
         cases = [Measured(case, load.tokens) for case in load.cases]
         skipped: dict[str, str] = {}
-        with contextlib.ExitStack() as stack:
-            servers = {}
-            wanted = {name for case in load.cases for name in case.methods}
-            for name in (name for name in METHODS if name in wanted):
-                with tolerant(_as(name), skipped):
-                    servers[name] = stack.enter_context(contextlib.closing(Server(name, context.threads, inputs)))
-            skipped |= _verified(inputs, cases, servers, Oracle(inputs))
-            for one in cases:
-                mine = {name: servers[name] for name in one.case.methods if name in servers and name not in skipped}
-                one.time(mine, inputs, load.passes)
+        for start in range(load.starts):
+            with contextlib.ExitStack() as stack:
+                servers = {}
+                wanted = {name for case in load.cases for name in case.methods} - skipped.keys()
+                for name in (name for name in METHODS if name in wanted):
+                    with tolerant(_as(name), skipped):
+                        servers[name] = stack.enter_context(contextlib.closing(Server(name, context.threads, inputs)))
+                if start == 0:
+                    skipped |= _verified(inputs, cases, servers, Oracle(inputs))
+                for one in cases:
+                    mine = {n: servers[n] for n in one.case.methods if n in servers and n not in skipped}
+                    one.time(mine, inputs, load.passes)
         for one in cases:
             yield from one.records(context, {n: why for n, why in skipped.items() if n in one.case.methods}, inputs)
 
@@ -92,10 +93,8 @@ class Inputs:
         engine = t2l.TextToLoRA.from_pretrained(packaged.LANGUAGE_MODEL)
         stack = engine.generate(sentences(load.adapters))
         folders = [scratch / f"adapter-{i}" for i in range(load.adapters)]
-        config = AutoConfig.from_pretrained(packaged.convert())
         for i, folder in enumerate(folders):
             stack.save_pretrained(folder, adapter=i)
-            stack.save_gguf(f"{folder}.gguf", i, config=config)
         most = max(case.requests for case in load.cases)
         prompts = torch.randint(5, 40_000, (most, load.tokens), generator=torch.Generator().manual_seed(0))
         return Inputs(scratch, stack, tuple(map(str, folders)), prompts, load.eager)
@@ -200,12 +199,9 @@ class Oracle:
 
     def wrong(self, got: Sequence[Sequence[int]], adapters: Sequence[int | None]) -> Error:
         """Of systems that give no logits: the share of rows whose first token is not the float64 model's."""
-        right = [
-            self(i, adapter)[0].argmax() == tokens[0] for i, (tokens, adapter) in enumerate(zip(got, adapters, strict=True))
-        ]
-        return Error(
-            1 - sum(map(bool, right)) / len(right), MOST_WRONG, "share of rows with another first token than float64"
-        )
+        likeliest = [int(self(i, adapter)[0].argmax()) for i, adapter in enumerate(adapters)]
+        wrong = sum(tokens[0] != right for tokens, right in zip(got, likeliest, strict=True))
+        return Error(wrong / len(adapters), MOST_WRONG, "share of rows with another first token than float64")
 
 
 def _verified(inputs: Inputs, cases: Iterable[Measured], servers: Mapping[str, Server], oracle: Oracle) -> dict[str, str]:
@@ -213,23 +209,30 @@ def _verified(inputs: Inputs, cases: Iterable[Measured], servers: Mapping[str, S
     skipped: dict[str, str] = {}
     for one in cases:
         for name in (name for name in one.case.methods if name in servers):
-            rows = one.case.rows(name)
-            checked = [i for i, adapter in enumerate(rows) if adapter is not None] or list(range(len(rows)))
-            checked = checked[:CHECKED]
+            error = _error_of_logits if METHODS[name].vllm else _error_of_tokens
             with tolerant(_as(name), skipped):
-                if not METHODS[name].vllm:
-                    one.errors[name] = oracle.wrong(servers[name].generate(one.case, inputs, 1)[1], rows)
-                    together = oracle.wrong(servers[name].generate(one.case, inputs, 1, together=True)[1], rows)
-                    one.together[name] = together.value <= together.bound
-                    skipped |= harness.verify(f"{one.case.name}, {name}", {name: None}, {name: one.errors[name]})[1]
-                    continue
-                got = servers[name].logits(one.case, inputs, checked)
-                one.errors[name] = oracle.error(got, checked, [rows[i] for i in checked])
-                others = [rows[i] for i in (*checked[1:], checked[0])]
-                if len(set(others)) > 1 and (control := oracle.error(got, checked, others)).value <= control.bound:
-                    raise BenchError(f"{one.case.name}, {name}: logits do not tell the adapters of two rows apart")
+                one.errors[name] = error(one, servers[name], inputs, oracle)
                 skipped |= harness.verify(f"{one.case.name}, {name}", {_as(name): None}, {_as(name): one.errors[name]})[1]
     return skipped
+
+
+def _error_of_logits(one: Measured, server: Server, inputs: Inputs, oracle: Oracle) -> Error:
+    rows = one.case.rows(server.name)
+    checked = [i for i, adapter in enumerate(rows) if adapter is not None] or list(range(len(rows)))
+    checked = checked[:CHECKED]
+    got = server.logits(one.case, inputs, checked)
+    others = [rows[i] for i in (*checked[1:], checked[0])]
+    if len(set(others)) > 1 and (control := oracle.error(got, checked, others)).value <= control.bound:
+        raise BenchError(f"{one.case.name}, {server.name}: logits do not tell the adapters of two rows apart")
+    return oracle.error(got, checked, [rows[i] for i in checked])
+
+
+def _error_of_tokens(one: Measured, server: Server, inputs: Inputs, oracle: Oracle) -> Error:
+    """Also finds whether the rows are right in one batch."""
+    rows = one.case.rows(server.name)
+    together = oracle.wrong(server.generate(one.case, inputs, 1, together=True)[1], rows)
+    one.together[server.name] = together.value <= together.bound
+    return oracle.wrong(server.generate(one.case, inputs, 1)[1], rows)
 
 
 # --- timing ----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ All exports call :func:`config` and :func:`state_dict`, so a folder and an adapt
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -69,25 +70,21 @@ def state_dict(
         raise ValueError(f"prefix: expected '' or a path that ends in '.', such as '{PREFIX}', got {short_repr(prefix)}")
     ending = "weight" if adapter_name is None else f"{adapter_name}.weight"
     scaling = float(adapter.scaling[0]) if fold else 1.0
-    state: dict[str, Tensor] = {}
-    for module, ranks in adapter.ranks.items():
-        # All layers at once: an adapter has hundreds of small matrices.
-        sides = {"A": adapter.lora_A[module][0], "B": folded(adapter.lora_B[module][0], scaling)}
-        sides = {
-            side: tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
-            for side, tensor in sides.items()
-        }
-        finite = all(map(is_finite, sides.values()))
-        for layer, rank in enumerate(ranks[0].tolist()):
-            path = module.replace(LAYER, str(layer))
-            for side in sides if rank else ():
-                key = f"{prefix}{path}.lora_{side}.{ending}"
-                one = sides[side][layer]
-                state[key] = one[:rank] if side == "A" else one[:, :rank].contiguous()
-                if not finite and not is_finite(state[key]):  # beyond the ranks anything may be
-                    raise ValueError(
-                        f"{short_repr(key)}: holds NaN or infinite values, or values exceed the range of {dtype}"
-                    )
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+
+    # All layers of a module at once: an adapter has hundreds of small matrices.
+    lora_A = {path: cast(A) for path, A in adapter.lora_A.items()}
+    lora_B = {path: cast(folded(B, scaling)) for path, B in adapter.lora_B.items()}
+    finite = all(map(is_finite, (*lora_A.values(), *lora_B.values())))
+    state = {}
+    for path, pair in matrices(dataclasses.replace(adapter, lora_A=lora_A, lora_B=lora_B)).items():
+        for side, tensor in zip("AB", pair, strict=True):
+            key = f"{prefix}{path}.lora_{side}.{ending}"
+            state[key] = tensor.contiguous()
+            if not finite and not is_finite(tensor):  # beyond the ranks anything may be
+                raise ValueError(f"{short_repr(key)}: holds NaN or infinite values, or values exceed the range of {dtype}")
     return state
 
 

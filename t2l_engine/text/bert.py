@@ -1,7 +1,7 @@
 """PackedBert: the forward pass of plain BERT encoders, in float32 on a CPU, over the weights of transformers' module.
 
 For short texts transformers spends most time in Python and in products of few rows.  Here texts are packed without padding,
-and oneDNN multiplies: on one maker's CPUs twice as fast as MKL, which torch's linear calls for float32.
+and oneDNN multiplies: on AMD's CPUs twice as fast as MKL, which torch's linear calls for float32.
 """
 
 from __future__ import annotations

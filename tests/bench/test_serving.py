@@ -80,6 +80,11 @@ def test_rows_of_a_case():
     assert CASES[EIGHT].rows(MERGED) == [0] * 8 and CASES[EIGHT].rows(STOCK) == list(range(8))
 
 
+def test_a_case_has_what_its_rows_without_an_adapter_are_compared_with():
+    for case in CASES.values():
+        assert {METHODS[name].reference for name in case.methods if METHODS[name].vllm} <= {*case.methods}, case.name
+
+
 def test_calls_go_forth_and_back_with_all_tokens_and_half(context):
     one, servers = measured(CASES[EIGHT])
     assert servers[OURS].asked == [64, 32, 64, 64]

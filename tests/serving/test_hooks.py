@@ -40,7 +40,7 @@ def restored(monkeypatch):
         monkeypatch.setattr(owner, name, vars(owner)[name])
     monkeypatch.setattr(Worker, "t2l_try_lora", None, raising=False)
     monkeypatch.setattr(hooks, "_made", {})
-    hooks._warn_once.cache_clear()
+    hooks._warn_not_compiled.cache_clear()
     monkeypatch.setattr("vllm.distributed.get_pp_group", lambda: types.SimpleNamespace(world_size=1))
 
 

@@ -105,9 +105,9 @@ def _make(change: Callable[..., None], without: str, *arguments: Any) -> bool:
     return _made[change]
 
 
-@functools.cache
-def _warn_once(message: str, *arguments: str) -> None:
-    logger.warning(message, *arguments)
+@functools.cache  # once a process
+def _warn_not_compiled(layers: str) -> None:
+    logger.warning("T2L: the model is not compiled, since adapters of %s are vLLM's own", layers)
 
 
 def signature(parameters: Iterable[str]) -> str:
@@ -163,7 +163,7 @@ def _run_eagerly(model: Any, layer: str) -> None:
     for part in compiled:
         part.do_not_compile = True
     if compiled:
-        logger.warning("T2L: the model is not compiled, since adapters of %s are vLLM's own", layer)
+        _warn_not_compiled(layer)
 
 
 def _keep_compilation() -> None:
@@ -180,9 +180,7 @@ def _keep_compilation() -> None:
             return stock(cls, vllm_config)
         sharded, experts = lora.fully_sharded_loras, model is not None and model.is_moe
         if sharded or experts:  # they have other ops than this package's
-            _warn_once(
-                "T2L: the model is not compiled, since adapters of %s are vLLM's own", "experts" if experts else "shards"
-            )
+            _warn_not_compiled("experts" if experts else "shards")
             return stock(cls, vllm_config)
         vllm_config.lora_config = None  # vLLM asks nothing else of it there
         try:
