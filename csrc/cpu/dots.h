@@ -11,6 +11,7 @@ constexpr int kDotCols = 8;   // rows of w per block of accumulators
 // the same L1 sets: with AVX-512 a tile touches 10 rows, below the 12 ways of L1 (Zen 5, Ice Lake and later).
 constexpr int kTileRows = 2;
 constexpr int kTileCols = kLanes == 16 ? 8 : 4;
+constexpr bool kPrefetchesRows = T2L_ISA_LEVEL != T2L_AVX2;  // there loads bind, and the hardware sees two rows by itself
 constexpr int64_t kDotBytes = 4096;  // k-block: bytes of every row, so that the operands of a tile stay in L1
 
 // Micro-kernel: acc[i * kDotCols + j] += dot(x[i], w[j]) over features [begin, end), i < R, j < C; begin == 0 starts from
@@ -24,15 +25,17 @@ inline void dot_tile(const XT* const* x, const XT* const* next, const WT* w, int
     for (int j = 0; j < C; ++j) sums[i][j] = begin ? acc[i * kDotCols + j] : zero();
   int64_t k = begin;
   const auto step = [&](int n) {
-    typename D::Operand xv[R];
-    for (int i = 0; i < R; ++i) xv[i] = D::load_operand(x[i] + k, n);
-    for (int j = 0; j < C; ++j) {
-      const typename D::Operand wv = D::load_operand(w + j * ldw + k, n);
-      for (int i = 0; i < R; ++i) sums[i][j] = D::step(xv[i], wv, sums[i][j]);
+    for (int part = 0; part < D::kParts; ++part) {
+      typename D::Operand xv[R];
+      for (int i = 0; i < R; ++i) xv[i] = D::load_operand(x[i] + k, n, part);
+      for (int j = 0; j < C; ++j) {
+        const typename D::Operand wv = D::load_operand(w + j * ldw + k, n, part);
+        for (int i = 0; i < R; ++i) sums[i][j] = D::step(xv[i], wv, sums[i][j]);
+      }
     }
   };
   for (; k + D::kStep <= end; k += D::kStep) {
-    if (next)
+    if (kPrefetchesRows && next)
       for (int i = 0; i < R; ++i) __builtin_prefetch(next[i] + k, 0, 2);
     step(D::kStep);
   }

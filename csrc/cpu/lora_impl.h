@@ -13,8 +13,8 @@ constexpr int64_t kChunkStride = kChunk + 16;  // padded: a power of two would m
 constexpr int64_t kPrefetchOutputs = 256;      // prefetch distance within a row of y
 constexpr int64_t kGrainMacs = 1 << 15;        // multiply-adds worth a thread: few, since a decode step is memory-bound
 
-// Two vectors of outputs of type T: consecutive, or, for bfloat16 with AVX512-BF16, the even and the odd ones of 32, which
-// is the order in which pairs of bfloat16 widen and narrow without shuffles.
+// Two vectors of outputs of type T: consecutive, or, for bfloat16 with AVX2 and AVX512-BF16, the even and the odd ones,
+// which is the order in which pairs of bfloat16 widen and narrow without shuffles.
 template <class T>
 struct PairOf {
   static constexpr bool kEvenOdd = false;
@@ -37,12 +37,13 @@ template <class T, class BT>
 struct InRegisterTranspose {
   static constexpr bool kSupported = false;
 };
-#if T2L_ISA_LEVEL == T2L_AVX512_BF16
+#if T2L_ISA_LEVEL == T2L_AVX512_BF16 || T2L_ISA_LEVEL == T2L_AVX2
 template <>
 struct PairOf<bf16> {
   static constexpr bool kEvenOdd = true;
   static void load_outputs(const bf16* p, Vec* v) {
-    const __m512i both = _mm512_loadu_si512(p);
+    IntVec both;
+    std::memcpy(&both, p, sizeof both);
     v[0] = first_bf16(both);
     v[1] = second_bf16(both);
   }
@@ -50,7 +51,21 @@ struct PairOf<bf16> {
   static void load_weights(const float* p, bool ordered, Vec* v) {
     v[0] = load(p);
     v[1] = load(p + kLanes);
-    if (ordered) return;
+    if (!ordered) even_and_odd(v);
+  }
+#if T2L_ISA_LEVEL == T2L_AVX2
+  static void even_and_odd(Vec* v) {
+    const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(v[0], v[1], 0x88));
+    const __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(v[0], v[1], 0xdd));
+    v[0] = _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8));
+    v[1] = _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8));
+  }
+  __attribute__((always_inline)) static void store_outputs(bf16* p, const Vec* v) {
+    const __m256i even = _mm256_srli_epi32(rounded_to_bf16(v[0]), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(even, rounded_to_bf16(v[1]), 0xaa));
+  }
+#else
+  static void even_and_odd(Vec* v) {
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const Vec first = v[0];
     v[0] = _mm512_permutex2var_ps(first, even, v[1]);
@@ -82,8 +97,10 @@ struct PairOf<bf16> {
       }
     }
   }
+#endif
 };
-
+#endif
+#if T2L_ISA_LEVEL == T2L_AVX512_BF16
 template <>
 struct InRegisterTranspose<bf16, bf16> {
   static constexpr bool kSupported = true;
@@ -193,14 +210,44 @@ inline void transpose_chunk(const BT* b, int64_t ld_out, int64_t ld_rank, int64_
       const int64_t first = PairOf<T>::kEvenOdd ? c + half : c + half * kLanes, step = PairOf<T>::kEvenOdd ? 2 : 1;
       float* out = b_transposed + c + half * kLanes;
       int64_t j = 0;
-      for (; j < whole_rank; j += kVec16)
-        transpose_vec16(b + first * ld_out + j, step * ld_out, out + j * kChunkStride, kChunkStride);
+      for (; j < whole_rank; j += kVec16) {
+        Vec ranks[kVec16];
+        transpose_vec16(b + first * ld_out + j, step * ld_out, ranks);
+        for (int64_t k = 0; k < kVec16; ++k) store(out + (j + k) * kChunkStride, ranks[k]);
+      }
       for (; j < rank; ++j)
         for (int i = 0; i < kLanes; ++i) out[j * kChunkStride + i] = to_float(b[(first + i * step) * ld_out + j * ld_rank]);
     }
   }
   for (int64_t c = whole_cols; c < cols; ++c)
     for (int64_t j = 0; j < rank; ++j) b_transposed[j * kChunkStride + c] = to_float(b[c * ld_out + j * ld_rank]);
+}
+
+// One token and [out, rank] storage whose rows are whole vectors of 16 bytes: transposed in registers.  Returns the outputs
+// done, whole pairs only.
+template <bool kAdd, class T, class BT>
+inline int64_t expand_transposed(T* y, const float* v, int64_t rank, const BT* b, int64_t outputs) {
+  using Pair = PairOf<T>;
+  constexpr int64_t kVec16 = 16 / sizeof(BT), kPair = 2 * kLanes;
+  int64_t o = 0;
+  for (; o + kPair <= outputs; o += kPair) {
+    Vec acc[2] = {zero(), zero()};
+    for (int half = 0; half < 2; ++half) {
+      const BT* first = b + (o + (Pair::kEvenOdd ? half : half * kLanes)) * rank;
+      for (int64_t j = 0; j < rank; j += kVec16) {
+        Vec ranks[kVec16];
+        transpose_vec16(first + j, (Pair::kEvenOdd ? 2 : 1) * rank, ranks);
+        for (int64_t k = 0; k < kVec16; ++k) acc[half] = fma(broadcast(v[j + k]), ranks[k], acc[half]);
+      }
+    }
+    if (kAdd) {
+      Vec before[2];
+      Pair::load_outputs(y + o, before);
+      for (int half = 0; half < 2; ++half) acc[half] = add(before[half], acc[half]);
+    }
+    Pair::store_outputs(y + o, acc);
+  }
+  return o;
 }
 
 inline int64_t rank_of(const LoraParams& p, int64_t adapter) {
@@ -243,6 +290,8 @@ inline void lora_block(const LoraParams& p, int64_t adapter, const int32_t* toke
   int64_t o = 0;
   if constexpr (InRegisterTranspose<T, WT>::kSupported)
     if (rank == 8 && p.b_stride_out == 8 && p.b_stride_rank == 1) o = expand_rank8<kAdd, true>(y, count, v, b, 0, p.out);
+  if (o == 0 && count == 1 && p.b_stride_rank == 1 && p.b_stride_out == rank && rank * sizeof(WT) % 16 == 0)
+    o = expand_transposed<kAdd>(y[0], v, rank, b, p.out);
   for (; o < p.out; o += kChunk) {  // [out, rank] storage: one transpose for all tokens of the block
     const int64_t cols = min(kChunk, p.out - o);
     transpose_chunk<T>(b + o * p.b_stride_out, p.b_stride_out, p.b_stride_rank, cols, rank, b_transposed);

@@ -46,7 +46,7 @@ inline int64_t probe_steps(int64_t iterations) {
   using D = Dot<T, T>;
   T values[D::kStep];
   for (T& v : values) from_float(0.5f, &v);
-  const typename D::Operand x = D::load_operand(values, D::kStep);
+  const typename D::Operand x = D::load_operand(values, D::kStep, 0);
   Vec sums[kProbeStreams];
   for (Vec& s : sums) s = zero();
   for (int64_t i = 0; i < iterations; ++i)

@@ -232,16 +232,19 @@ inline void store_as(bf16* p, Vec v, int n) {
   _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), _mm512_cvtepi32_epi16(bits));
 }
 #elif T2L_ISA_LEVEL == T2L_AVX2
+inline __m256i rounded_to_bf16(Vec v) {  // in the upper half of every dword; the lower half is anything
+  const __m256i u = _mm256_castps_si256(v), last = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff)));
+  const Vec quiet = _mm256_or_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x400000)));
+  return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), quiet, _mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+}
 inline void store_as(bf16* p, Vec v, int n) {
-  const __m256i u = _mm256_castps_si256(v), high = _mm256_srli_epi32(u, 16);
-  const __m256i even = _mm256_add_epi32(_mm256_and_si256(high, _mm256_set1_epi32(1)), _mm256_set1_epi32(0x7fff));
-  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(u, even), 16);
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  const __m256i bits = _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08);
-  bf16 narrow[kLanes];
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(narrow), _mm256_castsi256_si128(packed));
-  std::memcpy(p, narrow, n * sizeof(bf16));
+  const __m256i bits = _mm256_srli_epi32(rounded_to_bf16(v), 16);
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+  if (n == kLanes)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+  else
+    std::memcpy(p, &packed, n * sizeof(bf16));
 }
 #elif T2L_ISA_LEVEL <= T2L_NEON
 #if T2L_ISA_LEVEL == T2L_NEON_BF16
@@ -303,13 +306,14 @@ inline void store_row(const float* x, int64_t n, T* out) {
   }
 }
 
-// One FMA step of a dot product over kStep elements; the horizontal sum of the accumulator is the result.
+// Steps of a dot product over kStep elements, one for each of kParts operands that hold them; the horizontal sum of the
+// accumulator is the result.
 template <class XT, class WT>
 struct Dot {
-  static constexpr int kStep = kLanes;
+  static constexpr int kStep = kLanes, kParts = 1;
   using Operand = Vec;
   template <class T>
-  static Operand load_operand(const T* p, int n) {
+  static Operand load_operand(const T* p, int n, int) {
     return load_up_to(p, n);
   }
   static Vec step(Operand x, Operand w, Vec acc) { return fma(x, w, acc); }
@@ -317,20 +321,33 @@ struct Dot {
 #if T2L_ISA_LEVEL == T2L_AVX512_BF16
 template <>
 struct Dot<bf16, bf16> {
-  static constexpr int kStep = 32;
+  static constexpr int kStep = 32, kParts = 1;
   using Operand = __m512bh;
-  static Operand load_operand(const bf16* p, int n) {
+  static Operand load_operand(const bf16* p, int n, int) {
     const __mmask32 mask = n == kStep ? ~0u : (1u << n) - 1;
     return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(mask, p));
   }
   static Vec step(Operand x, Operand w, Vec acc) { return _mm512_dpbf16_ps(acc, x, w); }
 };
+#elif T2L_ISA_LEVEL == T2L_AVX2
+template <>
+struct Dot<bf16, bf16> {  // the even elements, then the odd ones: they widen without a shuffle
+  static constexpr int kStep = 16, kParts = 2;
+  using Operand = Vec;
+  static Operand load_operand(const bf16* p, int n, int part) {
+    bf16 padded[kStep] = {};
+    if (n < kStep) p = static_cast<const bf16*>(std::memcpy(padded, p, n * sizeof(bf16)));
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm256_castsi256_ps(part ? _mm256_and_si256(both, _mm256_set1_epi32(-65536)) : _mm256_slli_epi32(both, 16));
+  }
+  static Vec step(Operand x, Operand w, Vec acc) { return fma(x, w, acc); }
+};
 #elif T2L_ISA_LEVEL == T2L_NEON_BF16
 template <>
 struct Dot<bf16, bf16> {
-  static constexpr int kStep = 8;
+  static constexpr int kStep = 8, kParts = 1;
   using Operand = bfloat16x8_t;
-  static Operand load_operand(const bf16* p, int n) {
+  static Operand load_operand(const bf16* p, int n, int) {
     uint16x8_t bits = vdupq_n_u16(0);
     std::memcpy(&bits, p, n * sizeof(bf16));
     return vreinterpretq_bf16_u16(bits);

@@ -124,7 +124,7 @@ inline void transpose(const float* src, int64_t lds, int64_t rows, int64_t cols,
     for (int64_t c = i < whole_rows ? whole_cols : 0; c < cols; ++c) dst[c * ldd + i] = src[i * lds + c];
 }
 
-// transpose_vec16: out[j * ldo + i] = element j of row i, widened, for 16 bytes of each of kLanes rows.
+// transpose_vec16: lane i of out[j] = element j of row i, widened, for 16 bytes of each of kLanes rows.
 #if T2L_ISA_LEVEL != T2L_GENERIC
 #if T2L_ISA_LEVEL >= T2L_AVX512
 using IntVec = __m512i;
@@ -187,24 +187,24 @@ inline void transpose_dwords(const void* rows, int64_t ld, IntVec* out) {  // ld
   out[2] = low_qwords(ab1, cd1);
   out[3] = high_qwords(ab1, cd1);
 }
-inline void transpose_vec16(const float* rows, int64_t ld, float* out, int64_t ldo) {
+inline void transpose_vec16(const float* rows, int64_t ld, Vec* out) {
   IntVec v[4];
   transpose_dwords(rows, ld * 4, v);
-  for (int k = 0; k < 4; ++k) store(out + k * ldo, as_floats(v[k]));
+  for (int k = 0; k < 4; ++k) out[k] = as_floats(v[k]);
 }
-inline void transpose_vec16(const bf16* rows, int64_t ld, float* out, int64_t ldo) {
+inline void transpose_vec16(const bf16* rows, int64_t ld, Vec* out) {
   IntVec v[4];
   transpose_dwords(rows, ld * 2, v);
   for (int k = 0; k < 4; ++k) {
-    store(out + 2 * k * ldo, first_bf16(v[k]));
-    store(out + (2 * k + 1) * ldo, second_bf16(v[k]));
+    out[2 * k] = first_bf16(v[k]);
+    out[2 * k + 1] = second_bf16(v[k]);
   }
 }
 #else
 template <class T>
-inline void transpose_vec16(const T* rows, int64_t ld, float* out, int64_t ldo) {
+inline void transpose_vec16(const T* rows, int64_t ld, Vec* out) {
   for (int64_t j = 0; j < static_cast<int64_t>(16 / sizeof(T)); ++j)
-    for (int i = 0; i < kLanes; ++i) out[j * ldo + i] = to_float(rows[i * ld + j]);
+    for (int i = 0; i < kLanes; ++i) out[j][i] = to_float(rows[i * ld + j]);
 }
 #endif
 
