@@ -44,8 +44,13 @@ class Ceilings(ABC):
         """The rate, measured now."""
 
     def gemm_at(self, dtype: str, count: int = 1) -> float:
-        """GFLOP/s of matrix products in ``dtype`` on ``count`` threads."""
-        return self.get("gemm", dtype, count)
+        """GFLOP/s of matrix products in ``dtype`` on ``count`` threads; of float32, if faster: numbers can be widened."""
+        return self.get("gemm", self.fastest(dtype, count), count)
+
+    def fastest(self, dtype: str, count: int = 1) -> str:
+        """``dtype``, or float32 instead of bfloat16 where it has the faster products."""
+        wide = dtype == "bfloat16" and self.get("gemm", "float32", count) > self.get("gemm", dtype, count)
+        return "float32" if wide else dtype
 
     def records(self, when: str, known: Iterable[Key] = ()) -> Iterator[dict[str, Any]]:
         """A record for every rate that is not among ``known``."""

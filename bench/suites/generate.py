@@ -154,7 +154,7 @@ def measured(
     context: Context, calls: Mapping[str, Call], dtype: str, threads: int, flops: int, num_bytes: int
 ) -> tuple[dict[str, Timing], Record]:
     """Times of ``calls``, and the roofline by a matrix product that took turns with them."""
-    gemm, gemm_flops = gemm_call(getattr(torch, dtype), context.ceilings.gemm_size)
+    gemm, gemm_flops = gemm_call(getattr(torch, context.ceilings.fastest(dtype, threads)), context.ceilings.gemm_size)
     timings = context.time({**calls, "gemm": gemm}, threads, factor=2)
     gflops = gemm_flops / 1e3 / timings.pop("gemm").median_us
     return timings, roofline(flops, num_bytes, gflops, context.ceilings.bandwidth_at(num_bytes, threads))

@@ -203,8 +203,11 @@ inline void transpose_vec16(const bf16* rows, int64_t ld, Vec* out) {
 #else
 template <class T>
 inline void transpose_vec16(const T* rows, int64_t ld, Vec* out) {
-  for (int64_t j = 0; j < static_cast<int64_t>(16 / sizeof(T)); ++j)
-    for (int i = 0; i < kLanes; ++i) out[j][i] = to_float(rows[i * ld + j]);
+  for (int64_t j = 0; j < static_cast<int64_t>(16 / sizeof(T)); ++j) {
+    float lanes[kLanes];
+    for (int i = 0; i < kLanes; ++i) lanes[i] = to_float(rows[i * ld + j]);
+    out[j] = load(lanes);
+  }
 }
 #endif
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from t2l_engine.cli.common import BaseDType, DType, EngineOptions, named, say, standard_input
+from t2l_engine.cli.common import BaseDType, EngineOptions, named, say, standard_input
 from t2l_engine.cli.desk import Desk, open_desk
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.text import headline, is_unicode
@@ -158,7 +158,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0: greedy decoding.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed of sampling, the same for all answers.")] = 0,
-    dtype: BaseDType = DType.float32,
+    dtype: BaseDType = None,
 ) -> None:
     """Chat with the base model and the adapters of descriptions or documents; /help lists the commands.
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import torch
-
 from t2l_engine.cli import common
 from t2l_engine.cli.common import DType, EngineOptions
 from t2l_engine.cli.export import GGUF, save_gguf
@@ -39,12 +37,12 @@ class Desk:
             stack.save_pretrained(path, base_model_name_or_path=packaged.hub_name(self.base_model))
 
 
-def open_desk(options: EngineOptions, *, slots: int, max_new_tokens: int, dtype: DType) -> Desk:
+def open_desk(options: EngineOptions, *, slots: int, max_new_tokens: int, dtype: DType | None) -> Desk:
     """Load checkpoint and base model; ValueError if answers of ``max_new_tokens`` do not fit the model's context."""
     engine, folder = options.load()
     common.expect_descriptions(folder)
     name = common.base_model_of(folder, options.base_model)
-    model, tokenizer = models.load(name, getattr(torch, dtype.value))
+    model, tokenizer = models.load(name, common.base_dtype(dtype))
     side_by_side = SideBySide(engine, model, tokenizer, slots=slots)
     side_by_side.check_length(max_new_tokens)
     return Desk(side_by_side, name)

@@ -12,7 +12,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from t2l_engine.cli import common
-from t2l_engine.cli.common import BaseDType, DType, EngineOptions, console, say, split_names
+from t2l_engine.cli.common import BaseDType, EngineOptions, console, say, split_names
 from t2l_engine.engine import TextToLoRA
 from t2l_engine.files.weights import write_text
 from t2l_engine.hypernetwork.checkpoint import describe, trained_tasks
@@ -46,7 +46,7 @@ class Options:
     ] = 0
     shots: Annotated[str, typer.Option(help="Numbers of worked examples: 3,6 adds icl and icl-6, t2l-examples, ...")] = "3"
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 32
-    dtype: BaseDType = DType.float32
+    dtype: BaseDType = None
     device: Annotated[str, typer.Option(help="cpu or cuda, for the base model and the hypernetwork.")] = "cpu"
     resume: Annotated[Path | None, typer.Option(help="File that keeps the answers; default: one beside --json.")] = None
 
@@ -88,7 +88,8 @@ def evaluate(options: Options, engine_options: EngineOptions, settings: Settings
     trained = sorted(trained_tasks(describe(folder)))
     groups = _groups([task.name for task in tasks], set(trained), options.manifest)
     model_name = common.base_model_of(folder, engine_options.base_model)
-    answerer, tokenizer = _answerer(options, model_name)
+    dtype = common.base_dtype(options.dtype, options.device)
+    answerer, tokenizer = _answerer(options, model_name, dtype)
     _say_other_bases(options, [folder for _, _, folder in checkpoints], model_name)
     if not has_chat(tokenizer):
         methods = without_chat(methods)
@@ -108,14 +109,14 @@ def evaluate(options: Options, engine_options: EngineOptions, settings: Settings
         result = evaluation.run()
     own = {"batch_size": options.batch_size, "held_out_descriptions": options.held_out_descriptions}
     _write(options, {
-        "checkpoint": engine_options.checkpoint, "base_model": model_name, "dtype": options.dtype.value,
+        "checkpoint": engine_options.checkpoint, "base_model": model_name, "dtype": str(dtype).removeprefix("torch."),
         "device": options.device, "split": options.split, "scaling": engine.hypernetwork.config.scaling_value,
         "settings": dataclasses.asdict(settings) | own, "trained_tasks": trained, "groups": groups,
         "summary": run.summary(result["tasks"], groups, methods[0].name), **result,
     })  # fmt: skip
 
 
-def _answerer(options: Options, model_name: str) -> tuple[Any, Any]:
+def _answerer(options: Options, model_name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """(what asks the base model, with the answers of an earlier run; its tokenizer)."""
     from t2l_engine.research.evaluation.answers import Answerer, Store
     from t2l_engine.research.evaluation.methods import digest
@@ -123,7 +124,7 @@ def _answerer(options: Options, model_name: str) -> tuple[Any, Any]:
     if options.journal is not None and options.journal.exists():
         say(f"resuming with the answers in {options.journal}; remove it to start anew")
     store = Store(options.resume or options.journal)
-    model, tokenizer = base_model.load(model_name, getattr(torch, options.dtype.value))
+    model, tokenizer = base_model.load(model_name, dtype)
     model.to(options.device)
     begins = [str(i) for i in prompt_ids(tokenizer, [""])[0]]
     rounds = [options.device] if options.device != "cpu" else []  # another device rounds differently

@@ -15,6 +15,7 @@ from t2l_engine import ops
 from t2l_engine.cli.common import Json, print_json, say
 from t2l_engine.hypernetwork.folder import bundled_checkpoints
 from t2l_engine.ops import native
+from t2l_engine.text import dtypes
 
 
 def info(
@@ -54,7 +55,12 @@ def _print(about: dict[str, Any]) -> None:
             f"instruction set: {isas['chosen']} ({isas['why']})\n"
             f"available: {', '.join(isas['available'])}"
         )
-    typer.echo(f"threads: {about['threads']}")
+    rates, dtype = about["matrix_products"], about["dtype"]
+    typer.echo(
+        f"threads: {about['threads']}\n"
+        f"language models run in {dtype} unless --dtype says otherwise: torch's products reach {rates['bfloat16']:,.0f} "
+        f"GFLOP/s in bfloat16, {rates['float32']:,.0f} in float32"
+    )
     typer.echo("ops (native: float32 and bfloat16, on CUDA float16 too; other dtypes run the reference):")
     for name, runs in about["ops"].items():
         typer.echo(f"  {name:24} CPU {runs['CPU']:9}  CUDA {runs['CUDA']}")
@@ -92,6 +98,8 @@ def _collect() -> dict[str, Any]:
         "build": about["build"],
         "instruction_sets": isas,
         "threads": torch.get_num_threads(),
+        "matrix_products": {name: round(rate, 1) for name, rate in dtypes.gflops().items()},
+        "dtype": str(dtypes.preferred()).removeprefix("torch."),
         "ops": {
             name: {backend: "native" if ops.has_kernel(name, backend) else "reference" for backend in ("CPU", "CUDA")}
             for name in ops.SCHEMAS

@@ -18,6 +18,7 @@ from t2l_engine.cli.common import check_kernels, console, keep_freed_memory, nee
 from t2l_engine.cli.options import takes
 from t2l_engine.research.tasks import manifest as manifests
 from t2l_engine.research.tasks.folder import read_descriptions
+from t2l_engine.text import dtypes
 
 app = typer.Typer(no_args_is_help=True, help="Train hypernetworks and adapters; interrupted runs are resumed.")
 
@@ -112,13 +113,16 @@ def _train(kind: str, run: Run, source: Path, names: list[str] | None) -> None:
     need_packages()
     check_kernels()
     from t2l_engine.research.training import loop, settings
-    from t2l_engine.research.training.runs import WAVES, speed
+    from t2l_engine.research.training.runs import WAVES, begun_with, speed
 
     logging.disable_progress_bar()
     chosen = settings.read(getattr(settings, KINDS[kind]), run.config, run.overrides)
     accelerator = loop.accelerator(run.device)
     if run.threads:
         torch.set_num_threads(run.threads)
+    if hasattr(chosen, "dtype") and "dtype" not in chosen.model_fields_set:
+        dtype = begun_with(run.output).get("dtype") or str(dtypes.preferred(accelerator.device)).removeprefix("torch.")
+        chosen = chosen.model_copy(update={"dtype": dtype})
     training = importlib.import_module(f"t2l_engine.research.training.{kind}")
     training.train(chosen, source, run.output, names=names, accelerator=accelerator)
     if accelerator.is_main_process:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from t2l_engine.cli.common import BaseDType, DType, EngineOptions, keep_freed_memory, say
+from t2l_engine.cli.common import BaseDType, EngineOptions, keep_freed_memory, say
 from t2l_engine.cli.desk import open_desk
 from t2l_engine.text.encoder import OneHotEncoder
 
@@ -27,7 +27,7 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 7860,
     adapters: Annotated[int, typer.Option(min=1, max=64, help="Adapters held; the least recently used is replaced.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    dtype: BaseDType = DType.float32,
+    dtype: BaseDType = None,
 ) -> None:
     """Open a page on which the base model and the adapters of descriptions, or of a document, answer one input together.
 

@@ -154,9 +154,11 @@ class Checkpoint:
         return store.write(key, fill)
 
     def length(self, text: str) -> tuple[int, int]:
-        """(tokens of a prepared text, tokens of it that the encoder uses); (0, 0) for an encoder that leaves out none."""
+        """(tokens of a prepared text, tokens of it that the encoder uses); (0, 0) where none can be left out."""
         encoder = self.engine.encoder
         if isinstance(encoder, (OneHotEncoder, DocumentEncoder)):
             return 0, 0
+        if text.isascii() and len(text) + encoder.tokenizer.num_special_tokens_to_add() <= encoder.max_length:
+            return 0, 0  # a token has a character or more
         tokens = len(encoder.tokenizer(text, verbose=False)["input_ids"])
         return tokens, min(tokens, encoder.max_length)

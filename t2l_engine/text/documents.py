@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
 from t2l_engine.files.errors import ConfigError, positive_int, short_repr
+from t2l_engine.text import dtypes
 from t2l_engine.text.config import DocumentEncoderConfig
 from t2l_engine.text.encoder import Modules, WorkedExamples, check_list, check_text, load, pad, positions, refuse_examples
 from t2l_engine.text.prompts import worked_example
@@ -62,6 +63,7 @@ class DocumentEncoder:
         if self._read_layers[-1] > len(layers):
             raise ConfigError(f"encoder.layers: expected at most the {len(layers)} of {config.name!r}, got {config.layers}")
         self._lock = threading.Lock()
+        self._modules = Modules(self.model)
 
     @classmethod
     def from_config(
@@ -70,12 +72,15 @@ class DocumentEncoder:
         *,
         device: str | torch.device = "cpu",
         trust_remote_code: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> DocumentEncoder:
         """Load the language model that ``config`` names; raises as :meth:`TextEncoder.from_pretrained`.
 
-        Without tokenizer files only ids can be read.
+        Without tokenizer files only ids can be read.  ``dtype``: of the weights; None: the configuration's, but not bfloat16
+        on a CPU that multiplies float32 faster.
         """
-        model, tokenizer = load(config.name, config.dtype, device, trust_remote_code, needs_tokenizer=False)
+        dtype = dtype or dtypes.of(config, device)
+        model, tokenizer = load(config.name, dtype, device, trust_remote_code, needs_tokenizer=False)
         return cls(model, tokenizer, config)
 
     @property
@@ -203,7 +208,9 @@ class DocumentEncoder:
 
     @torch.no_grad()
     def _states(self, chunks: list[Tensor]) -> tuple[Tensor, Tensor]:
-        Modules(self.model).refuse_adapters(self.config.name)
+        if not self._modules.are_of(self.model):
+            self._modules = Modules(self.model)
+        self._modules.refuse_adapters(self.config.name)
         ids, mask = (of.to(self.model.device) for of in pad(chunks))
         with self._lock, recorded(self._layers, self._read_layers) as outputs:
             self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False)

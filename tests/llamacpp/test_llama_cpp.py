@@ -126,7 +126,7 @@ def test_16_bit_files(llama, tmp_path, dtype, bits):
 
 @pytest.fixture(scope="module")
 def smollm():
-    model, tokenizer = packaged.load()
+    model, tokenizer = packaged.load(torch.float32)
     return model.requires_grad_(False), tokenizer
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def smollm():
-    return packaged.load()
+    return packaged.load(torch.float32)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ SHOTS = [("capital", "3"), ("drug", "name")]
 
 @pytest.fixture(scope="module")
 def parts():
-    return packaged.load()
+    return packaged.load(torch.float32)
 
 
 def encoder(parts, **changes):

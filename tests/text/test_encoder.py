@@ -10,7 +10,7 @@ import torch
 
 from t2l_engine import EncoderConfig, OneHotConfig, OneHotEncoder, TextEncoder, attach
 from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, relative_frobenius, u
-from t2l_engine.text import packaged
+from t2l_engine.text import dtypes, packaged
 from t2l_engine.text.encoder import normalise_description
 from tests.tiny import WORDS
 
@@ -247,7 +247,8 @@ def test_an_adapter_beside_the_weights_is_refused(folder):
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
-def test_dtype_of_the_weights(folder, encoder, name):
+def test_dtype_of_the_weights(folder, encoder, name, monkeypatch):
+    monkeypatch.setattr(dtypes, "gflops", lambda: {"float32": 1.0, "bfloat16": 2.0})
     config = EncoderConfig(str(folder), "mean", dtype=name)
     loaded = TextEncoder.from_pretrained(config)
     assert {p.dtype for p in loaded.model.parameters()} == {getattr(torch, name)} and loaded.config == config

@@ -81,18 +81,22 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
     return settings
 
 
+def begun_with(folder: Path) -> dict[str, Any]:
+    """The settings with which a run, or its first wave, was begun in ``folder``; empty if none was."""
+    path = next((p for p in (folder / SETTINGS, folder / WAVES / "000" / SETTINGS) if p.is_file()), None)
+    found = {} if path is None else read_yaml(path)
+    expect(isinstance(found, dict), str(path), "settings", found)
+    return found
+
+
 def _stated(adapters: Path) -> dict[str, Any]:
     """The settings of the run that folder ``adapters`` belongs to, finished or not; else of the runs of its adapters.
 
     Empty if there are none.  Raises ConfigError for adapters whose runs had different prompts.
     """
     run = adapters.absolute().parent  # Path(".").parent would be "."
-    unfinished = run / WAVES / "000" / SETTINGS
-    found = settings_of(run)
-    if found is None and unfinished.is_file():
-        found = read_yaml(unfinished)
-        expect(isinstance(found, dict), str(unfinished), "settings", found)
-    if found is None:
+    found = settings_of(run) or begun_with(run)
+    if not found:
         runs = {path.parent.name: made for path in sorted(adapters.glob(f"*/{RUN}")) if (made := settings_of(path))}
         stated = {name: (made.get("prompt_form"), made.get("prompt")) for name, made in runs.items()}
         expect(len(set(stated.values())) < 2, str(adapters), "adapters of one prompt_form and prompt", stated)

@@ -102,7 +102,9 @@ class _Model(BaseModel):
     scaling: Literal["plain", "rslora"] | Rate = field("plain", "plain: alpha/rank; rslora: alpha/sqrt(rank)")
     base_model: Text = field(..., '"smollm2-135m" (packaged) or a local transformers folder')
     target_modules: Annotated[tuple[Text, ...], Field(min_length=1)] = field(..., "names of the adapted linears")
-    dtype: Literal["float32", "bfloat16"] = field("bfloat16", "of the base model; what is trained is float32")
+    dtype: Literal["float32", "bfloat16"] = field(
+        "bfloat16", "of the base model; what is trained is float32; t2l train: float32 where the CPU multiplies that faster"
+    )
     prompt: Literal["input", "description"] = field("input", "the input alone, or the task description and the input")
     prompt_form: Literal[PROMPT_FORMS] = field(
         "chat", 'chat: a user turn of the tokenizer\'s template; raw: plain text, "Input: ...", "Output:"'

@@ -228,12 +228,14 @@ def _refuse_misfits() -> None:
 
     def load_adapter(self: Any, lora_request: Any) -> Any:
         loaded, name = stock(self, lora_request), lora_request.lora_name
-        ignored = []
+        manager, ignored = self._adapter_manager, []
+        known = manager.__dict__.setdefault("t2l_sizes", {})  # the layers of a manager stay as they are
         for path, weights in loaded.loras.items():
-            module, parts = _wrapping(self._adapter_manager, path)
-            if module is None:
+            if path not in known:
+                known[path] = _served_sizes(manager, path)
+            if (sizes := known[path]) is _NOT_SERVED:
                 ignored.append(path)
-            elif sizes := _sizes(module, parts, path):
+            elif sizes:
                 got = weights.lora_a.shape[1], weights.lora_b.shape[0]
                 if got != sizes:
                     raise ValueError(
@@ -252,17 +254,22 @@ def _refuse_misfits() -> None:
     WorkerLoRAManager._load_adapter = load_adapter
 
 
-def _wrapping(manager: Any, path: str) -> tuple[Any, Sequence[str]]:
-    """(LoRA layer of vLLM, names of its linears) for the linear ``path``; (None, []) if vLLM wraps no such linear."""
+_NOT_SERVED = (0, 0)
+
+
+def _served_sizes(manager: Any, path: str) -> tuple[int, int] | None:
+    """(in, out) features of the linear ``path``, of all tensor-parallel ranks together; None: not known.
+
+    _NOT_SERVED if vLLM wraps no such linear.
+    """
     prefix, dot, name = path.rpartition(".")
     for parent, parts in [(name, [name]), *manager.packed_modules_mapping.items()]:
         if name in parts and (found := f"{prefix}{dot}{parent}") in manager.modules:
-            return manager.modules[found], parts
-    return None, []
+            return _sizes(manager.modules[found], parts, name)
+    return _NOT_SERVED
 
 
-def _sizes(module: Any, parts: Sequence[str], path: str) -> tuple[int, int] | None:
-    """(in, out) features of the linear ``path`` in ``module``, of all tensor-parallel ranks together; None: not known."""
+def _sizes(module: Any, parts: Sequence[str], name: str) -> tuple[int, int] | None:
     lora_a, base = module.lora_a_stacked, module.base_layer
     if isinstance(lora_a, Tensor) and lora_a.dim() == 4:  # the head, which every rank holds whole
         return lora_a.shape[-1], module.lora_b_stacked.shape[-2]
@@ -275,7 +282,7 @@ def _sizes(module: Any, parts: Sequence[str], path: str) -> tuple[int, int] | No
         outputs = getattr(base, "output_sizes", [base.output_size])
     if len(parts) == 1:  # also a model's own packed linear
         outputs = [sum(outputs)]
-    return (base.input_size, outputs[parts.index(path.rpartition(".")[2])]) if len(outputs) == len(parts) else None
+    return (base.input_size, outputs[parts.index(name)]) if len(outputs) == len(parts) else None
 
 
 def _answer_refusals() -> None:

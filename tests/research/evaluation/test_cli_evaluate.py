@@ -14,6 +14,7 @@ from t2l_engine.research.evaluation.methods import Generated
 from t2l_engine.research.tasks import manifest
 from t2l_engine.research.tasks.folder import write_tasks
 from t2l_engine.research.training import lora
+from t2l_engine.text import dtypes
 from tests.cli.conftest import save_document_checkpoint
 from tests.research.evaluation.conftest import DESCRIPTIONS, all_tasks, save_checkpoint
 from tests.research.training import small_runs
@@ -67,7 +68,7 @@ def test_the_contract_with_a_test_split_alone(run, checkpoint, base_model, tmp_p
     assert {key: value for key, value in result.items() if key not in ("tasks", "summary", "details")} == {
         "checkpoint": str(checkpoint),
         "base_model": str(base_model),
-        "dtype": "float32",
+        "dtype": str(dtypes.preferred()).removeprefix("torch."),
         "device": "cpu",
         "split": "test",
         "scaling": 4.0,
