@@ -19,6 +19,7 @@ import torch
 
 from bench.baselines import copies
 from bench.timing import Call, Candidate, Device, elapsed_us, measure, threads
+from t2l_engine.text import dtypes
 
 T = TypeVar("T")
 Key = tuple[str, Any, int]
@@ -44,13 +45,12 @@ class Ceilings(ABC):
         """The rate, measured now."""
 
     def gemm_at(self, dtype: str, count: int = 1) -> float:
-        """GFLOP/s of matrix products in ``dtype`` on ``count`` threads; of float32, if faster: numbers can be widened."""
-        return self.get("gemm", self.fastest(dtype, count), count)
+        """GFLOP/s of matrix products of numbers in ``dtype`` on ``count`` threads."""
+        return self.get("gemm", self.fastest(dtype), count)
 
-    def fastest(self, dtype: str, count: int = 1) -> str:
-        """``dtype``, or float32 instead of bfloat16 where it has the faster products."""
-        wide = dtype == "bfloat16" and self.get("gemm", "float32", count) > self.get("gemm", dtype, count)
-        return "float32" if wide else dtype
+    def fastest(self, dtype: str) -> str:
+        """The dtype in which numbers in ``dtype`` are multiplied the fastest: of bfloat16, perhaps float32."""
+        return dtype
 
     def records(self, when: str, known: Iterable[Key] = ()) -> Iterator[dict[str, Any]]:
         """A record for every rate that is not among ``known``."""
@@ -103,6 +103,9 @@ class CpuCeilings(Ceilings):
     gemm_size: int = 2048
     probe_bytes: int = 1 << 28
     best_of: int = 5
+
+    def fastest(self, dtype: str) -> str:
+        return str(dtypes.preferred()).removeprefix("torch.") if dtype == "bfloat16" else dtype
 
     def bandwidth_at(self, num_bytes: int, count: int) -> float:
         """GB/s of reading ``num_bytes`` over and over on ``count`` threads; sizes are rounded down by an eighth at most."""

@@ -160,7 +160,7 @@ def main(svg: str | None = None, text: str = "") -> None:
     logging.disable_progress_bar()
     console.print(f"[bold]t2l_engine {t2l.__version__}[/bold], native kernels: {'on' if ops.NATIVE else 'off'}\n")
     console.print("Loading SmolLM2-135M-Instruct (unpacked the first time) and the hypernetwork ...")
-    model, tokenizer = packaged.load()
+    model, tokenizer = packaged.load(torch.float32)  # as the tables of the documentation
     engine = t2l.TextToLoRA.from_pretrained(CHECKPOINT)
     if text.strip():
         show_own(model, tokenizer, engine, text.strip())
