@@ -286,6 +286,19 @@ inline void stream_pair(bf16* p, Vec a, Vec b) {
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), line);
 }
 inline void end_streams() { _mm_sfence(); }
+#elif T2L_ISA_LEVEL == T2L_AVX2
+constexpr bool kCanStream = true;
+inline void stream_pair(float* p, Vec a, Vec b) {
+  _mm256_stream_ps(p, a);
+  _mm256_stream_ps(p + kLanes, b);
+}
+inline void stream_pair(bf16* p, Vec a, Vec b) {  // half a line: the next call's half joins it
+  alignas(kCacheLine) bf16 both[2 * kLanes];
+  store_as(both, a, kLanes);
+  store_as(both + kLanes, b, kLanes);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_load_si256(reinterpret_cast<const __m256i*>(both)));
+}
+inline void end_streams() { _mm_sfence(); }
 #else
 constexpr bool kCanStream = false;
 template <class T>
