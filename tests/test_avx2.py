@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"T2L_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 #: Of the demo: right answers of the base model and of the adapted one.
-RIGHT = [0, 0]
+RIGHT = [0, 5]
 TASK, INPUT, ANSWER = "File the sentence under computers, cooking or law.", "Did Nora mention the download?", "computers"
 
 pytestmark = [
