@@ -18,6 +18,7 @@ from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.checkpoint import read
 from t2l_engine.hypernetwork.convert import convert
 from t2l_engine.hypernetwork.folder import SFR_TEMPLATE, format_of
+from t2l_engine.text import dtypes
 from t2l_engine.text.config import OneHotConfig
 from t2l_engine.text.encoder import OneHotEncoder
 
@@ -89,7 +90,7 @@ def test_base_model_of_a_sakana_checkpoint_as_encoder(edit, base_folder):
     folder = edit("L-sft", args={"emb_model": "", "model_dir": f"{base_folder}/"})
     engine = TextToLoRA.from_pretrained(folder)
     assert engine.encoder.config == EncoderConfig(str(base_folder), "last", 8192, dtype="bfloat16")
-    loaded = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
+    loaded = AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtypes.of(engine.encoder.config))
     encoder = TextEncoder(loaded.get_decoder(), AutoTokenizer.from_pretrained(base_folder), engine.encoder.config)
     texts = ["the capital", "name"]
     assert same(TextToLoRA.from_pretrained(folder, encoder=encoder).generate(texts), engine.generate(texts))

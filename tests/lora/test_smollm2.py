@@ -129,7 +129,7 @@ def test_serving(run_program):
 
 def test_demo(monkeypatch, smollm, tmp_path, capsys):
     """Every section of ``make demo`` runs; what the model says is replaced, since that takes the time."""
-    monkeypatch.setattr(demo.packaged, "load", lambda: smollm)
+    monkeypatch.setattr(demo.packaged, "load", lambda dtype: smollm)
     monkeypatch.setattr(demo, "answer", lambda model, tokenizer, prompts: ["law"] * len(prompts))
     demo.main(tmp_path / "demo.svg", " Say it [/x]. ")
     screen = capsys.readouterr().out
