@@ -29,15 +29,8 @@ pytestmark = [
 
 
 def output(*command: str, stdin: str = "") -> str:
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=os.environ | LIMITS,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    told = {"cwd": ROOT, "env": os.environ | LIMITS, "input": stdin, "timeout": 300}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, **told)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

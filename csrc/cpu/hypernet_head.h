@@ -142,13 +142,12 @@ inline void transposed_epilogue(const HeadTarget<bf16>& t, const float* y, int64
 }
 #endif
 
-// Per-thread buffers: the product of a tile, its transpose, and what matmul_panel needs.
+// Per-thread buffers: the product of a tile, its transpose, and what products need.
 template <class WT>
 struct HeadScratch {
-  explicit HeadScratch(int64_t h)
-      : tile(kHeadCols * kPanelRows), transposed(kPanelRows * kHeadCols), tile_rows(scratch_size(h)) {}
+  explicit HeadScratch(int64_t h) : scope(h), tile(kHeadCols * kPanelRows), transposed(kPanelRows * kHeadCols) {}
   MatmulScope<WT> scope;
-  Scratch<float> tile, transposed, tile_rows;
+  Scratch<float> tile, transposed;
 };
 
 // Weight rows [row, row + cols), columns [column, column + cols) of one side, times all latent rows of that side.  A latent
@@ -168,7 +167,7 @@ inline void head_tile(const HeadParams& p, LatentPanels<WT>& panels, int side, i
         for (int64_t i = first; i < last; ++i)
           for (int64_t c = 0; c < cols; c += kCacheLine / sizeof(OT))
             __builtin_prefetch(target.row(i / p.layers, i % p.layers) + c, 1, 2);
-      matmul_panel<Keep::panel>(s.scope, panels.at(run, panel), weight, cols, p.h, s.tile_rows.data, s.tile.data);
+      matmul_panel<Keep::panel>(s.scope, panels.at(run, panel), weight, cols, p.h, s.tile.data);
       s.scope.expect(nullptr);
 #if T2L_ISA_LEVEL == T2L_AVX512_BF16
       if constexpr (sizeof(OT) == sizeof(bf16))
@@ -213,14 +212,11 @@ inline void copy_latent(const HeadParams& p, LatentRows<WT>& latents, ParallelFo
 template <class WT>
 struct ManyScratch {
   explicit ManyScratch(int64_t h)
-      : size(panel_size<WT>(h)),
-        panels(kManyPanels * size),
-        block(kManyPanels * kPanelRows * kPanelRows),
-        tile_rows(scratch_size(h)) {}
+      : scope(h), size(panel_size<WT>(h)), panels(kManyPanels * size), block(kManyPanels * kPanelRows * kPanelRows) {}
   MatmulScope<WT> scope;
   int64_t size;
   Scratch<typename PanelOf<WT>::Element> panels;
-  Scratch<float> block, tile_rows;
+  Scratch<float> block;
 };
 
 // As head_tile, for up to kManyPanels * kPanelRows weight rows.  The same bits: products of two numbers commute.
@@ -240,7 +236,7 @@ inline void head_tile_many(const HeadParams& p, LatentRows<WT>& latents, int sid
       const int64_t count = min(kPanelRows, latents.rows - first);
       for (int64_t i = 0; i < panels; ++i)
         matmul_panel<Keep::weights>(s.scope, s.panels.data + i * s.size, latents.at(run, first, p.h), count, p.h,
-                                    s.tile_rows.data, s.block.data + i * kPanelRows * kPanelRows);
+                                    s.block.data + i * kPanelRows * kPanelRows);
       for (int64_t r = 0; r < count; ++r) {
         for (int64_t i = 0; i < panels; ++i)
           head_epilogue(target, s.block.data + (i * kPanelRows + r) * kPanelRows, task, layer, i * kPanelRows,

@@ -94,9 +94,9 @@ struct TrunkScratch {
         normed(kPanelRows * m),
         hidden(kPanelRows * 4 * m),
         result(kPanelRows * (m > h ? m : h)),
-        tile_rows(scratch_size(4 * m)),
-        panel(panel_size<WT>(4 * m)) {}
-  Scratch<float> x, u, v, normed, hidden, result, tile_rows;
+        panel(panel_size<WT>(4 * m)),
+        scope(4 * m) {}
+  Scratch<float> x, u, v, normed, hidden, result;
   Scratch<typename PanelOf<WT>::Element> panel;
   MatmulScope<WT> scope;
 };
@@ -105,7 +105,7 @@ struct TrunkScratch {
 template <class WT>
 inline void second_linear(TrunkScratch<WT>& s, int64_t m, const void* w2, const float* b2, int64_t out) {
   round_to_panel(s.hidden.data, 4 * m, s.panel.data, WT());
-  matmul_panel<Keep::panel>(s.scope, s.panel.data, static_cast<const WT*>(w2), out, 4 * m, s.tile_rows.data, s.result.data);
+  matmul_panel<Keep::panel>(s.scope, s.panel.data, static_cast<const WT*>(w2), out, 4 * m, s.result.data);
   bias_silu(s.result.data, b2, out);
 }
 
@@ -114,7 +114,7 @@ template <class WT>
 inline void mlp(TrunkScratch<WT>& s, const MlpParams& p, const float* x, int64_t m, int64_t out) {
   layer_norm(x, p.norm_weight, p.norm_bias, m, s.normed.data);
   round_to_panel(s.normed.data, m, s.panel.data, WT());
-  matmul_panel<Keep::panel>(s.scope, s.panel.data, static_cast<const WT*>(p.w1), 4 * m, m, s.tile_rows.data, s.hidden.data);
+  matmul_panel<Keep::panel>(s.scope, s.panel.data, static_cast<const WT*>(p.w1), 4 * m, m, s.hidden.data);
   bias_silu(s.hidden.data, p.b1, 4 * m);
   second_linear(s, m, p.w2, p.b2, out);
 }

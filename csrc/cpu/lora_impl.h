@@ -17,7 +17,7 @@ constexpr int64_t kGrainMacs = 1 << 15;        // multiply-adds worth a thread: 
 // which is the order in which pairs of bfloat16 widen and narrow without shuffles.
 template <class T>
 struct PairOf {
-  static constexpr bool kEvenOdd = false;
+  static constexpr int64_t kSecond = kLanes, kStep = 1;  // first output of the second vector, distance of outputs
   template <class BT>
   static void load_weights(const BT* p, bool, Vec* v) {
     v[0] = load(p);
@@ -40,7 +40,7 @@ struct InRegisterTranspose {
 #if T2L_ISA_LEVEL == T2L_AVX512_BF16 || T2L_ISA_LEVEL == T2L_AVX2
 template <>
 struct PairOf<bf16> {
-  static constexpr bool kEvenOdd = true;
+  static constexpr int64_t kSecond = 1, kStep = 2;
   static void load_outputs(const bf16* p, Vec* v) {
     IntVec both;
     std::memcpy(&both, p, sizeof both);
@@ -207,7 +207,7 @@ inline void transpose_chunk(const BT* b, int64_t ld_out, int64_t ld_rank, int64_
   const int64_t whole_cols = cols / kPair * kPair, whole_rank = ld_rank == 1 ? rank / kVec16 * kVec16 : 0;
   for (int64_t c = 0; c < whole_cols; c += kPair) {
     for (int half = 0; half < 2; ++half) {
-      const int64_t first = PairOf<T>::kEvenOdd ? c + half : c + half * kLanes, step = PairOf<T>::kEvenOdd ? 2 : 1;
+      const int64_t first = c + half * PairOf<T>::kSecond, step = PairOf<T>::kStep;
       float* out = b_transposed + c + half * kLanes;
       int64_t j = 0;
       for (; j < whole_rank; j += kVec16) {
@@ -233,10 +233,10 @@ inline int64_t expand_transposed(T* y, const float* v, int64_t rank, const BT* b
   for (; o + kPair <= outputs; o += kPair) {
     Vec acc[2] = {zero(), zero()};
     for (int half = 0; half < 2; ++half) {
-      const BT* first = b + (o + (Pair::kEvenOdd ? half : half * kLanes)) * rank;
+      const BT* first = b + (o + half * Pair::kSecond) * rank;
       for (int64_t j = 0; j < rank; j += kVec16) {
         Vec ranks[kVec16];
-        transpose_vec16(first + j, (Pair::kEvenOdd ? 2 : 1) * rank, ranks);
+        transpose_vec16(first + j, Pair::kStep * rank, ranks);
         for (int64_t k = 0; k < kVec16; ++k) acc[half] = fma(broadcast(v[j + k]), ranks[k], acc[half]);
       }
     }

@@ -225,19 +225,17 @@ inline void panel_tile(const typename P::Element* x, const WT* w, int64_t depth,
 // What the products of a thread need for as long as this lives: nothing, or tiles and the weights to come.
 template <class WT>
 struct MatmulScope {
+  explicit MatmulScope(int64_t) {}  // most features of a product
   void expect(const void*) {}
 };
-
-// Floats of scratch of a product over `depth` features: a tile's rows of bfloat16.
-inline int64_t scratch_size(int64_t depth) { return T2L_TILES ? 8 * depth : 0; }
 
 // Which operand of a product the next products use again: the panel, while weights come from memory, or the weights.
 enum class Keep { panel, weights };
 
-// c[cols, kPanelRows] = w[cols, depth] times the panel.  The last but one: scratch_size(depth) floats.
+// c[cols, kPanelRows] = w[cols, depth] times the panel.
 template <Keep, class WT>
 inline void matmul_panel(MatmulScope<WT>&, const typename PanelOf<WT>::Element* x, const WT* w, int64_t cols, int64_t depth,
-                         float*, float* c) {
+                         float* c) {
   using P = PanelOf<WT>;
   constexpr int kTwoThirds = kPanelCols * 2 / 3, kThird = kPanelCols / 3;
   for (int64_t j = 0; j < cols;) {
@@ -260,6 +258,7 @@ inline void matmul_panel(MatmulScope<WT>&, const typename PanelOf<WT>::Element* 
 #if T2L_TILES
 template <>
 struct MatmulScope<bf16> {
+  explicit MatmulScope(int64_t depth) : rows(kTileSide * depth) {}
   // Weights are read in this order of memory from `p` on, which may be null for none or end anywhere: a prefetch does not
   // fault.
   void expect(const void* p) { ahead = static_cast<const char*>(p); }
@@ -271,6 +270,7 @@ struct MatmulScope<bf16> {
     ahead += kLines * kCacheLine;
   }
   Tiles tiles;
+  Scratch<bf16> rows;  // of a tile that has fewer
   const char* ahead = nullptr;
 };
 
@@ -332,11 +332,10 @@ inline void tile_product(MatmulScope<bf16>& scope, const uint32_t* x, const bf16
 
 // Fewer rows than a tile are copied; else the last tiles end with the last row, and give some results twice.
 template <Keep kKeep>
-inline void matmul_panel(MatmulScope<bf16>& scope, const uint32_t* x, const bf16* w, int64_t cols, int64_t depth,
-                         float* tile_rows, float* c) {
+inline void matmul_panel(MatmulScope<bf16>& scope, const uint32_t* x, const bf16* w, int64_t cols, int64_t depth, float* c) {
   if (cols < kTileSide) {
     alignas(kCacheLine) float block[kTileSide * kPanelRows];
-    bf16* rows = reinterpret_cast<bf16*>(tile_rows);
+    bf16* rows = scope.rows.data;
     std::memcpy(rows, w, cols * depth * sizeof(bf16));
     std::memset(rows + cols * depth, 0, (kTileSide - cols) * depth * sizeof(bf16));
     tile_product<false, kKeep>(scope, x, rows, rows, depth, block, nullptr);

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
 from t2l_engine.files.errors import ConfigError, positive_int, short_repr
-from t2l_engine.text import dtypes
 from t2l_engine.text.config import DocumentEncoderConfig
 from t2l_engine.text.encoder import Modules, WorkedExamples, check_list, check_text, load, pad, positions, refuse_examples
 from t2l_engine.text.prompts import worked_example
@@ -79,8 +78,7 @@ class DocumentEncoder:
         Without tokenizer files only ids can be read.  ``dtype``: of the weights; None: the configuration's, but not bfloat16
         on a CPU that multiplies float32 faster.
         """
-        dtype = dtype or dtypes.of(config, device)
-        model, tokenizer = load(config.name, dtype, device, trust_remote_code, needs_tokenizer=False)
+        model, tokenizer = load(config, dtype, device, trust_remote_code, needs_tokenizer=False)
         return cls(model, tokenizer, config)
 
     @property
@@ -208,8 +206,7 @@ class DocumentEncoder:
 
     @torch.no_grad()
     def _states(self, chunks: list[Tensor]) -> tuple[Tensor, Tensor]:
-        if not self._modules.are_of(self.model):
-            self._modules = Modules(self.model)
+        self._modules = self._modules.current(self.model)
         self._modules.refuse_adapters(self.config.name)
         ids, mask = (of.to(self.model.device) for of in pad(chunks))
         with self._lock, recorded(self._layers, self._read_layers) as outputs:

@@ -18,7 +18,7 @@ from t2l_engine.files.text import is_unicode
 from t2l_engine.ops.reference import without_autocast
 from t2l_engine.text import dtypes
 from t2l_engine.text.bert import PackedBert, is_plain
-from t2l_engine.text.config import EncoderConfig, OneHotConfig
+from t2l_engine.text.config import DocumentEncoderConfig, EncoderConfig, OneHotConfig
 from t2l_engine.text.packaged import no_adapter, resolve
 
 if TYPE_CHECKING:
@@ -84,8 +84,10 @@ class Modules:
     def training(self) -> bool:
         return any(module.training for module, _ in self._all)
 
-    def are_of(self, model: nn.Module) -> bool:
-        return self._all[0][0] is model and all(module._modules == children for module, children in self._all)
+    def current(self, model: nn.Module) -> Modules:
+        """These if they still are those of ``model``, else its own."""
+        same = self._all[0][0] is model and all(module._modules == children for module, children in self._all)
+        return self if same else Modules(model)
 
 
 class TextEncoder:
@@ -169,7 +171,7 @@ class TextEncoder:
                 )
         if not isinstance(config, EncoderConfig):
             raise ValueError(f"config: expected an EncoderConfig, got {type(config).__name__}, which has a class of its own")
-        model, tokenizer = load(config.name, dtype or dtypes.of(config, device), device, trust_remote_code)
+        model, tokenizer = load(config, dtype, device, trust_remote_code)
         return cls(model, tokenizer, config)
 
     @property
@@ -271,8 +273,7 @@ class TextEncoder:
         return tokens
 
     def _embed(self, tokens: list[dict[str, list[int]]]) -> Tensor:
-        if not self._modules.are_of(self.model):
-            self._modules = Modules(self.model)
+        self._modules = self._modules.current(self.model)
         self._modules.refuse_adapters(self.config.name)
         bert = self._modules.bert
         hidden = bert.hidden_states(tokens) if bert and bert.computes() else self._hidden_states(tokens)
@@ -355,7 +356,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 def load(
-    name: str, dtype: torch.dtype, device: str | torch.device, trust_remote_code: bool, *, needs_tokenizer: bool = True
+    config: EncoderConfig | DocumentEncoderConfig,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    trust_remote_code: bool,
+    *,
+    needs_tokenizer: bool = True,
 ) -> tuple[PreTrainedModel, Any]:
     """Model and tokenizer of a packaged encoder, local folder or hub name; raises as :meth:`TextEncoder.from_pretrained`.
 
@@ -365,7 +371,7 @@ def load(
     from transformers import AutoModel, AutoTokenizer, PreTrainedConfig
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    source = resolve(name)
+    source = resolve(config.name)
     no_adapter(source, f"encoder {source!r}")
     try:
         # Both files are only parsed here: code is refused before transformers could run it, or use another class instead.
@@ -383,7 +389,7 @@ def load(
         if needs_tokenizer or not folder.is_dir() or any((folder / file).is_file() for file in TOKENIZER_FILES):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         model, info = AutoModel.from_pretrained(
-            source, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            source, dtype=dtype or dtypes.of(config, device), trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except OSError as error:
         reason = str(error).partition("\n")[0][:300]

@@ -40,17 +40,8 @@ def chat(run, checkpoint, tiny_llama, monkeypatch):
     monkeypatch.setattr(base_model, "load", lambda name, dtype: (copy.deepcopy(model).to(dtype), tokenizer))
 
     def call(stdin, *arguments, task=TASK):
-        options = (
-            "-c",
-            checkpoint,
-            "--base-model",
-            "tiny",
-            "--dtype",
-            "float32",
-            "--max-new-tokens",
-            6,
-            *(["--task", task] if task else []),
-        )
+        options = ("-c", checkpoint, "--base-model", "tiny", "--dtype", "float32", "--max-new-tokens", 6)
+        options += ("--task", task) if task else ()
         return run("chat", *options, *arguments, stdin=stdin)  # the last -c and --task count
 
     def answers(task, lines, form="chat", source=checkpoint, **cut):
