@@ -112,6 +112,8 @@ def _train(kind: str, run: Run, source: Path, names: list[str] | None) -> None:
     keep_freed_memory()
     need_packages()
     check_kernels()
+    from accelerate.utils import broadcast_object_list
+
     from t2l_engine.research.training import loop, settings
     from t2l_engine.research.training.runs import WAVES, begun_with, speed
 
@@ -122,6 +124,7 @@ def _train(kind: str, run: Run, source: Path, names: list[str] | None) -> None:
         torch.set_num_threads(run.threads)
     if hasattr(chosen, "dtype") and "dtype" not in chosen.model_fields_set:
         dtype = begun_with(run.output).get("dtype") or str(dtypes.preferred(accelerator.device)).removeprefix("torch.")
+        (dtype,) = broadcast_object_list([dtype])  # every process measures for itself
         chosen = chosen.model_copy(update={"dtype": dtype})
     training = importlib.import_module(f"t2l_engine.research.training.{kind}")
     training.train(chosen, source, run.output, names=names, accelerator=accelerator)
