@@ -246,8 +246,9 @@ def _model_plan(context: Context) -> list[Task]:
     if not context.on_cpu:
         chosen = CUDA_FULL if context.full else CUDA_TINY
         return [Task.of(step_name(modules, rows), cuda, context, modules, rows, n) for modules, rows, n in chosen]
-    both = itertools.product(("float32", "bfloat16"), {"model": steps, "model sweep": sweep}.items())
-    return [Task.of(f"{name} {dtype}", run, context, getattr(torch, dtype)) for dtype, (name, run) in both]
+    dtypes = [name for name in ("float32", "bfloat16") if context.ceilings.fastest(name) == name]  # as t2l chooses a model's
+    all_of = itertools.product(dtypes, {"model": steps, "model sweep": sweep}.items())
+    return [Task.of(f"{name} {dtype}", run, context, getattr(torch, dtype)) for dtype, (name, run) in all_of]
 
 
 def _tokens(model: nn.Module, rows: int, count: int, seed: int) -> Tensor:
