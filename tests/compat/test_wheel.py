@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compat.environments import ROOT, VERSION, environment, floor, pip_install, torch_environment
+from tests.compat.environments import ROOT, VERSION, built, environment, floor, pip_install, torch_environment
 
 pytestmark = pytest.mark.compat
 
@@ -52,10 +52,7 @@ def cases() -> list[tuple[str, str, str]]:
 
 @pytest.fixture(scope="module")
 def wheel() -> Path:
-    found = list((ROOT / "dist").glob("t2l_engine-*.whl"))
-    if len(found) != 1:
-        pytest.fail(f"dist: expected one wheel, got {len(found)}; make wheel")
-    return found[0]
+    return built("x86_64")
 
 
 def test_its_name_promises_what_it_holds(wheel):

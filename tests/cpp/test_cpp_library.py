@@ -80,7 +80,7 @@ def aarch64(tmp_path_factory):
     for program, package in (("aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu"), ("qemu-aarch64", "qemu-user")):
         if not shutil.which(program):
             pytest.skip(f"needs {program} (of Debian's {package})")
-    toolchain = f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'tests' / 'cpp' / 'aarch64.cmake'}"
+    toolchain = f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'cmake' / 'aarch64.cmake'}"
     # Thousands of calls that end in errors: the same code on every processor, and minutes in an emulator.
     return build(tmp_path_factory.mktemp("aarch64") / "build", toolchain, left_out="test_memory|test_files")
 
