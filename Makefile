@@ -48,8 +48,9 @@ test: setup
 	$(BIN)/python -m pytest -q -n 2
 
 # With the real vLLM: our kernels under its layers, its HTTP server, its offline class.
+SERVING_TESTS ?= serving and not release
 test-serving: $(SERVE)/.tested
-	$(SERVE)/bin/python -m pytest -q -n 2 --dist loadfile -m serving tests/serving
+	$(SERVE)/bin/python -m pytest -q -n 2 --dist loadfile -m "$(SERVING_TESTS)" tests/serving
 
 # With llama.cpp itself: our adapters in GGUF files, its logits beside transformers'.
 test-llama-cpp: setup

@@ -169,6 +169,7 @@ def test_a_document_becomes_a_model(start, tmp_path):
     assert server.complete(name, WORD, 4)[1] == answers[0]
 
 
+@pytest.mark.release  # it starts servers of its own
 def test_a_full_store_and_too_many_names_are_503(start, tmp_path):
     """Two adapters have room; a third sentence that was made before has a name left, and a fourth has none."""
     made = tmp_path / "store"

@@ -15,7 +15,7 @@ from t2l_engine.testing import numerics
 from tests.networks import HyperShape
 from tests.serving import vllm_process
 
-pytestmark = [pytest.mark.serving, pytest.mark.timeout(0)]
+pytestmark = [pytest.mark.serving, pytest.mark.release, pytest.mark.timeout(0)]
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SIZES = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "head_dim": 32}
 CALLS = [[0, None, 1, None], [2, 3, None, 4]]
