@@ -7,7 +7,7 @@ port="${PORT:-8000}"
 export T2L_VLLM_CHECKPOINT="${T2L_VLLM_CHECKPOINT:-smollm2-135m}" T2L_VLLM_WARMUP="${T2L_VLLM_WARMUP:-1}" VLLM_PLUGINS=t2l,t2l_http
 export VLLM_ALLOW_RUNTIME_LORA_UPDATING=1                  # what lets a request name a model that is not there yet
 export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"  # GiB
-read -r model dtype < <(python -c "from t2l_engine.text import dtypes, packaged; print(packaged.convert(), dtypes.preferred())")
+read -r dtype model < <(python -c "from t2l_engine.text import dtypes, packaged; print(dtypes.preferred(), packaged.convert())")
 IFS=, read -ra checkpoints <<< "$T2L_VLLM_CHECKPOINT"
 flags=$(t2l serve-flags "${checkpoints[@]}")
 cat << EOF
