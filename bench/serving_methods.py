@@ -113,4 +113,4 @@ FULL = (
     Load("64 adapters", 64, (Case(MANY, 64, target=OF_BASE), Case(HALF, 64, stride=2, target=OF_BASE))),
     Load("systems", 8, COMPARED, passes=2),
 )
-TINY = (Load("8 adapters", 8, (Case(EIGHT, 8, (COMPILED, OURS)),), tokens=8, eager=True),)
+TINY = (Load("8 adapters", 8, (Case(EIGHT, 8, (COMPILED, OURS, STOCK_TARGET)),), tokens=8, eager=True),)

@@ -38,8 +38,6 @@ from t2l_engine.text import packaged
 CHECKED = 8
 #: Two likely tokens may be nearer than bfloat16 tells apart.
 MOST_WRONG = 0.25
-#: Times the error of the same vLLM without LoRA on the same prompts that a method may have, where this is near its bound.
-OF_REFERENCE = 1.25
 MEASURE = "logits against float64, root mean square over rows of error / bound"
 WRAPPER = "PunicaWrapperT2L"
 NO_VLLM = "serving: vllm is not installed for this Python; run: make serve && .venv-serve/bin/python -m bench serving"
@@ -213,10 +211,7 @@ def _verified(inputs: Inputs, cases: Iterable[Measured], servers: Mapping[str, S
         for name in (name for name in one.case.methods if name in servers):
             error = _error_of_logits if METHODS[name].vllm else _error_of_tokens
             with tolerant(_as(name), skipped):
-                got = error(one, servers[name], inputs, oracle)
-                if METHODS[name].vllm and (without := one.errors.get(METHODS[name].reference)):
-                    got = got._replace(bound=max(got.bound, OF_REFERENCE * without.value))
-                one.errors[name] = got
+                one.errors[name] = error(one, servers[name], inputs, oracle)
                 skipped |= harness.verify(f"{one.case.name}, {name}", {_as(name): None}, {_as(name): one.errors[name]})[1]
     return skipped
 
