@@ -12,6 +12,8 @@ CPP += examples/cpp/*.cpp examples/cpp/*.h examples/cpp/*.c
 #: Build options of a wheel: for glibc 2.28 and later, any CPython, any torch; with CUDA kernels where there is nvcc.
 MANYLINUX := -DT2L_MANYLINUX=ON -DT2L_CORE=OFF
 WHEEL = $(MANYLINUX) -DT2L_CUDA=$(if $(shell PATH="$$PATH:$$CUDA_HOME/bin" command -v nvcc),ON,OFF)
+WHEEL_AARCH64 := $(MANYLINUX) -DT2L_CUDA=OFF -DCMAKE_TOOLCHAIN_FILE=$(abspath cmake/aarch64.cmake)
+REPAIR := $(WITH_BIN) $(BIN)/auditwheel repair --only-plat --exclude libtorch_cpu.so -w dist
 
 #: vLLM in an environment of its own: it pins its releases of torch and transformers.
 SERVE := .venv-serve
@@ -119,17 +121,16 @@ wheel: setup
 	@rm -rf dist build/wheel
 	$(call step,source distribution and wheel,T2L_CMAKE_ARGS="$(WHEEL)" $(WITH_BIN) $(BIN)/python -m build --no-isolation -o build/wheel)
 	@grep -h "t2l: .*CUDA kernels" build/log.txt || echo "t2l: without CUDA kernels: found no nvcc"
-	$(WITH_BIN) $(BIN)/auditwheel repair --plat manylinux_2_28_x86_64 --only-plat --exclude libtorch_cpu.so -w dist build/wheel/*.whl
+	$(REPAIR) --plat manylinux_2_28_x86_64 build/wheel/*.whl
 	mv build/wheel/*.tar.gz dist/
 	$(BIN)/twine check --strict dist/*
 
 # Into dist/ also a wheel of AArch64 Linux, from the same source distribution: needs Debian's g++-aarch64-linux-gnu.
-wheel-aarch64: override T2L_CMAKE_ARGS := $(MANYLINUX) -DT2L_CUDA=OFF -DCMAKE_TOOLCHAIN_FILE=$(abspath cmake/aarch64.cmake)
 wheel-aarch64: wheel
-	$(call step,wheel of AArch64,T2L_CMAKE_ARGS="$(T2L_CMAKE_ARGS)" _PYTHON_HOST_PLATFORM=linux-aarch64 $(WITH_BIN) \
+	$(call step,wheel of AArch64,T2L_CMAKE_ARGS="$(WHEEL_AARCH64)" _PYTHON_HOST_PLATFORM=linux-aarch64 $(WITH_BIN) \
 	  $(PIP) wheel --no-build-isolation --no-deps -w build/wheel dist/*.tar.gz)
-	$(WITH_BIN) $(BIN)/auditwheel repair --plat auto --only-plat --exclude libtorch_cpu.so -w dist build/wheel/*aarch64.whl
-	$(BIN)/twine check --strict dist/*.whl
+	$(REPAIR) --plat auto build/wheel/*aarch64.whl
+	$(BIN)/twine check --strict dist/*aarch64.whl
 
 setup: $(VENV)/.built $(VENV)/.tools
 

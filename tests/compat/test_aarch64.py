@@ -1,5 +1,6 @@
 """The wheel of AArch64 in an emulator, with Debian's Python and torch's own wheel of that processor."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -69,8 +70,10 @@ def pip_install(root: Path, *requirements: str, target: str | Path = "site") -> 
 @pytest.fixture(scope="module")
 def packages(root, tmp_path_factory) -> str:
     """PYTHONPATH with the wheel and what it needs."""
-    pip_install(root, "numpy", "safetensors", "transformers", "pyyaml", "typer", "tqdm")
-    pip_install(root, "--no-deps", str(built("aarch64")), target=(folder := tmp_path_factory.mktemp("wheel")))
+    needed = [of for of in importlib.metadata.requires("t2l_engine") if "extra ==" not in of and not of.startswith("torch")]
+    folder = tmp_path_factory.mktemp("wheel")
+    pip_install(root, *needed, target=folder)
+    pip_install(root, "--no-deps", str(built("aarch64")), target=folder)
     return f"{folder}:{root / 'site'}"
 
 
