@@ -143,7 +143,7 @@ inline void backward_typed(const LoraBackwardParams& q, ParallelFor parallel) {
   RankVectors vectors(p.tokens, p.rank);
   auto blocks = [&](int64_t first, int64_t last) {
     SmallScratch<float, kChunkStride * 16> b_transposed(p.b_stride_out == 1 ? 0 : kChunkStride * p.rank);
-    for (TokenOrder::BlockIterator it(order, first); it.block < last; it.next()) {
+    for (TokenOrder::BlockIterator it(order, first, last, 1); it.more(); it.next()) {
       const int64_t begin = order.run_begin(it.run);
       const int64_t place = begin * p.rank + (it.first - begin) * rank_of(p, it.adapter());
       backward_block<T, WT>(q, it.adapter(), it.tokens(), it.count(), b_transposed.data, vectors.v.data + place,

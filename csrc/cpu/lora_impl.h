@@ -110,7 +110,8 @@ struct InRegisterTranspose<bf16, bf16> {
 // Micro-kernel: y[i] (+)= v[i] b for R tokens and P pairs of vectors of outputs; v [R, rank], b [rank, outputs] with stride
 // ldb.  `ordered`: b is stored in the order of PairOf<T>.
 template <bool kAdd, int R, int P, class T, class BT>
-inline void expand_pairs(T* const* y, int64_t first, const float* v, int64_t rank, const BT* b, int64_t ldb, bool ordered) {
+__attribute__((always_inline)) inline void expand_pairs(T* const* y, int64_t first, const float* v, int64_t rank,
+                                                        const BT* b, int64_t ldb, bool ordered) {
   using Pair = PairOf<T>;
   constexpr int V = 2 * P;
   Vec acc[R][V];
@@ -262,12 +263,16 @@ inline void expand_whole(T* const* y, int rows, const float* v, int64_t rank, co
   expand<kAdd>(y, rows, done, v, rank, b + done, ldb, outputs - done, false);
 }
 
-// One block of tokens of one adapter.  kAdd: p.accumulate.
+// Blocks of one adapter that share a transpose of [out, rank] storage, where it goes through memory.
+template <class T, class WT>
+constexpr int64_t kBlocksPerTranspose = InRegisterTranspose<T, WT>::kSupported ? 1 : 4;
+
+// One block of tokens of one adapter, or kBlocksPerTranspose.  kAdd: p.accumulate.
 template <bool kAdd, class T, class WT>
 inline void lora_block(const LoraParams& p, int64_t adapter, const int32_t* tokens, int count, float* v,
                        float* b_transposed) {
-  T* y[kDotRows];
-  const T* x[kDotRows];
+  T* y[kDotRows * kBlocksPerTranspose<T, WT>];
+  const T* x[kDotRows * kBlocksPerTranspose<T, WT>];
   for (int i = 0; i < count; ++i) {
     y[i] = static_cast<T*>(p.y) + tokens[i] * p.y_stride;
     x[i] = static_cast<const T*>(p.x) + tokens[i] * p.x_stride;
@@ -280,7 +285,8 @@ inline void lora_block(const LoraParams& p, int64_t adapter, const int32_t* toke
   }
   const WT* a = static_cast<const WT*>(p.a) + adapter * p.a_stride_adapter;
   const WT* b = static_cast<const WT*>(p.b) + adapter * p.b_stride_adapter;
-  dot_rows(x, count, a, p.a_stride_rank, rank, p.in, v, rank);
+  for (int i = 0; i < count; i += kDotRows)
+    dot_rows(x + i, static_cast<int>(min(kDotRows, count - i)), a, p.a_stride_rank, rank, p.in, v + i * rank, rank);
   const float scaling = p.scaling[adapter];
   for (int64_t i = 0; i < count * rank; ++i) v[i] *= scaling;
   if (p.b_stride_out == 1) {
@@ -292,7 +298,7 @@ inline void lora_block(const LoraParams& p, int64_t adapter, const int32_t* toke
     if (rank == 8 && p.b_stride_out == 8 && p.b_stride_rank == 1) o = expand_rank8<kAdd, true>(y, count, v, b, 0, p.out);
   if (o == 0 && count == 1 && p.b_stride_rank == 1 && p.b_stride_out == rank && rank * sizeof(WT) % 16 == 0)
     o = expand_transposed<kAdd>(y[0], v, rank, b, p.out);
-  for (; o < p.out; o += kChunk) {  // [out, rank] storage: one transpose for all tokens of the block
+  for (; o < p.out; o += kChunk) {  // [out, rank] storage: one transpose for all tokens
     const int64_t cols = min(kChunk, p.out - o);
     transpose_chunk<T>(b + o * p.b_stride_out, p.b_stride_out, p.b_stride_rank, cols, rank, b_transposed);
     expand<kAdd>(y, count, o, v, rank, b_transposed, kChunkStride, cols, true);
@@ -313,9 +319,10 @@ inline void lora_typed(const LoraParams* problems, int64_t count, ParallelFor pa
   }
   const auto block = p.accumulate ? lora_block<true, T, WT> : lora_block<false, T, WT>;
   auto body = [&](int64_t first, int64_t last) {
-    SmallScratch<float, kDotRows * 128> v(kDotRows * rank);
+    const int64_t most = transposed_rank ? kBlocksPerTranspose<T, WT> : 1;
+    SmallScratch<float, kDotRows * 128> v(kDotRows * most * rank);
     SmallScratch<float, kChunkStride * 16> b_transposed(kChunkStride * transposed_rank);
-    for (TokenOrder::BlockIterator it(order, first); it.block < last; it.next())
+    for (TokenOrder::BlockIterator it(order, first, last, most); it.more(); it.next())
       for (int64_t i = 0; i < count; ++i)
         block(problems[i], it.adapter(), it.tokens(), it.count(), v.data, b_transposed.data);
   };

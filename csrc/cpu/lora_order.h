@@ -53,9 +53,10 @@ struct TokenOrder {
 
   int32_t run_begin(int64_t run) const { return run ? run_end.data[run - 1] : 0; }
 
-  // Iterates over blocks, from block `start` on.
+  // Iterates over blocks [start, last), up to `most` of one run at a time.
   struct BlockIterator {
-    BlockIterator(const TokenOrder& order, int64_t start) : o(order), block(start) {
+    BlockIterator(const TokenOrder& order, int64_t start, int64_t last, int64_t most)
+        : o(order), block(start), last(last), most(most) {
       int64_t before = 0;
       for (;; ++run) {
         const int64_t begin = o.run_begin(run);
@@ -67,17 +68,19 @@ struct TokenOrder {
         before += mine;
       }
     }
+    bool more() const { return block < last; }
     void next() {
-      first += count();
-      ++block;
+      const int tokens = count();
+      first += tokens;
+      block += (tokens + kDotRows - 1) / kDotRows;
       if (first == o.run_end.data[run]) ++run;
     }
     int64_t adapter() const { return o.run_adapter.data[run]; }
     const int32_t* tokens() const { return o.sorted.data + first; }
-    int count() const { return static_cast<int>(min(kDotRows, o.run_end.data[run] - first)); }
+    int count() const { return static_cast<int>(min(kDotRows * min(most, last - block), o.run_end.data[run] - first)); }
 
     const TokenOrder& o;
-    int64_t block, run = 0;
+    int64_t block, last, most, run = 0;
     int32_t first = 0;
   };
 

@@ -142,6 +142,7 @@ LORA_CASES = (
     LoraCase("out_r_layout", _RAGGED, b_layout="out_r"),
     LoraCase("out_r_odd", _RAGGED, in_features=111, out_features=77, rank=12, b_layout="out_r"),
     LoraCase("out_r_mixed_ranks", _RAGGED, out_features=600, rank=16, ranks=(16, 3, 0, 8), b_layout="out_r"),
+    LoraCase("out_r_long", ((130, 1), (3, 0), (20, 1)), in_features=320, out_features=600, b_layout="out_r"),
     LoraCase("bf16", _RAGGED, **_BF16),
     LoraCase("bf16_odd", _RAGGED, in_features=111, out_features=77, rank=5, **_BF16),
     LoraCase("bf16_out_r", _MIXED, **_BF16, b_layout="out_r"),
