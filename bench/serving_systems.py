@@ -59,7 +59,7 @@ class Peft(System):
         from peft import PeftModel
 
         torch.set_num_threads(threads)
-        self.model: Any = PeftModel.from_pretrained(packaged.load(torch.bfloat16)[0], folders[0], adapter_name="0")
+        self.model: Any = PeftModel.from_pretrained(packaged.load()[0], folders[0], adapter_name="0")
         for i, folder in enumerate(folders[1:], 1):
             self.model.load_adapter(folder, adapter_name=str(i))
         self.model.eval()

@@ -21,7 +21,10 @@ Rows = Sequence[int | None]
 class Vllm:
     """vLLM's engine, greedy, without a prefix cache; ``modules``: what it wraps, None: all; an adapter None: the base."""
 
-    def __init__(self, model: str, folders: Sequence[str], *, lora: bool, modules: list[str] | None, eager: bool, rank: int):
+    def __init__(
+        self, model: str, folders: Sequence[str], *,
+        lora: bool, modules: list[str] | None, eager: bool, rank: int, dtype: str,
+    ):  # fmt: skip
         from vllm import LLM
         from vllm.lora.request import LoRARequest
 
@@ -29,7 +32,7 @@ class Vllm:
         options: dict[str, Any] = {}
         if lora:
             options = {"enable_lora": True, "max_loras": len(folders), "max_lora_rank": rank, "lora_target_modules": modules}
-        fixed = {"dtype": "bfloat16", "max_model_len": 256, "enable_prefix_caching": False, "seed": 0}
+        fixed: dict[str, Any] = {"dtype": dtype, "max_model_len": 256, "enable_prefix_caching": False, "seed": 0}
         logits = {"max_logprobs": -1, "logprobs_mode": "raw_logits"}
         self.llm = LLM(model, enforce_eager=eager, disable_log_stats=True, **fixed, **logits, **options)
 

@@ -32,11 +32,11 @@ from bench.records import BASE, COMPILED, ROOT
 from bench.serving_methods import FULL, METHODS, TINY, Case, Load, sentences
 from bench.suites import serving_life
 from bench.timing import Timing, tolerant
-from t2l_engine.text import packaged
+from t2l_engine.text import dtypes, packaged
 
 #: Rows whose logits are verified, the first ones that have an adapter.
 CHECKED = 8
-#: Two likely tokens may be nearer than bfloat16 tells apart.
+#: Two likely tokens may be nearer than the dtype tells apart.
 MOST_WRONG = 0.25
 MEASURE = "logits against float64, root mean square over rows of error / bound"
 WRAPPER = "PunicaWrapperT2L"
@@ -80,13 +80,14 @@ def _as(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Adapters of sentences, their PEFT folders, and prompts at random."""
+    """Adapters of sentences, their PEFT folders, and prompts at random; ``dtype``: of the model, as servers choose it."""
 
     scratch: Path
     stack: t2l.AdapterStack
     folders: tuple[str, ...]
     prompts: Tensor  # [requests, prompt]
     eager: bool
+    dtype: torch.dtype = dataclasses.field(default_factory=dtypes.preferred)
 
     @staticmethod
     def of(scratch: Path, load: Load) -> Inputs:
@@ -104,7 +105,7 @@ class Inputs:
         """Folder of the model with adapter 0 in its weights."""
         folder = self.scratch / "merged"
         shutil.copytree(packaged.convert(), folder)
-        models.merged(packaged.load(torch.bfloat16)[0], self.stack, 0).save_pretrained(folder)
+        models.merged(packaged.load(self.dtype)[0], self.stack, 0).save_pretrained(folder)
         return folder
 
     @property
@@ -141,6 +142,7 @@ class Server(Process):
                 "lora": method.lora,
                 "modules": inputs.modules if method.targets else None,
                 "eager": method.eager or inputs.eager,
+                "dtype": str(inputs.dtype).removeprefix("torch."),
             }
             self._call("load", model=model, folders=inputs.folders, rank=inputs.rank, **given)
             wrapper = self._call("wrapper")
@@ -172,11 +174,11 @@ class Server(Process):
 
 
 class Oracle:
-    """Logits after a prompt from the float64 model, and from the bfloat16 one, with an adapter merged by hand."""
+    """Logits after a prompt from the float64 model, and from one in the dtype, with an adapter merged by hand."""
 
     def __init__(self, inputs: Inputs):
         self.inputs = inputs
-        self.other: nn.Module = packaged.load(torch.bfloat16)[0]
+        self.other: nn.Module = packaged.load(inputs.dtype)[0]
         self.wide: nn.Module = packaged.load(torch.float32)[0].double()
 
     @functools.cache  # noqa: B019  # an oracle lives as long as its logits
@@ -275,10 +277,11 @@ class Measured:
         """The row, and what else is known of each method."""
         seconds = {name: self.seconds[name] for name in self.case.methods if name not in skipped}
         timings = {name: Timing.of([1e6 * one for one in of]) for name, of in seconds.items()}
-        shape = {"model": "SmolLM2-135M", "dtype": "bfloat16", "requests": self.case.requests}
+        shape = {"model": "SmolLM2-135M", "dtype": str(inputs.dtype).removeprefix("torch.")}
+        shape |= {"requests": self.case.requests}
         shape |= {"adapters": len({i for i in self.case.rows(OURS) if i is not None}), "prompt": inputs.prompts.shape[1]}
         of_one = sum(side[name][0].numel() for side in (inputs.stack.lora_A, inputs.stack.lora_B) for name in side)
-        shape |= {"adapter_bytes": of_one * torch.bfloat16.itemsize}
+        shape |= {"adapter_bytes": of_one * inputs.dtype.itemsize}
         shape |= {"new": self.new, "modules": ",".join(inputs.modules), "rank": inputs.rank, "slots": len(inputs.folders)}
         target = Target(*self.case.target) if self.case.target else None
         error = self.errors[OURS]

@@ -116,10 +116,14 @@ def pip_install(python: Path, *arguments: str) -> str:
     return run.stderr
 
 
+def inherited() -> dict[str, str]:
+    """The environment of a user's process: nothing of this run is passed on."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "PYTHON", "T2L_", "VIRTUAL_ENV"))}
+
+
 def run_tests(python: Path, *arguments: str | Path, cwd: Path = ROOT, **environment: str) -> str:
-    """Run pytest with ``python``, as a user's process would: nothing of this run is passed on.  What it printed."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "T2L_"))}
+    """Run pytest with ``python``, as a user's process would.  What it printed."""
     command = [str(python), "-m", "pytest", "-q", "-n", "2", *map(str, arguments)]
-    run = subprocess.run(command, cwd=cwd, env=inherited | environment, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=cwd, env=inherited() | environment, capture_output=True, text=True)
     assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
     return run.stdout

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compat.environments import built, cache, floor, locked, pip_failed
+from tests.compat.environments import built, cache, floor, inherited, locked, pip_failed
 
 pytestmark = [pytest.mark.compat, pytest.mark.timeout(3600)]
 
@@ -81,9 +81,8 @@ def packages(root, tmp_path_factory) -> str:
 def test_self_check(root, packages, tmp_path, isa):
     """Every op on its cases, and an adapter of a bundled checkpoint."""
     where = {"PYTHONHOME": str(root / "usr"), "PYTHONPATH": packages, "T2L_ISA": isa}
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "T2L_"))}
     command = ["qemu-aarch64", "-L", root, interpreter(root), "-m", "t2l_engine.testing.selfcheck"]
-    done = subprocess.run(command, cwd=tmp_path, env=inherited | where, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=inherited() | where, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert {result["where"] for result in results} == {f"CPU {isa}"}

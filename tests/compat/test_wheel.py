@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compat.environments import ROOT, VERSION, built, environment, floor, pip_install, torch_environment
+from tests.compat.environments import ROOT, VERSION, built, environment, floor, inherited, pip_install, torch_environment
 
 pytestmark = pytest.mark.compat
 
@@ -93,10 +93,9 @@ def installed(request, wheel, tmp_path_factory):
 
 def run(folder: Path, *command: str) -> str:
     """What a program of the environment prints, with nothing else in PATH."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "T2L_", "VIRTUAL_ENV"))}
     where = {"PATH": str(folder / "bin"), "T2L_CACHE": str(folder.parent / "cache")}
     command = (str(folder / "bin" / command[0]), *command[1:])
-    done = subprocess.run(command, cwd=folder.parent, env=inherited | where, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder.parent, env=inherited() | where, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
