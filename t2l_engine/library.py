@@ -14,7 +14,7 @@ from t2l_engine.adapters.peft import CONFIG_NAME
 from t2l_engine.adapters.peft_write import check_place
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError, short_repr
-from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, is_unicode, read_texts
+from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, is_unicode, read_json
 from t2l_engine.files.weights import write_text
 from t2l_engine.ops.reference import without_autocast
 from t2l_engine.text.encoder import TextEncoder
@@ -161,7 +161,7 @@ def _descriptions(path: Path) -> dict[str, list[str]]:
     """The checked contents of descriptions.json, each name with its PEFT folder."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; a library has it beside its adapters")
-    found = read_texts(path, MAX_DESCRIPTIONS_BYTES)
+    found = read_json(path, MAX_DESCRIPTIONS_BYTES)
     if not isinstance(found, dict) or not found:
         raise ConfigError(f"{path}: expected an object of names and descriptions, got {short_repr(found)}")
     for name, texts in found.items():

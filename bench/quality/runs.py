@@ -19,7 +19,7 @@ from bench.harness import BenchError, Record, record
 from bench.quality import plan
 from bench.quality.plan import NATURAL, PAPER, PLAN, RIVAL, RUN_OF, RUNS, T2L, TRAINED, drawn
 from bench.quality.tasks import folder_of
-from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_texts
+from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_json
 from t2l_engine.files.yaml import read_yaml
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.folder import CONFIG_NAME, WEIGHTS_NAME
@@ -124,7 +124,7 @@ def judged(part: str, work: Path, runs: Sequence[str], methods: Sequence[str]) -
         command += [f"--{option.replace('_', '-')}", *([] if value is True else [str(value)])]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | threads)
-    return read_texts(out / f"{name}.json", MAX_DESCRIPTIONS_BYTES)  # names of thousands of tasks
+    return read_json(out / f"{name}.json", MAX_DESCRIPTIONS_BYTES)  # names of thousands of tasks
 
 
 def part_records(part: str, result: Mapping[str, Any]) -> Iterator[Record]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 LAYER = "{layer}"
 MAX_PATH = 256
@@ -37,12 +37,6 @@ def path_error(path: str) -> str | None:
     if not plain or parts[-1] == LAYER:
         return "expected names of letters, digits, '_' and '-' joined by dots, the last one below the layer index"
     return None
-
-
-def nondefault_paths(paths: Mapping[str, str]) -> tuple[str, ...] | None:
-    """The values of ``paths`` (module name -> path) in order; None if all are those of :data:`DEFAULT_PATHS`."""
-    usual = all(DEFAULT_PATHS.get(name) == path for name, path in paths.items())
-    return None if usual else tuple(paths.values())
 
 
 def layer_list(path: str) -> str | None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="DataclassInstance")
 MAX_LINE_BYTES = 1 << 20
+#: Of a file with the descriptions of many tasks: about five times the paper's 479 tasks with 128 descriptions each.
+MAX_DESCRIPTIONS_BYTES = 1 << 25
 #: Values in a JSON file of texts: two bytes of JSON can become a value of 80 bytes in memory.
 MAX_VALUES = 1 << 20
 _VALUES = re.compile(rb'"[^"]*"?|[\[{,]')  # in JSON without escapes: strings, and the characters before a value
@@ -96,25 +98,8 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def read_json(path: Path) -> Any:
-    """Parse the JSON file ``path``; ConfigError names the file if it is not JSON, too large or nested too deeply."""
-    return parse_json(read_text(path), path)
-
-
-def parse_json(text: str, path: Path) -> Any:
-    """As :func:`read_json`, from ``text``; errors name ``path``."""
-    try:
-        return json.loads(text, object_pairs_hook=distinct)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
-
-
-#: Of a file with the descriptions of many tasks: about five times the paper's 479 tasks with 128 descriptions each.
-MAX_DESCRIPTIONS_BYTES = 1 << 25
-
-
-def read_texts(path: Path, most: int) -> Any:
-    """Parse a JSON file of many texts.
+def read_json(path: Path, most: int = MAX_CONFIG_BYTES) -> Any:
+    """Parse the JSON file ``path``.
 
     ConfigError names a file that is not JSON, nested too deeply, or has more than ``most`` bytes or MAX_VALUES values
     (a text counts twice).
@@ -122,7 +107,10 @@ def read_texts(path: Path, most: int) -> Any:
     text = read_text(path, most)
     if count_values(text.encode()) > MAX_VALUES:
         raise ConfigError(f"{path}: expected JSON of at most {MAX_VALUES} values, got more")
-    return parse_json(text, path)
+    try:
+        return json.loads(text, object_pairs_hook=distinct)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
 
 
 def count_values(content: bytes) -> int:

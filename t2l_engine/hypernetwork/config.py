@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -243,6 +243,7 @@ class PerceiverConfig(TargetConfig):
     """
 
     variant: str
+    first_layer: ClassVar[int] = 0  # the first layer that gets an adapter
     feature_size: int
     latent_size: int
     num_latents: int
@@ -269,11 +270,6 @@ class PerceiverConfig(TargetConfig):
     def per_layer(self) -> bool:
         """Whether it reads the states of every layer."""
         return self.variant == PERCEIVERS[0]
-
-    @property
-    def first_layer(self) -> int:
-        """The first layer that gets an adapter."""
-        return 0
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -312,6 +308,8 @@ class PointerConfig(TargetConfig):
     """
 
     variant: str
+    bias: ClassVar[bool] = False  # no ranks that do not depend on the text: they are in the sums A and B
+    per_layer: ClassVar[bool] = False  # it does not read the states of every layer apart
     feature_size: int
     latent_size: int
     num_blocks: int = 2
@@ -335,16 +333,6 @@ class PointerConfig(TargetConfig):
         sizes = {self.out_features[self.modules.index(name)] for name in self.copied}
         expect(len(sizes) < 2, "copied", "modules with out_features of one size, that of an embedding", sorted(sizes))
         expect(self.copied_size <= self.feature_size, "feature_size", f"at least {self.copied_size}", self.feature_size)
-
-    @property
-    def bias(self) -> bool:
-        """Whether adapters have ranks that do not depend on the text: no, they are in the sums A and B."""
-        return False
-
-    @property
-    def per_layer(self) -> bool:
-        """Whether it reads the states of every layer apart."""
-        return False
 
     @property
     def copied_size(self) -> int:

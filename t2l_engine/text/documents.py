@@ -240,13 +240,10 @@ def recorded(layers: nn.ModuleList, indices: Sequence[int]) -> Iterator[dict[int
         if index == indices[-1]:
             raise _LastLayer
 
-    hooks = [layers[max(i - 1, 0)].register_forward_hook(functools.partial(record, i)) for i in indices]
-    try:
-        with contextlib.suppress(_LastLayer):
-            yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as hooks, contextlib.suppress(_LastLayer):
+        for i in indices:
+            hooks.enter_context(layers[max(i - 1, 0)].register_forward_hook(functools.partial(record, i)))
+        yield outputs
 
 
 def condition_text(text: str, examples: Sequence[tuple[str, str]] = ()) -> str:

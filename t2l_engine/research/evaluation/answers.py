@@ -251,5 +251,5 @@ class Answerer:
 
 def _log_likelihood(logits: Tensor, answer: list[int]) -> float:
     """The sum over the tokens of ``answer``."""
-    chosen = torch.tensor(answer, device=logits.device)[:, None]
-    return float(logits[:-1].float().log_softmax(-1).gather(1, chosen).sum())
+    chosen = torch.tensor(answer, device=logits.device)
+    return -float(nn.functional.cross_entropy(logits[:-1].float(), chosen, reduction="sum"))

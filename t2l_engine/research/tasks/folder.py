@@ -22,8 +22,8 @@ from t2l_engine.files.text import (
     MAX_VALUES,
     count_values,
     is_unicode,
+    read_json,
     read_rows,
-    read_texts,
 )
 from t2l_engine.files.weights import replacing
 from t2l_engine.research.tasks.rows import Row
@@ -101,7 +101,7 @@ def read_descriptions(folder: str | Path, names: Sequence[str] | None = None) ->
     path = Path(folder) / DESCRIPTIONS_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; a task folder holds {DESCRIPTIONS_NAME} and <name>.jsonl files")
-    descriptions = read_texts(path, MAX_DESCRIPTIONS_BYTES)
+    descriptions = read_json(path, MAX_DESCRIPTIONS_BYTES)
     expect(isinstance(descriptions, dict) and descriptions, str(path), "an object of task names", descriptions)
     for name in names or ():
         if name not in descriptions:

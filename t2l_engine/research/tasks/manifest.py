@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from t2l_engine.files.errors import MAX_NAME, ConfigError, boolean, expect, one_of, short_repr
-from t2l_engine.files.text import from_json, read_texts
+from t2l_engine.files.text import from_json, read_json
 from t2l_engine.research.tasks.examples import example_digest, input_digest, pool
 from t2l_engine.research.tasks.folder import Task, check_name, load_tasks
 from t2l_engine.research.tasks.rows import check_text
@@ -139,7 +139,7 @@ def read(path_or_name: str | Path, examples: int | None = None) -> Manifest:
     path = packaged.get(str(path_or_name), Path(path_or_name))
     if not path.is_file():
         raise FileNotFoundError(f"manifest {str(path_or_name)!r}: no such file; packaged manifests: {sorted(packaged)}")
-    values = read_texts(path, MAX_MANIFEST_BYTES)
+    values = read_json(path, MAX_MANIFEST_BYTES)
     if isinstance(values, dict) and values.get("format") == SPECS_FORMAT:
         from t2l_specs import fixed  # the generator, which imports this module
 

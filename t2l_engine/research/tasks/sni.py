@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from t2l_engine.files.errors import ConfigError, expect, short_repr
-from t2l_engine.files.text import MAX_LINE_BYTES, is_unicode, read_texts
+from t2l_engine.files.text import MAX_LINE_BYTES, is_unicode, read_json
 from t2l_engine.research.tasks import examples
 from t2l_engine.research.tasks.folder import Example, Task, check_name
 from t2l_engine.research.tasks.manifest import Manifest, apply
@@ -126,7 +126,7 @@ def _keys(name: str) -> tuple[str, str]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    values = read_texts(path, MAX_FILE_BYTES)
+    values = read_json(path, MAX_FILE_BYTES)
     expect(isinstance(values, dict), str(path), "a JSON object", values)
     return values
 

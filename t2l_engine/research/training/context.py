@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, nondefault_paths, path_template
+from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, path_template
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError, expect
 from t2l_engine.files.weights import content_checksum
@@ -46,7 +46,8 @@ class Modules:
     @property
     def own_paths(self) -> tuple[str, ...] | None:
         """``paths``, or None if all are Llama's default ones."""
-        return nondefault_paths(dict(zip(self.names, self.paths, strict=True)))
+        usual = all(DEFAULT_PATHS.get(name) == path for name, path in zip(self.names, self.paths, strict=True))
+        return None if usual else self.paths
 
 
 def locate(model: nn.Module, names: Sequence[str]) -> Modules:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError
-from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_texts
+from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_json
 from t2l_engine.files.weights import expect_none, write_text
 from t2l_engine.hypernetwork.config import resolve_scaling, same_scaling
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task
@@ -228,7 +228,7 @@ def _finished(folder: Path, job: LoRA) -> bool:
     path = folder / RECORD
     if not path.is_file():
         return False
-    theirs = read_texts(path, MAX_DESCRIPTIONS_BYTES)
+    theirs = read_json(path, MAX_DESCRIPTIONS_BYTES)
     loop.expect_same(path, job.settings, theirs.pop("settings", {}), job.record(), theirs)
     (folder / loop.STATE).unlink(missing_ok=True)  # of a run that was killed between the record and this
     return True
@@ -238,7 +238,7 @@ def _finish(folder: Path, job: LoRA, tasks: Sequence[Task]) -> None:
     """Write the wave's descriptions, then the record that marks it as done; remove its state."""
     if job.settings.mode == "per-task":
         path = job.folder / ADAPTERS / DESCRIPTIONS_NAME
-        known = read_texts(path, MAX_DESCRIPTIONS_BYTES) if path.is_file() else {}
+        known = read_json(path, MAX_DESCRIPTIONS_BYTES) if path.is_file() else {}
         _write(path, known | {task.name: list(task.descriptions) for task in tasks if task.name in job.names})
     _write(folder / RECORD, {"settings": job.settings.model_dump(mode="json"), **job.record()})
     (folder / loop.STATE).unlink()

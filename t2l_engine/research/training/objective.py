@@ -8,7 +8,8 @@ import functools
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,16 +90,6 @@ def token_weights(kind: str, groups: Sequence[Group], per_task: bool) -> Callabl
     return lambda s, g: 1 / (totals[g.task if per_task else None] * (s.answer_len if kind == "sample" else 1))
 
 
-@contextlib.contextmanager
-def _taking(head: nn.Module, chosen: Tensor) -> Iterator[None]:
-    """Let ``head`` see, of states ``[rows, places, hidden]``, only those that ``chosen [rows, places]`` says."""
-    hook = head.register_forward_pre_hook(lambda module, args: (args[0][chosen], *args[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 class Objective:
     """Cross-entropy of answers given prompts, through the frozen causal LM ``model`` with an adapter per row.
 
@@ -150,9 +141,10 @@ class Objective:
         """
         device = next(self.model.parameters()).device
         ids, mask, labels = (t.to(device) for t in (batch.ids, batch.mask, batch.labels))
-        chosen = labels != IGNORED
+        chosen, head = labels != IGNORED, self.model.get_output_embeddings()
         with (
-            _taking(self.model.get_output_embeddings(), chosen),  # answers differ in length
+            # Answers differ in length: the head sees states [rows, places, hidden] of their tokens alone.
+            head.register_forward_pre_hook(lambda module, args: (args[0][chosen], *args[1:])),
             self.handle.differentiable(stack, batch.adapters, dropout=lora_dropout),
             self._noise(batch, neftune_alpha) if neftune_alpha else contextlib.nullcontext(),
         ):
@@ -162,8 +154,7 @@ class Objective:
         )
         return torch.zeros(labels.shape, device=device).masked_scatter(chosen, losses).sum(dim=1) * batch.weights.to(device)
 
-    @contextlib.contextmanager
-    def _noise(self, batch: Batch, alpha: float) -> Iterator[None]:
+    def _noise(self, batch: Batch, alpha: float) -> contextlib.AbstractContextManager[Any]:
         """NEFTune (arXiv 2310.05914): uniform noise in ±alpha/sqrt(L D) on the input embeddings of a row's L tokens.
 
         L excludes padding, so that the noise does not depend on the batch.
@@ -179,11 +170,7 @@ class Objective:
                     row[-len(drawn) :] = drawn * (alpha / math.sqrt(drawn.numel()))
             return out + noise.to(out)
 
-        hook = self.model.get_input_embeddings().register_forward_hook(add)
-        try:
-            yield
-        finally:
-            hook.remove()
+        return self.model.get_input_embeddings().register_forward_hook(add)
 
 
 def generated_l2(stack: AdapterStack) -> Tensor:

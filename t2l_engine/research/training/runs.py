@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from t2l_engine.files.errors import ConfigError, expect
-from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_texts
+from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_json
 from t2l_engine.files.weights import write_text
 from t2l_engine.files.yaml import read_yaml
 from t2l_engine.research.tasks.folder import read_descriptions
@@ -75,7 +75,7 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
     path = folder / WAVES / "000" / RECORD
     if not path.is_file():
         return None
-    record = read_texts(path, MAX_DESCRIPTIONS_BYTES)
+    record = read_json(path, MAX_DESCRIPTIONS_BYTES)
     settings = record.get("settings") if isinstance(record, dict) else None
     expect(isinstance(settings, dict), str(path), "an object with settings", record)
     return settings
