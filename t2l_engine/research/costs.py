@@ -149,9 +149,9 @@ def _counted(document: str, head: bool, layers: int | None) -> Model:
         return query.new_empty(1, tokens, heads, value.shape[-1]), None
 
     AttentionInterface.register("counted", attend)
-    with torch.device("meta"), torch.no_grad():
+    with torch.device("meta"):
         ways = {"attn_implementation": "counted", "experts_implementation": "batched_mm"}
-        whole = (AutoModelForCausalLM if head else AutoModel).from_config(config, **ways)
+        whole = (AutoModelForCausalLM if head else AutoModel).from_config(config, **ways).requires_grad_(False)
         body, matrix = whole.base_model, whole.get_output_embeddings() if head else None
         body.pooler = None
         if layers is not None:

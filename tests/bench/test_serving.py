@@ -40,7 +40,7 @@ class Served:
 class Inputs:
     modules = ("q_proj",)
     stack = t2l.AdapterStack({"q_proj": torch.zeros(1, 1, 2, 4)}, {"q_proj": torch.zeros(1, 1, 4, 2)}, torch.ones(1))
-    prompts, rank, folders = torch.zeros(64, 64), 8, ("adapter",) * 64
+    prompts, rank, folders, dtype = torch.zeros(64, 64), 8, ("adapter",) * 64, torch.bfloat16
 
 
 @pytest.fixture
