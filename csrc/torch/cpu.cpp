@@ -2,6 +2,7 @@
 #include <limits>
 #include <string>
 
+#include "bound.h"
 #include "ops.h"
 #include "t2l/kernels.h"
 
@@ -55,4 +56,11 @@ struct Cpu {
 }  // namespace
 }  // namespace t2l::torch_ops
 
-STABLE_TORCH_LIBRARY_IMPL(t2l_engine, CPU, m) { t2l::torch_ops::register_ops<t2l::torch_ops::Cpu>(m); }
+STABLE_TORCH_LIBRARY_IMPL(t2l_engine, CPU, m) {
+  using namespace t2l::torch_ops;
+  register_ops<Cpu>(m);
+  m.impl("lora_bind_batch", TORCH_BOX(&lora_bind_batch));
+  m.impl("lora_bind_layer", TORCH_BOX(&lora_bind_layer));
+  m.impl("lora_unbind", TORCH_BOX(&lora_unbind));
+  m.impl("lora_add_bound_", TORCH_BOX((&WithTorchMessage<&lora_add_bound<Cpu>>::call)));
+}

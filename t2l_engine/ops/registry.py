@@ -45,6 +45,19 @@ SCHEMAS = {
     ),
 }
 
+#: Of the native library on a CPU alone, for servers: ``lora_add_group_`` on what was bound to a number (csrc/torch/bound.h).
+BOUND = {
+    "lora_bind_batch": (
+        "(Tensor batch, Tensor seg_indptr, Tensor seg_adapters, Tensor row_indptr, Tensor row_adapters, int tokens, "
+        "int max_seg_len) -> ()"
+    ),
+    "lora_bind_layer": (
+        "(Tensor layer, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, Tensor[] ranks, int[] offsets, Tensor batch) -> ()"
+    ),
+    "lora_unbind": "(Tensor number) -> ()",
+    "lora_add_bound_": "(Tensor(a!) y, Tensor x, Tensor layer) -> ()",
+}
+
 #: Ops that run their reference on every backend.
 REFERENCE_OPS = ("hypernet_trunk_backward", "hypernet_heads_backward")
 #: Ops with native kernels, which call ``<op>_reference`` for dtypes that they do not support.
@@ -65,6 +78,9 @@ for _name, _schema in SCHEMAS.items():
     torch.library.register_fake(f"{NAMESPACE}::{_name}", getattr(fake, _name, fake.no_result))
     if _name in NATIVE_OPS:
         _define(f"{_name}_reference", _schema)
+for _name, _schema in BOUND.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", fake.no_result)
 # Called by the native trunk where its kernel does not encode tasks.
 _define("encode_task", "(Tensor task_emb, Tensor[] encoder) -> Tensor")
 

@@ -1,5 +1,7 @@
 """Our wrapper under vLLM's own LoRA layers, against float64; and vLLM's wrapper, where it is wrong."""
 
+import gc
+
 import pytest
 import torch
 
@@ -9,9 +11,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.version import __version_tuple__
 
+from t2l_engine.serving.vllm import punica
 from t2l_engine.serving.vllm.punica import PunicaWrapperT2L
 from t2l_engine.testing import numerics
-from tests.serving.vllm_layers import DTYPE, LINEAR, SIZES, VOCABULARY, adapted, random_adapter, single_process
+from tests.serving.vllm_layers import DTYPE, HIDDEN, LINEAR, SIZES, VOCABULARY, adapted, random_adapter, single_process
 
 pytestmark = pytest.mark.serving
 
@@ -154,21 +157,22 @@ def test_rows_of_the_head_other_than_samples(rows):
         made.layer._get_logits(x, made.base)
 
 
-def test_work_is_done_only_where_adapters_run(monkeypatch):
-    """Calls of the op: none without adapters, none for a layer that they lack, and one for q, k and v together."""
-    calls = []
-    from t2l_engine.serving.vllm import punica
-
-    op = punica._add_group
-    monkeypatch.setattr(punica, "_add_group", lambda *arguments: (calls.append(arguments), op(*arguments)))
+def test_slices_without_an_adapter_are_not_bound(monkeypatch):
+    layers = []
+    init = punica.Layer.__init__
+    monkeypatch.setattr(punica.Layer, "__init__", lambda self, *of: (layers.append(self), init(self, *of))[1])
     made = adapted("qkv", PunicaWrapperT2L)
-    made(inputs("qkv", 4), [-1] * 4)
-    assert not calls
-    made(inputs("qkv", 4), [0, 1, 2, -1])
-    assert len(calls) == 1 and len(calls[0][2]) == 3
-    made(inputs("qkv", 4), [1, 1, -1, -1])  # has q alone
-    assert len(calls) == 2 and len(calls[1][2]) == 1
-    assert calls[1][-2][0].tolist() == [4, 7, 16], "true ranks"
-    made.layer.reset_lora(1)
-    made(inputs("qkv", 4), [1, 1, -1, -1])
-    assert len(calls) == 2
+    assert layers[0].bound == [0, 1, 2] and layers[0].ranks[0].tolist() == [4, 7, 16], "true ranks"
+    for slot, bound in ((0, [0, 1, 2]), (2, [0]), (1, [])):  # slot 1 has q alone
+        made.layer.reset_lora(slot)
+        assert layers[0].bound == bound
+
+
+def test_slots_are_unbound_with_their_layer():
+    made, y, x = adapted("o", PunicaWrapperT2L), torch.zeros(1, HIDDEN, dtype=DTYPE), inputs("o", 1)
+    add = made.layer._apply_lora_to_output
+    add(x, y)
+    del made
+    gc.collect()
+    with pytest.raises(RuntimeError, match="layer: expected a number that is bound"):
+        add(x, y)
