@@ -221,12 +221,12 @@ void lora_add(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tens
   Backend::lora(op, &p, 1);
 }
 
+// Checks the arguments of lora_add_group_ and fills the parameters; empty: the reference has to run.
 template <class Backend>
-void lora_add_group(const Tensor& y, const Tensor& x, std::vector<Tensor> lora_A, std::vector<Tensor> lora_B,
-                    const Tensor& scaling, const Tensor& seg_indptr, const Tensor& seg_adapters, int64_t max_seg_len,
-                    std::vector<Tensor> ranks, std::vector<int64_t> offsets, const OptTensor& bad_ids) {
-  Op op = op_of<Backend>("lora_add_group_", y);
-  GoodIds ids(op, bad_ids);
+std::vector<LoraParams> prepare_group(Op op, const Tensor& y, const Tensor& x, const std::vector<Tensor>& lora_A,
+                                      const std::vector<Tensor>& lora_B, const Tensor& scaling, const Tensor& seg_indptr,
+                                      const Tensor& seg_adapters, int64_t max_seg_len, const std::vector<Tensor>& ranks,
+                                      const std::vector<int64_t>& offsets, bool all_ids) {
   const size_t count = lora_A.size();
   const auto listed = [&](const char* name, size_t got) {
     if (got != count || count == 0)
@@ -245,7 +245,7 @@ void lora_add_group(const Tensor& y, const Tensor& x, std::vector<Tensor> lora_A
   for (size_t i = 0; i < count; ++i) {
     op.problem = static_cast<int64_t>(i);
     problems.push_back(prepare_lora<Backend>(op, "y", y, x, lora_A[i], lora_B[i], scaling, seg_indptr, seg_adapters,
-                                             max_seg_len, ranks[i], true, ids.expects_all()));
+                                             max_seg_len, ranks[i], true, all_ids));
     check_type(op, "lora_A", lora_A[i], lora_A[0].scalar_type());
     if (offsets[i] < end || offsets[i] > columns - problems[i].out)
       fail(op, "offsets", "rising columns of y " + to_text(y) + " that do not overlap",
@@ -255,14 +255,25 @@ void lora_add_group(const Tensor& y, const Tensor& x, std::vector<Tensor> lora_A
     problems[i].accumulate = true;
     all_covered = all_covered && covered<Backend>(x, lora_A[i]);
   }
-  op.problem = -1;
-  if (!all_covered) {
+  if (!all_covered) problems.clear();
+  return problems;
+}
+
+template <class Backend>
+void lora_add_group(const Tensor& y, const Tensor& x, std::vector<Tensor> lora_A, std::vector<Tensor> lora_B,
+                    const Tensor& scaling, const Tensor& seg_indptr, const Tensor& seg_adapters, int64_t max_seg_len,
+                    std::vector<Tensor> ranks, std::vector<int64_t> offsets, const OptTensor& bad_ids) {
+  const Op op = op_of<Backend>("lora_add_group_", y);
+  GoodIds ids(op, bad_ids);
+  std::vector<LoraParams> problems = prepare_group<Backend>(op, y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters,
+                                                            max_seg_len, ranks, offsets, ids.expects_all());
+  if (problems.empty()) {
     call_reference("t2l_engine::lora_add_group__reference", y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters,
                    max_seg_len, ranks, offsets, bad_ids);
     return;
   }
-  ids.apply<Backend>(problems.data(), count);
-  Backend::lora(op, problems.data(), static_cast<int64_t>(count));
+  ids.apply<Backend>(problems.data(), problems.size());
+  Backend::lora(op, problems.data(), static_cast<int64_t>(problems.size()));
 }
 
 }  // namespace t2l::torch_ops

@@ -8,6 +8,7 @@ from t2l_engine.testing.cases import GROUP_CASES
 
 bound = torch.ops.t2l_engine
 pytestmark = pytest.mark.skipif(not ops.has_kernel("lora_add_", "CPU"), reason="of the native library")
+F32 = torch.float32
 LAYER, BATCH = torch.tensor([1 << 40]), torch.tensor([2 << 40])
 
 
@@ -60,6 +61,22 @@ def test_a_batch_without_adapters_and_a_layer_without_slices_are_left_alone():
     bind(arguments | dict.fromkeys(("lora_A", "lora_B", "ranks", "offsets"), []))
     bound.lora_add_bound_(arguments["y"], x, LAYER)
     assert torch.equal(arguments["y"], before)
+
+
+def test_calls_of_other_shapes_and_dtypes_follow_each_other():
+    """What one call has checked is not taken for another."""
+    arguments = GROUP_CASES[0].make()
+    bind(arguments, len(arguments["x"]))
+    of_reference = torch.float16
+    for rows, dtype in ((None, F32), (None, of_reference), (None, F32), (2, F32), (None, F32)):
+        x, y = (arguments[name][:rows].to(dtype, copy=True) for name in "xy")
+        expected = {**arguments, "x": x, "y": y.clone()}
+        if rows:
+            expected |= {"seg_indptr": torch.tensor([0, rows], dtype=torch.int32), "max_seg_len": rows}
+            expected["seg_adapters"] = torch.tensor([-1], dtype=torch.int32)
+        ops.lora_add_group_(**expected)
+        bound.lora_add_bound_(y, x, LAYER)
+        assert torch.equal(y, expected["y"])
 
 
 def test_what_is_not_bound_is_an_error():
