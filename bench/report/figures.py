@@ -24,8 +24,8 @@ from t2l_engine.research.costs import LABELS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: The classes of CPUs that figures of times are of.
-MACHINE, SERVING = "intel-amx", "amd-avx512_bf16"
+#: The class of CPUs that figures of times are of.
+MACHINE = "intel-amx"
 #: Okabe and Ito's colours, and greys.
 SKY, ORANGE, GREEN, PINK, YELLOW = "#56B4E9 #E69F00 #009E73 #CC79A7 #F0E442".split()
 INK, GREY, PALE = "#1a1a1a", "#8a8a8a", "#d9d9d9"
@@ -73,7 +73,7 @@ def serving(data: Data) -> list[Panel]:
     """Tokens per second of every way to serve a batch."""
     panels = []
     for case in (EIGHT, MANY):
-        row = data.row("serving", SERVING, case=case)
+        row = data.row("serving", MACHINE, case=case)
         tokens = row.shape["requests"] * row.shape["new"]
         values = [tokens / of["median_us"] * 1e6 for of in row.times.values()]
         panels.append(Panel(case, "tokens per second", list(row.times), {"": values}))
