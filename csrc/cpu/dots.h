@@ -15,10 +15,11 @@ constexpr bool kPrefetchesRows = T2L_ISA_LEVEL != T2L_AVX2;  // there loads bind
 constexpr int64_t kDotBytes = 4096;  // k-block: bytes of every row, so that the operands of a tile stay in L1
 
 // Micro-kernel: acc[i * kDotCols + j] += dot(x[i], w[j]) over features [begin, end), i < R, j < C; begin == 0 starts from
-// zero. The order of summation does not depend on R and C.  `next`: the R rows of x of the next tile, prefetched; or null.
+// zero. The order of summation does not depend on R and C.  `next`: the R rows of x of the next tile, prefetched; or null;
+// `ahead`: as of dot_rows.
 template <int R, int C, class XT, class WT>
 inline void dot_tile(const XT* const* x, const XT* const* next, const WT* w, int64_t ldw, int64_t begin, int64_t end,
-                     Vec* acc) {
+                     Vec* acc, const WT* ahead = nullptr) {
   using D = Dot<XT, WT>;
   Vec sums[R][C];
   for (int i = 0; i < R; ++i)
@@ -37,6 +38,7 @@ inline void dot_tile(const XT* const* x, const XT* const* next, const WT* w, int
   for (; k + D::kStep <= end; k += D::kStep) {
     if (kPrefetchesRows && next)
       for (int i = 0; i < R; ++i) __builtin_prefetch(next[i] + k, 0, 2);
+    if (ahead) prefetch_bytes(ahead + C * k, C * D::kStep * sizeof(WT));
     step(D::kStep);
   }
   if (k < end) step(static_cast<int>(end - k));
@@ -53,10 +55,11 @@ inline void dot_column(const XT* const* x, int rows, const WT* w, int64_t ldw, i
   for (; i < rows; ++i) dot_tile<1, C, XT>(x + i, nullptr, w, ldw, begin, end, acc + i * kDotCols);
 }
 
-// out[i * ldo + j] = dot(x[i], w[j]) for up to kDotRows gathered rows of x; w is read from memory once.
+// out[i * ldo + j] = dot(x[i], w[j]) for up to kDotRows gathered rows of x; w is read from memory once.  `ahead`: as many
+// contiguous values as w has, prefetched meanwhile by a call of one row; or null.
 template <class XT, class WT>
 inline void dot_rows(const XT* const* x, int rows, const WT* w, int64_t ldw, int64_t cols, int64_t depth, float* out,
-                     int64_t ldo) {
+                     int64_t ldo, const WT* ahead = nullptr) {
   constexpr int64_t kFeatures = kDotBytes / (sizeof(XT) > sizeof(WT) ? sizeof(XT) : sizeof(WT));
   const int64_t block = rows < kTileRows ? depth : kFeatures;
   Vec acc[kDotRows * kDotCols];
@@ -67,7 +70,7 @@ inline void dot_rows(const XT* const* x, int rows, const WT* w, int64_t ldw, int
     do {
       const int64_t end = min(depth, begin + block);
       if (rows < kTileRows && n == kDotCols) {
-        for (int i = 0; i < rows; ++i) dot_tile<1, kDotCols, XT>(x + i, nullptr, first, ldw, begin, end, acc + i * kDotCols);
+        dot_tile<1, kDotCols, XT>(x, nullptr, first, ldw, begin, end, acc, ahead ? ahead + j * depth : nullptr);
       } else {
         int c = 0;
         for (; c + kTileCols <= n; c += kTileCols) dot_column<kTileCols>(x, rows, first + c * ldw, ldw, begin, end, acc + c);

@@ -160,14 +160,17 @@ inline void expand_rows(T* const* y, int64_t first, const float* v, int64_t rank
 }
 
 // Rank 8: keeps the weights of a pair in registers for all tokens of a block.  Returns the outputs done, whole pairs only.
-// `kTranspose`: b is [out, 8] storage, transposed in registers.
+// `kTranspose`: b is [out, 8] storage, transposed in registers.  `ahead`: another adapter's values of b, prefetched; or
+// null.
 template <bool kAdd, bool kTranspose, class T, class BT>
-inline int64_t expand_rank8(T* const* y, int rows, const float* v, const BT* b, int64_t ldb, int64_t outputs) {
+inline int64_t expand_rank8(T* const* y, int rows, const float* v, const BT* b, int64_t ldb, int64_t outputs,
+                            const BT* ahead) {
   using Pair = PairOf<T>;
   constexpr int64_t kPair = 2 * kLanes;
   int64_t o = 0;
   for (; o + kPair <= outputs; o += kPair) {
     Vec weights[16];
+    if (ahead) prefetch_bytes(ahead + 8 * o, 8 * kPair * sizeof(BT));
     if constexpr (kTranspose)
       Pair::load_transposed_weights(b + 8 * o, weights);
     else
@@ -257,9 +260,10 @@ inline int64_t rank_of(const LoraParams& p, int64_t adapter) {
 
 // y (+)= v b for b [rank, outputs] with stride ldb.
 template <bool kAdd, class T, class BT>
-inline void expand_whole(T* const* y, int rows, const float* v, int64_t rank, const BT* b, int64_t ldb, int64_t outputs) {
+inline void expand_whole(T* const* y, int rows, const float* v, int64_t rank, const BT* b, int64_t ldb, int64_t outputs,
+                         const BT* ahead = nullptr) {
   constexpr bool kManyRegisters = kLanes == 16;  // AVX-512: enough registers for the weights of eight ranks
-  const int64_t done = kManyRegisters && rank == 8 ? expand_rank8<kAdd, false>(y, rows, v, b, ldb, outputs) : 0;
+  const int64_t done = kManyRegisters && rank == 8 ? expand_rank8<kAdd, false>(y, rows, v, b, ldb, outputs, ahead) : 0;
   expand<kAdd>(y, rows, done, v, rank, b + done, ldb, outputs - done, false);
 }
 
@@ -267,9 +271,10 @@ inline void expand_whole(T* const* y, int rows, const float* v, int64_t rank, co
 template <class T, class WT>
 constexpr int64_t kBlocksPerTranspose = InRegisterTranspose<T, WT>::kSupported ? 1 : 4;
 
-// One block of tokens of one adapter, or kBlocksPerTranspose.  kAdd: p.accumulate.
+// One block of tokens of one adapter, or kBlocksPerTranspose.  kAdd: p.accumulate.  `next`: the adapter of the next block,
+// whose A and B are prefetched where a single token leaves the memory idle; or -1.
 template <bool kAdd, class T, class WT>
-inline void lora_block(const LoraParams& p, int64_t adapter, const int32_t* tokens, int count, float* v,
+inline void lora_block(const LoraParams& p, int64_t adapter, int64_t next, const int32_t* tokens, int count, float* v,
                        float* b_transposed) {
   T* y[kDotRows * kBlocksPerTranspose<T, WT>];
   const T* x[kDotRows * kBlocksPerTranspose<T, WT>];
@@ -285,17 +290,21 @@ inline void lora_block(const LoraParams& p, int64_t adapter, const int32_t* toke
   }
   const WT* a = static_cast<const WT*>(p.a) + adapter * p.a_stride_adapter;
   const WT* b = static_cast<const WT*>(p.b) + adapter * p.b_stride_adapter;
+  const bool prefetches = next >= 0 && count == 1;
+  const WT* a_next = prefetches ? static_cast<const WT*>(p.a) + next * p.a_stride_adapter : nullptr;
+  const WT* b_next = prefetches ? static_cast<const WT*>(p.b) + next * p.b_stride_adapter : nullptr;
   for (int i = 0; i < count; i += kDotRows)
-    dot_rows(x + i, static_cast<int>(min(kDotRows, count - i)), a, p.a_stride_rank, rank, p.in, v + i * rank, rank);
+    dot_rows(x + i, static_cast<int>(min(kDotRows, count - i)), a, p.a_stride_rank, rank, p.in, v + i * rank, rank, a_next);
   const float scaling = p.scaling[adapter];
   for (int64_t i = 0; i < count * rank; ++i) v[i] *= scaling;
   if (p.b_stride_out == 1) {
-    expand_whole<kAdd>(y, count, v, rank, b, p.b_stride_rank, p.out);
+    expand_whole<kAdd>(y, count, v, rank, b, p.b_stride_rank, p.out, b_next);
     return;
   }
   int64_t o = 0;
   if constexpr (InRegisterTranspose<T, WT>::kSupported)
-    if (rank == 8 && p.b_stride_out == 8 && p.b_stride_rank == 1) o = expand_rank8<kAdd, true>(y, count, v, b, 0, p.out);
+    if (rank == 8 && p.b_stride_out == 8 && p.b_stride_rank == 1)
+      o = expand_rank8<kAdd, true>(y, count, v, b, 0, p.out, b_next);
   if (o == 0 && count == 1 && p.b_stride_rank == 1 && p.b_stride_out == rank && rank * sizeof(WT) % 16 == 0)
     o = expand_transposed<kAdd>(y[0], v, rank, b, p.out);
   for (; o < p.out; o += kChunk) {  // [out, rank] storage: one transpose for all tokens
@@ -324,7 +333,7 @@ inline void lora_typed(const LoraParams* problems, int64_t count, ParallelFor pa
     SmallScratch<float, kChunkStride * 16> b_transposed(kChunkStride * transposed_rank);
     for (TokenOrder::BlockIterator it(order, first, last, most); it.more(); it.next())
       for (int64_t i = 0; i < count; ++i)
-        block(problems[i], it.adapter(), it.tokens(), it.count(), v.data, b_transposed.data);
+        block(problems[i], it.adapter(), it.next_adapter(), it.tokens(), it.count(), v.data, b_transposed.data);
   };
   const int64_t macs = p.tokens * width / order.blocks + 1;
   for_range(parallel, order.blocks, kGrainMacs / macs + 1, body);

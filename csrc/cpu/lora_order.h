@@ -76,6 +76,7 @@ struct TokenOrder {
       if (first == o.run_end.data[run]) ++run;
     }
     int64_t adapter() const { return o.run_adapter.data[run]; }
+    int64_t next_adapter() const { return block + 1 < last && run + 1 < o.runs ? o.run_adapter.data[run + 1] : -1; }
     const int32_t* tokens() const { return o.sorted.data + first; }
     int count() const { return static_cast<int>(min(kDotRows * min(most, last - block), o.run_end.data[run] - first)); }
 

@@ -101,6 +101,11 @@ constexpr int64_t kCacheLine = 64;  // bytes
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// The cache lines of [p, p + bytes), which may end anywhere: a prefetch does not fault.
+inline void prefetch_bytes(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
+}
+
 #if T2L_ISA_LEVEL >= T2L_AVX512
 constexpr int kLanes = 16;
 using Vec = __m512;
