@@ -61,7 +61,7 @@ template <class XT, class WT>
 inline void dot_rows(const XT* const* x, int rows, const WT* w, int64_t ldw, int64_t cols, int64_t depth, float* out,
                      int64_t ldo, const WT* ahead = nullptr) {
   constexpr int64_t kFeatures = kDotBytes / (sizeof(XT) > sizeof(WT) ? sizeof(XT) : sizeof(WT));
-  const int64_t block = rows < kTileRows ? depth : kFeatures;
+  const int64_t block = rows == 1 ? depth : kFeatures;
   Vec acc[kDotRows * kDotCols];
   for (int64_t j = 0; j < cols; j += kDotCols) {
     const int n = static_cast<int>(min(kDotCols, cols - j));
@@ -69,7 +69,7 @@ inline void dot_rows(const XT* const* x, int rows, const WT* w, int64_t ldw, int
     int64_t begin = 0;
     do {
       const int64_t end = min(depth, begin + block);
-      if (rows < kTileRows && n == kDotCols) {
+      if (rows == 1 && n == kDotCols) {
         dot_tile<1, kDotCols, XT>(x, nullptr, first, ldw, begin, end, acc, ahead ? ahead + j * depth : nullptr);
       } else {
         int c = 0;

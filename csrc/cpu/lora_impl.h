@@ -272,7 +272,7 @@ template <class T, class WT>
 constexpr int64_t kBlocksPerTranspose = InRegisterTranspose<T, WT>::kSupported ? 1 : 4;
 
 // One block of tokens of one adapter, or kBlocksPerTranspose.  kAdd: p.accumulate.  `next`: the adapter of the next block,
-// whose A and B are prefetched where a single token leaves the memory idle; or -1.
+// of which a block of one token prefetches A, and at rank 8 with AVX-512 B; or -1.
 template <bool kAdd, class T, class WT>
 inline void lora_block(const LoraParams& p, int64_t adapter, int64_t next, const int32_t* tokens, int count, float* v,
                        float* b_transposed) {

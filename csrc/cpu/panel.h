@@ -259,14 +259,13 @@ inline void matmul_panel(MatmulScope<WT>&, const typename PanelOf<WT>::Element* 
 template <>
 struct MatmulScope<bf16> {
   explicit MatmulScope(int64_t depth) : rows(kTileSide * depth) {}
-  // Weights are read in this order of memory from `p` on, which may be null for none or end anywhere: a prefetch does not
-  // fault.
+  // Weights are read in this order of memory from `p` on, which may be null for none or end anywhere.
   void expect(const void* p) { ahead = static_cast<const char*>(p); }
   // To be called after each product.
   void prefetch() {
     constexpr int64_t kLines = 8;  // what a product reads of weights, on average
     if (!ahead) return;
-    for (int64_t line = 0; line < kLines; ++line) __builtin_prefetch(ahead + line * kCacheLine, 0, 2);
+    prefetch_bytes(ahead, kLines * kCacheLine);
     ahead += kLines * kCacheLine;
   }
   Tiles tiles;
