@@ -22,7 +22,7 @@ namespace t2l {
 
 #define T2L_DECLARE(ns)                                       \
   namespace ns {                                              \
-  void lora(const LoraParams*, int64_t, ParallelFor);         \
+  void lora(const LoraParams*, int64_t, bool, ParallelFor);   \
   void lora_backward(const LoraBackwardParams&, ParallelFor); \
   void hypernet_trunk(const TrunkParams&, ParallelFor);       \
   void hypernet_head(const HeadParams&, ParallelFor);         \
@@ -48,7 +48,7 @@ T2L_DECLARE(amx_model)
 namespace {
 
 struct Kernels {
-  void (*lora)(const LoraParams*, int64_t, ParallelFor);
+  void (*lora)(const LoraParams*, int64_t, bool, ParallelFor);
   void (*lora_backward)(const LoraBackwardParams&, ParallelFor);
   void (*hypernet_trunk)(const TrunkParams&, ParallelFor);
   void (*hypernet_head)(const HeadParams&, ParallelFor);
@@ -232,7 +232,8 @@ const char* chosen_isa(Isa* isa) {
 }
 
 void lora(const LoraParams* problems, int64_t count, Isa isa, ParallelFor parallel) {
-  kernels(isa).lora(problems, count, parallel);
+  const bool prefetches = isa == Isa::amx || isa == Isa::amx_model;  // no gain on CPUs without AMX (docs/design/kernels.md)
+  kernels(isa).lora(problems, count, prefetches, parallel);
 }
 void lora_backward(const LoraBackwardParams& p, Isa isa, ParallelFor parallel) { kernels(isa).lora_backward(p, parallel); }
 void hypernet_trunk(const TrunkParams& p, Isa isa, ParallelFor parallel) { kernels(isa).hypernet_trunk(p, parallel); }

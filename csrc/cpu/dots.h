@@ -35,10 +35,13 @@ inline void dot_tile(const XT* const* x, const XT* const* next, const WT* w, int
       }
     }
   };
+  for (; ahead && k + D::kStep <= end; k += D::kStep) {
+    prefetch_bytes(ahead + C * k, C * D::kStep * sizeof(WT));
+    step(D::kStep);
+  }
   for (; k + D::kStep <= end; k += D::kStep) {
     if (kPrefetchesRows && next)
       for (int i = 0; i < R; ++i) __builtin_prefetch(next[i] + k, 0, 2);
-    if (ahead) prefetch_bytes(ahead + C * k, C * D::kStep * sizeof(WT));
     step(D::kStep);
   }
   if (k < end) step(static_cast<int>(end - k));

@@ -316,7 +316,7 @@ inline void lora_block(const LoraParams& p, int64_t adapter, int64_t next, const
 
 // A block of tokens goes through all problems while its x is in cache.
 template <class T, class WT>
-inline void lora_typed(const LoraParams* problems, int64_t count, ParallelFor parallel) {
+inline void lora_typed(const LoraParams* problems, int64_t count, bool prefetches, ParallelFor parallel) {
   const LoraParams& p = problems[0];  // x and segments are common to all problems
   const TokenOrder order(p);
   if (order.blocks == 0) return;
@@ -331,20 +331,23 @@ inline void lora_typed(const LoraParams* problems, int64_t count, ParallelFor pa
     const int64_t most = transposed_rank ? kBlocksPerTranspose<T, WT> : 1;
     SmallScratch<float, kDotRows * 128> v(kDotRows * most * rank);
     SmallScratch<float, kChunkStride * 16> b_transposed(kChunkStride * transposed_rank);
-    for (TokenOrder::BlockIterator it(order, first, last, most); it.more(); it.next())
+    for (TokenOrder::BlockIterator it(order, first, last, most); it.more(); it.next()) {
+      const int64_t next = prefetches ? it.next_adapter() : -1;
       for (int64_t i = 0; i < count; ++i)
-        block(problems[i], it.adapter(), it.next_adapter(), it.tokens(), it.count(), v.data, b_transposed.data);
+        block(problems[i], it.adapter(), next, it.tokens(), it.count(), v.data, b_transposed.data);
+    }
   };
   const int64_t macs = p.tokens * width / order.blocks + 1;
   for_range(parallel, order.blocks, kGrainMacs / macs + 1, body);
 }
 
-void lora(const LoraParams* problems, int64_t count, ParallelFor parallel) {
+// `prefetches`: in a block of one token, the next adapter's weights.
+void lora(const LoraParams* problems, int64_t count, bool prefetches, ParallelFor parallel) {
   const bool x16 = problems[0].x_type == DType::bf16, w16 = problems[0].w_type == DType::bf16;
-  if (x16 && w16) lora_typed<bf16, bf16>(problems, count, parallel);
-  if (x16 && !w16) lora_typed<bf16, float>(problems, count, parallel);
-  if (!x16 && w16) lora_typed<float, bf16>(problems, count, parallel);
-  if (!x16 && !w16) lora_typed<float, float>(problems, count, parallel);
+  if (x16 && w16) lora_typed<bf16, bf16>(problems, count, prefetches, parallel);
+  if (x16 && !w16) lora_typed<bf16, float>(problems, count, prefetches, parallel);
+  if (!x16 && w16) lora_typed<float, bf16>(problems, count, prefetches, parallel);
+  if (!x16 && !w16) lora_typed<float, float>(problems, count, prefetches, parallel);
 }
 
 }  // namespace T2L_ISA_NAMESPACE
