@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -109,9 +110,11 @@ class TokenHyperNetwork(nn.Module, ABC):
         counts = [len(of) for of in latents]
         like = self.meta_stack(counts)
         if out is None:
-            lora_A = {name: torch.zeros_like(a, device=device) for name, a in like.lora_A.items()}
+            # Not zeros_like, which takes 30 us a tensor of the meta device.
+            zeros = functools.partial(torch.zeros, dtype=self.dtype, device=device)
+            lora_A = {name: zeros(a.shape) for name, a in like.lora_A.items()}
             # Transposed views: rows of B are written in one piece, as the head makes them.
-            lora_B = {name: torch.zeros_like(b.mT, device=device).mT for name, b in like.lora_B.items()}
+            lora_B = {name: zeros(b.mT.shape).mT for name, b in like.lora_B.items()}
             scaling = torch.full((len(counts),), c.scaling_value, dtype=torch.float32, device=device)
             ranks = {name: of.to(device) for name, of in like.ranks.items()}
             out = AdapterStack(lora_A, lora_B, scaling, ranks, self._paths)

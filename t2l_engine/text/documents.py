@@ -62,7 +62,7 @@ class DocumentEncoder:
         if self._read_layers[-1] > len(layers):
             raise ConfigError(f"encoder.layers: expected at most the {len(layers)} of {config.name!r}, got {config.layers}")
         self._lock = threading.Lock()
-        self._modules = Modules(self.model)
+        self._modules, self._positions = Modules(self.model), positions(self.model)
 
     @classmethod
     def from_config(
@@ -171,7 +171,7 @@ class DocumentEncoder:
 
         if not is_filled(contexts):
             raise ValueError(f"{name}: expected one or more, each a list of chunks of token ids, got {short_repr(contexts)}")
-        limit, words = positions(self.model), self.model.config.get_text_config().vocab_size
+        limit, words = self._positions, self.model.config.get_text_config().vocab_size
         for i, chunks in enumerate(contexts):
             if not is_filled(chunks) or not all(map(is_filled, chunks)):
                 raise ValueError(f"{name}[{i}]: expected one or more chunks of token ids, got {short_repr(chunks)}")

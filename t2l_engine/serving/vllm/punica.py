@@ -56,7 +56,8 @@ class Layer:
         self.number, self.batch = _number(self), batch
         slots, _, self.width, _ = lora_a[0].shape
         self.scaling = torch.ones(slots)
-        self.ranks = [torch.zeros(slots, dtype=torch.int32) for _ in lora_a]
+        self.ranks = [*torch.zeros(len(lora_a), slots, dtype=torch.int32)]
+        self._ranks = [[0] * slots for _ in lora_a]  # the same, which Python reads faster
         self.A, self.B = [a[:, 0] for a in lora_a], [b[:, 0] for b in lora_b]
         self.offsets = [0, *itertools.accumulate(b.shape[1] for b in self.B[:-1])]
         self.bound: list[int] | None = None  # the slices that an adapter in a slot has
@@ -64,9 +65,10 @@ class Layer:
 
     def set_ranks(self, slot: int, ranks: list[int]) -> None:
         """Set the true rank of every slice in ``slot``; 0: the adapter there lacks the slice."""
-        for known, rank in zip(self.ranks, ranks, strict=True):
-            known[slot] = rank
-        bound = [i for i, known in enumerate(self.ranks) if known.any()]
+        for tensor, known, rank in zip(self.ranks, self._ranks, ranks, strict=True):
+            if known[slot] != rank:
+                tensor[slot] = known[slot] = rank
+        bound = [i for i, known in enumerate(self._ranks) if any(known)]
         if bound != self.bound:
             self.bound = bound
             A, B, of_ranks, offsets = ([of[i] for i in bound] for of in (self.A, self.B, self.ranks, self.offsets))
